@@ -1,0 +1,286 @@
+"""CLIP's vision transformer, its MLPs dense or sparse, at one or several scales.
+
+CLIP looks at an image as a sentence of patches. A convolution with stride = patch size turns each
+14 x 14 square into a vector, a class token is put in front, learned positions are added, and a
+plain pre-norm transformer does the rest, every token attending to every other:
+
+    image [3, 336, 336] -> 24 x 24 patches + class token -> x [577, D]
+    x += attention(LN1(x))
+    x += MLP(LN2(x))  or, in CuMo,  x += MoE(LN2(x))        (paper section 3.2, "CLIP-MoE")
+
+CuMo replaces the MLP of every layer by a sparse block of 4 experts, each a copy of the trained MLP
+(upcycle.py); attention, norms and embeddings stay. Which tokens are features: the patches, not the
+class token; of which layer: the last but one, because the last one was trained to summarise the
+image into the class token. So the last layer is not even computed here, and there is no final
+norm.
+
+S2, several scales (arXiv 2403.13043). CLIP's positions fix its input at 336 pixels, so a finer
+look means more passes. At scale 3 the image is enlarged to 1008 pixels and cut into 3 x 3 tiles:
+
+    +--+--+--+       nine passes of 24 x 24        average 3 x 3 blocks
+    |0 |1 |2 |  -->  patches, laid side by  -->    back to 24 x 24      -->  concatenate with
+    |3 |4 |5 |       side again: 72 x 72                                     scale 1: [576, 2 D]
+    |6 |7 |8 |
+
+The number of visual tokens stays 576, only their width grows. Scales 1,3 cost ten passes an image.
+
+Routing counts every token, the class token too, and each tile is a sample of its own. The losses
+are means over the layers, then over the scales: scale 3 has nine times the tokens, not the weight.
+
+Letters as in mlp_moe.py, and: n images, S their side, P patches, H heads, A head size, C channels.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.weights import load_into, read_config, read_tensors
+from mlp_moe import ACTIVATIONS, Aux, SparseMoE, recomputed
+
+# our field: the name in public configs (the last three are ours; transformers ignores them)
+HF_NAMES = {"image_size": "image_size", "patch_size": "patch_size", "dim": "hidden_size",
+            "hidden_dim": "intermediate_size", "n_layers": "num_hidden_layers",
+            "n_heads": "num_attention_heads", "act": "hidden_act",
+            "layer_norm_eps": "layer_norm_eps",
+            "scales": "scales", "num_experts": "num_experts", "top_k": "num_selected"}  # fmt: skip
+
+
+@dataclass
+class CLIPVisionConfig:
+    image_size: int = 336  # CLIP ViT-L/14-336, the paper's encoder
+    patch_size: int = 14
+    dim: int = 1024
+    hidden_dim: int = 4096
+    n_layers: int = 24
+    n_heads: int = 16
+    act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    scales: tuple[int, ...] = (1,)  # S2; the paper's is (1, 3)
+    num_experts: int = 0  # 0: dense MLPs; the paper's CLIP-MoE has 4
+    top_k: int = 2  # experts a token
+
+    def __post_init__(self):
+        self.scales = tuple(self.scales)
+        if not self.scales or any(scale < 1 or scale != int(scale) for scale in self.scales):
+            raise ValueError(f"scales={self.scales}: choose whole numbers from 1 up, such as "
+                             f"(1, 3); every tile is {self.image_size} pixels wide")  # fmt: skip
+        if self.dim % self.n_heads:
+            raise ValueError(f"dim={self.dim} cannot be split among n_heads={self.n_heads}")
+
+    @classmethod
+    def from_hf(cls, config: dict) -> "CLIPVisionConfig":
+        """From the config.json of CLIP or of its vision tower alone."""
+        config = config.get("vision_config", config)
+        if "image_size" not in config or "patch_size" not in config:
+            raise ValueError("this is no CLIP vision config: it has no image_size and patch_size, "
+                             f"only {', '.join(config)}")  # fmt: skip
+        # what public configs leave out has transformers' default, the size of ViT-B
+        vit_b = {"dim": 768, "hidden_dim": 3072, "n_layers": 12, "n_heads": 12}
+        known = {field: config[name] for field, name in HF_NAMES.items() if name in config}
+        return cls(**vit_b | known)
+
+    def to_hf(self) -> dict:
+        """The same as a config.json that transformers can read."""
+        names = {name: getattr(self, field) for field, name in HF_NAMES.items()}
+        return {"model_type": "clip_vision_model", "num_channels": 3} | names
+
+
+def attend(q_BHTA: Tensor, k_BHTA: Tensor, v_BHTA: Tensor) -> Tensor:
+    """softmax(q k^T) v, everyone seeing everyone; q is scaled already.
+
+    On a CPU in bfloat16 two plain matrix products beat PyTorch's fused attention, forward and
+    backward, 5.6 times at 65 tokens and 1.6 times at 577; in float32 the fused one wins by 1.5.
+    """
+    if q_BHTA.device.type == "cpu" and v_BHTA.dtype == torch.bfloat16:
+        return (q_BHTA @ k_BHTA.mT).softmax(-1).to(v_BHTA.dtype) @ v_BHTA
+    return F.scaled_dot_product_attention(q_BHTA, k_BHTA, v_BHTA, scale=1.0)
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg: CLIPVisionConfig):
+        super().__init__()
+        self.n_heads = cfg.n_heads
+        self.q_proj = nn.Linear(cfg.dim, cfg.dim)
+        self.k_proj = nn.Linear(cfg.dim, cfg.dim)
+        self.v_proj = nn.Linear(cfg.dim, cfg.dim)
+        self.out_proj = nn.Linear(cfg.dim, cfg.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q_proj(x) * (x.shape[-1] // self.n_heads) ** -0.5
+        q_BHTA, k_BHTA, v_BHTA = (
+            y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+            for y in (q, self.k_proj(x), self.v_proj(x))
+        )
+        return self.out_proj(attend(q_BHTA, k_BHTA, v_BHTA).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg: CLIPVisionConfig):
+        super().__init__()
+        self.act = ACTIVATIONS[cfg.act]
+        self.fc1 = nn.Linear(cfg.dim, cfg.hidden_dim)
+        self.fc2 = nn.Linear(cfg.hidden_dim, cfg.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """One layer: x [B, T, D] -> (x, what its router says, or None when dense)."""
+
+    def __init__(self, cfg: CLIPVisionConfig):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(cfg.dim, cfg.layer_norm_eps)
+        self.self_attn = Attention(cfg)
+        self.layer_norm2 = nn.LayerNorm(cfg.dim, cfg.layer_norm_eps)
+        self.sparse = cfg.num_experts > 0
+        if self.sparse:
+            self.moe = SparseMoE(cfg.dim, cfg.hidden_dim, cfg.num_experts, cfg.top_k, act=cfg.act)
+        else:
+            self.mlp = MLP(cfg)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Aux | None]:
+        x = x + self.self_attn(self.layer_norm1(x))
+        h = self.layer_norm2(x)
+        y, aux = self.moe(h) if self.sparse else (self.mlp(h), None)
+        return x + y, aux
+
+
+class Embeddings(nn.Module):
+    """images [n, 3, S, S] -> tokens [n, 1 + P, D]: the class token, then the patches row by row."""
+
+    def __init__(self, cfg: CLIPVisionConfig):
+        super().__init__()
+        patches = (cfg.image_size // cfg.patch_size) ** 2
+        self.class_embedding = nn.Parameter(torch.randn(cfg.dim) * cfg.dim**-0.5)
+        self.patch_embedding = nn.Conv2d(3, cfg.dim, cfg.patch_size, cfg.patch_size, bias=False)
+        self.position_embedding = nn.Embedding(1 + patches, cfg.dim)
+        nn.init.normal_(self.position_embedding.weight, std=0.02)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.patch_embedding(images.to(self.patch_embedding.weight.dtype))
+        patches = patches.flatten(2).transpose(1, 2)
+        class_token = self.class_embedding.expand(len(images), 1, -1)
+        return torch.cat([class_token, patches], dim=1) + self.position_embedding.weight
+
+
+def cut_tiles(images: Tensor, scale: int) -> Tensor:
+    """Enlarge images [n, C, S, S] and cut them up: [scale * scale * n, C, S, S], tile by tile."""
+    if scale == 1:
+        return images
+    size = images.shape[-1]
+    big = F.interpolate(images.float(), size=size * scale, mode="bicubic", align_corners=False)
+    tiles = big.to(images.dtype).unflatten(3, (scale, size)).unflatten(2, (scale, size))
+    return tiles.permute(2, 4, 0, 1, 3, 5).flatten(0, 2)  # n C r S c S -> (r c n) C S S
+
+
+def merge_tiles(x: Tensor, scale: int) -> Tensor:
+    """Lay the patches of the tiles side by side and average scale x scale blocks: [n, P, D]."""
+    if scale == 1:
+        return x
+    grid = int(x.shape[1] ** 0.5)
+    patches = x.unflatten(1, (grid, grid)).unflatten(0, (scale, scale, -1))  # r c n g g D
+    rows = patches.permute(2, 0, 3, 1, 4, 5)  # n (r g) (c g) D, to be read as n (g r) (g c) D
+    blocks = rows.reshape(-1, grid, scale, grid, scale, x.shape[-1])
+    return blocks.float().mean((2, 4)).to(x.dtype).flatten(1, 2)
+
+
+class CLIPVision(nn.Module):
+    """images [n, 3, S, S] -> (features [n, P, D * number of scales], Aux, or None when dense).
+
+    In this Aux, balance and z are means over layers, then scales; load is [layers, E], the mean
+    over scales; choice is [layers, n, 1 + P, K], of the whole images only.
+    """
+
+    def __init__(self, cfg: CLIPVisionConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.parity = False  # True: the original's losses, which include the unused last layer
+        self.checkpoint = False  # True: recompute the layers in the backward pass to save memory
+        self.embeddings = Embeddings(cfg)
+        self.pre_layrnorm = nn.LayerNorm(cfg.dim, cfg.layer_norm_eps)  # the public name's own typo
+        self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+
+    def hidden(self, images: Tensor, layers: int | None = None) -> tuple[Tensor, list[Aux]]:
+        """Tokens [n, 1 + P, D] of one scale after so many layers (default: all but the last)."""
+        x, auxes = self.pre_layrnorm(self.embeddings(images)), []
+        for layer in self.layers[: self.cfg.n_layers - 1 if layers is None else layers]:
+            x, aux = recomputed(layer, x) if self.checkpoint and self.training else layer(x)
+            auxes += [aux] if aux else []
+        return x, auxes
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Aux | None]:
+        size = self.cfg.image_size
+        if images.shape[1:] != (3, size, size):
+            raise ValueError(f"images are {list(images.shape)}, this CLIP wants [n, 3, {size}, "
+                             f"{size}]: resize them (data.images.preprocess)")  # fmt: skip
+        features, auxes = [], []
+        for i, scale in enumerate(self.cfg.scales):
+            # CuMo: the first scale is the image as it is, whatever its number says.
+            scale = scale if i else 1
+            x, layer_auxes = self.hidden(cut_tiles(images, scale))
+            if self.parity and self.cfg.num_experts:
+                # CuMo: the last layer is computed, thrown away, and its losses counted.
+                layer_auxes.append(self.layers[-1](x)[1])
+            features.append(merge_tiles(x[:, 1:], scale))
+            auxes.append(layer_auxes)
+        return torch.cat(features, dim=-1), mean_aux(auxes)
+
+    def original_state_dict(self) -> dict[str, Tensor]:
+        """Views of all weights under the names of the public checkpoints."""
+        views = {}
+        for name, tensor in self.state_dict().items():
+            if ".moe." not in name:
+                views["vision_model." + name.replace("layers.", "encoder.layers.")] = tensor
+        for i, layer in enumerate(self.layers):
+            if layer.sparse:
+                prefix = f"vision_model.encoder.layers.{i}."
+                views |= layer.moe.original_state_dict(("fc1", "fc2"), prefix)
+        return views
+
+    def load_original(self, tensors: dict | Iterable[tuple[str, Tensor]],
+                      source: str = "the state dict") -> None:  # fmt: skip
+        """Fill in public weights, strictly; what only a whole CLIP has is passed over."""
+        pairs = tensors.items() if isinstance(tensors, dict) else tensors
+        # transformers 5 saves a tower alone without the prefix "vision_model."
+        bare = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")
+        pairs = (("vision_model." * name.startswith(bare) + name, tensor) for name, tensor in pairs)
+        load_into(self.original_state_dict(), pairs, is_unused, source)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, scales: tuple[int, ...] | None = None,
+                        dtype: torch.dtype | None = None) -> "CLIPVision":  # fmt: skip
+        """From a directory like openai/clip-vit-large-patch14-336, with or without its text half.
+
+        `scales` None means what the config says, (1,) in public ones; `dtype` None means float32.
+        """
+        cfg = CLIPVisionConfig.from_hf(read_config(path))
+        cfg = replace(cfg, scales=scales or cfg.scales)
+        with torch.device("meta"):
+            model = cls(cfg).to(dtype or torch.float32)
+        model = model.to_empty(device="cpu")
+        model.load_original(read_tensors(path), str(path))
+        return model
+
+
+def mean_aux(auxes: list[list[Aux]]) -> Aux | None:
+    """Means over the layers of each scale, then over the scales, however many tiles they have."""
+    if not auxes[0]:
+        return None
+    balance, z, load = (
+        torch.stack([torch.stack([getattr(aux, name) for aux in layers]) for layers in auxes])
+        for name in ("balance", "z", "load")
+    )
+    choice = torch.stack([aux.choice for aux in auxes[0]])
+    return Aux(balance.mean(), z.mean(), load.mean(0), choice)
+
+
+def is_unused(name: str) -> bool:
+    """Weights of a whole CLIP that no feature depends on: text half, final norm, projections."""
+    heads = ("text_model.", "text_projection.", "visual_projection.", "logit_scale",
+             "vision_model.post_layernorm.")  # fmt: skip
+    return name.startswith(heads) or name.endswith("position_ids")

@@ -1,0 +1,217 @@
+"""The whole model: images through CLIP and the connector into the language model's sentence.
+
+    image [3, S, S] --CLIP(-MoE)--> [P, D_clip] --MLP(-MoE)--> [P, D_llm]
+                                                                  |  takes the places of
+    "[INST] <image>\\nWhat is this? [/INST]" --embed--> [T, D_llm]  v  the IMAGE_TOKENs
+                                                  e e e I I I I I e e e --LLM--> "a cat"
+
+To the language model a picture is P more words, written in its own vocabulary of vectors by the
+connector. That is all there is to "multimodal" (LLaVA, arXiv 2304.08485); CuMo (arXiv 2405.05949)
+makes the two parts before the language model sparse, so that they hold E times the parameters at K
+times the cost, and trains the routers with two more losses (section 3.3):
+
+    loss = LM cross-entropy + 0.1 * sum of balance losses + 0.01 * sum of z losses
+
+The sums run over the sparse parts ("clip", "mlp" and, if it is a Mixtral, "llm"); within CLIP a loss
+is the mean over its layers, then over its scales.
+
+A checkpoint is a directory in the layout of the released CuMo models: `config.json` and safetensors
+with the original's names (`model.vision_tower...`, `model.mm_projector...`, the LLM's own). The
+same layout serves for dense models (stages 1, 2) and sparse ones (stage 3).
+
+Where we knowingly differ from the original: a row without an image costs no image (it spends a blank
+one), padding is never routed, and CLIP's unused last layer is not computed. `model.parity = True` brings
+the last layer's router losses back, for comparison.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from clip_moe import CLIPVision, CLIPVisionConfig
+from data.chat import IGNORE, IMAGE_TOKEN
+from data.weights import load_into, read_config, read_tensors, write_json, write_tensors
+from llm import LLM, LLMConfig
+from mlp_moe import Connector
+
+__all__ = ["CuMo", "CuMoConfig", "Output", "IMAGE_TOKEN", "IGNORE"]
+
+
+@dataclass
+class CuMoConfig:
+    vision: CLIPVisionConfig
+    llm: LLMConfig
+    mlp_experts: int = 0  # experts of the connector; 0: a dense connector
+    mlp_top_k: int = 2
+    balance_coef: float = 0.1  # of the balance losses
+    z_coef: float = 0.01  # of the router z-losses
+    template: str = "mistral_instruct_system"  # how conversations are written (data/chat.py)
+    image_mode: str = "pad"  # how pictures are made square (data/images.py)
+
+    def to_original(self):
+        """The fields as the original's config.json has them, and `vision_config` for completeness."""
+        sparse_llm = self.llm.num_experts > 0
+        kind = "Mixtral" if sparse_llm else "Mistral"
+        return self.llm.to_hf() | {
+            "model_type": f"llava_{kind.lower()}",
+            "architectures": [f"Llava{kind}ForCausalLM"],
+            "mlp_smoe": self.mlp_experts > 0,
+            "clip_smoe": self.vision.num_experts > 0,
+            "num_experts": max(self.mlp_experts, self.vision.num_experts),
+            "num_selected": self.mlp_top_k if self.mlp_experts else self.vision.top_k,
+            "balance_loss_coef": self.balance_coef,
+            "router_z_loss_coef": self.z_coef,
+            "scales": list(self.vision.scales),
+            "mm_hidden_size": self.vision.dim,
+            "mm_projector_type": "smoe_mlp" if self.mlp_experts else "mlp2x_gelu",
+            "mm_vision_select_layer": -2,
+            "mm_vision_select_feature": "patch",
+            "image_aspect_ratio": self.image_mode,
+            "nanocumo_template": self.template,
+            "nanocumo_mlp_experts": self.mlp_experts,
+            "nanocumo_mlp_top_k": self.mlp_top_k,
+            "vision_config": self.vision.to_hf() | {"num_experts": self.vision.num_experts,
+                                                    "num_selected": self.vision.top_k},
+        }  # fmt: skip
+
+    @classmethod
+    def from_original(cls, config, path):
+        """Read a config.json, ours or the original's. ValueError when it holds no vision tower."""
+        if "vision_config" in config:
+            vision = CLIPVisionConfig.from_hf(config["vision_config"])
+        elif Path(config.get("mm_vision_tower", "")).is_dir():
+            vision = CLIPVisionConfig.from_hf(read_config(config["mm_vision_tower"]))
+        else:
+            raise ValueError(f"{path}: its config.json has no vision_config and its vision tower "
+                             f"{config.get('mm_vision_tower')!r} is no local folder; put CLIP there")  # fmt: skip
+        experts, top_k = config.get("num_experts", 0), config.get("num_selected", 2)
+        sparse_clip = bool(config.get("clip_smoe"))
+        own = config.get("vision_config", {})
+        vision = replace(vision, scales=tuple(config.get("scales") or (1,)), top_k=own.get("num_selected", top_k),
+                         num_experts=own.get("num_experts", experts) if sparse_clip else 0)  # fmt: skip
+        mlp_experts = config.get("nanocumo_mlp_experts", experts) if config.get("mlp_smoe") else 0
+        return cls(
+            vision,
+            LLMConfig.from_hf(config | {"model_type": config["model_type"].removeprefix("llava_")}),
+            mlp_experts=mlp_experts,
+            mlp_top_k=config.get("nanocumo_mlp_top_k", top_k),
+            balance_coef=config.get("balance_loss_coef", 0.1),
+            z_coef=config.get("router_z_loss_coef", 0.01),
+            template=config.get("nanocumo_template", "mistral_instruct_system"),
+            image_mode=config.get("image_aspect_ratio", "pad"),
+        )
+
+
+class Output(NamedTuple):
+    logits: Tensor | None  # [B, T, V]; None in training, where the loss is computed in chunks
+    loss: Tensor | None  # lm_loss and the weighted auxiliary losses; None without labels
+    lm_loss: Tensor | None
+    aux: dict  # {"clip" | "mlp" | "llm": (balance, z), or None where that part is dense}
+    load: dict  # {"clip": [L, E], "mlp": [E], "llm": [L, E]} share of the assignments, or None
+
+
+class CuMo(nn.Module):
+    """CLIP(-MoE) + connector(-MoE) + LLM, trained and asked as one model."""
+
+    def __init__(self, cfg: CuMoConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.vision = CLIPVision(cfg.vision)
+        features = cfg.vision.dim * len(cfg.vision.scales)
+        self.connector = Connector(features, cfg.llm.dim, cfg.mlp_experts, cfg.mlp_top_k)
+        self.llm = LLM(cfg.llm)
+
+    @property
+    def image_tokens(self):
+        """Visual tokens an image takes in the text, whatever the number of scales."""
+        return (self.cfg.vision.image_size // self.cfg.vision.patch_size) ** 2
+
+    @property
+    def device(self):
+        return next(self.parameters()).device
+
+    @property
+    def parity(self):
+        """True: the original's oddities, for comparison (CLIP's last layer enters the losses)."""
+        return self.vision.parity
+
+    @parity.setter
+    def parity(self, value):
+        self.vision.parity = value
+
+    def encode_images(self, images, with_aux=False):
+        """images [n, 3, S, S] -> [n, image_tokens, D_llm]; `with_aux` adds the parts' router outputs."""
+        features, clip_aux = self.vision(images)
+        x, mlp_aux = self.connector(features)
+        return (x, {"clip": clip_aux, "mlp": mlp_aux}) if with_aux else x
+
+    def splice(self, tokens, images):
+        """Embed `tokens` [B, T], image features in place of the IMAGE_TOKENs -> (x [B, T, D], aux).
+
+        Image i of the batch belongs to the i-th run of IMAGE_TOKENs in reading order.
+        """
+        is_image = tokens == IMAGE_TOKEN
+        n_images = 0 if images is None else len(images)
+        if int(is_image.sum()) != n_images * self.image_tokens:
+            raise ValueError(f"{int(is_image.sum())} IMAGE_TOKENs for {n_images} images; each image "
+                             f"takes a run of {self.image_tokens}")  # fmt: skip
+        x = self.llm.embed(tokens.masked_fill(is_image, 0))
+        if not n_images:
+            return x, {"clip": None, "mlp": None}
+        features, aux = self.encode_images(images, with_aux=True)
+        return x.masked_scatter(is_image[..., None], features.to(x.dtype)), aux
+
+    def forward(self, tokens, images=None, labels=None, segments=None):
+        """tokens, labels, segments [B, T]; images [n, 3, S, S] -> Output. Labels are shifted inside;
+        segments: 0 is padding, 1..n the documents packed into a row (None: one document a row)."""
+        x, aux = self.splice(tokens, images)
+        x, aux["llm"] = self.llm.hidden(x, segments)
+        logits = None if self.training and labels is not None else self.llm.logits(x)
+        loss = lm_loss = None
+        if labels is not None:
+            loss = lm_loss = self.llm.loss(x, labels)
+            for part in filter(None, aux.values()):
+                loss = loss + self.cfg.balance_coef * part.balance + self.cfg.z_coef * part.z
+        losses = {k: (a.balance, a.z) if a else None for k, a in aux.items()}
+        return Output(
+            logits, loss, lm_loss, losses, {k: a.load if a else None for k, a in aux.items()}
+        )
+
+    @torch.no_grad()
+    def generate(self, tokens, images=None, segments=None, **options):
+        """New token ids [B, <= max_new_tokens] after the prompts `tokens` [B, T]; options as in
+        `LLM.generate`. Prompts of unequal length are padded on the left, with segments 0 there."""
+        x, _ = self.splice(tokens, images)
+        return self.llm.generate(embeds=x, segments=segments, **options)
+
+    # ------------------------------------------------------------------------- checkpoints
+
+    def original_state_dict(self):
+        """Views of all parameters under the names of the released checkpoints."""
+        views = dict(self.llm.original_state_dict())
+        views |= {
+            "model.vision_tower." + k: v for k, v in self.vision.original_state_dict().items()
+        }
+        return views | {
+            "model.mm_projector." + k: v for k, v in self.connector.original_state_dict().items()
+        }
+
+    def save_pretrained(self, path, dtype=None):
+        """Write config.json and safetensors under the original's names; `dtype` casts on the way."""
+        views = self.original_state_dict()
+        write_tensors(path, {k: v.to(dtype) for k, v in views.items()} if dtype else views)
+        write_json(Path(path) / "config.json", self.cfg.to_original())
+
+    @classmethod
+    def from_pretrained(cls, path, device=None, dtype=None):
+        """Load a checkpoint, ours or in the original's layout. Every missing, unexpected or wrongly
+        shaped weight is named in one ValueError."""
+        cfg = CuMoConfig.from_original(read_config(path), path)
+        with torch.device("meta"):
+            model = cls(cfg).to(dtype or torch.float32)
+        model = model.to_empty(device=device or "cpu")
+        load_into(model.original_state_dict(), read_tensors(path), source=str(path))
+        return model

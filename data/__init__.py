@@ -1,0 +1,1 @@
+"""Everything between files on disk and tensors; imports none of the model files."""

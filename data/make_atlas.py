@@ -1,0 +1,72 @@
+"""Rebuild the emoji atlases: one 64-pixel picture of every concept, in three drawing styles.
+
+The pictures come from three npm packages, fetched by `npm pack` or given as folders of .tgz files:
+
+    python data/make_atlas.py                 # fetch and rebuild data/emoji/*.webp
+    python data/make_atlas.py --packages DIR  # the same from .tgz files that are already in DIR
+
+An atlas is a lossless WebP, 12 glyphs a row, in the order of `concepts.json`; `ATTRIBUTION.md` beside
+it names the authors and licences.
+"""
+
+import argparse
+import io
+import json
+import pathlib
+import subprocess
+import tarfile
+import tempfile
+
+from PIL import Image
+
+HERE = pathlib.Path(__file__).parent / "emoji"
+GLYPH, COLUMNS = 64, 12
+PACKAGES = {  # style -> (npm package, path of one glyph inside it)
+    "noto": ("emoji-datasource-google@16.0.0", "package/img/google/64/{}.png"),
+    "twemoji": ("emoji-datasource-twitter@16.0.0", "package/img/twitter/64/{}.png"),
+    "fluent": ("@lobehub/fluent-emoji-3d@1.1.0", "package/assets/{}.webp"),
+}
+
+
+def archive_name(package):
+    """npm's file name for a packed package: `@a/b@1.0` becomes `a-b-1.0.tgz`."""
+    name, version = package.rsplit("@", 1)
+    return f"{name.lstrip('@').replace('/', '-')}-{version}.tgz"
+
+
+def read_glyph(tar, pattern, codepoint):
+    """The RGBA picture of one codepoint, [64, 64], whichever way the package spells the variant."""
+    bare = codepoint.removesuffix("-fe0f")
+    for name in (codepoint, bare, bare + "-fe0f"):
+        try:
+            raw = tar.extractfile(pattern.format(name)).read()
+        except KeyError:
+            continue
+        return Image.open(io.BytesIO(raw)).convert("RGBA").resize((GLYPH, GLYPH), Image.LANCZOS)
+    raise ValueError(f"{codepoint} is not in {tar.name}; take it out of concepts.json")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="rebuild data/emoji/*.webp", allow_abbrev=False)
+    parser.add_argument("--packages", help="folder with the .tgz files (default: npm pack)")
+    args = parser.parse_args()
+    concepts = json.loads((HERE / "concepts.json").read_text())
+    with tempfile.TemporaryDirectory() as fetched:
+        for style, (package, pattern) in PACKAGES.items():
+            if args.packages is None:
+                subprocess.run(["npm", "pack", "--silent", package], cwd=fetched, check=True)
+            path = pathlib.Path(args.packages or fetched) / archive_name(package)
+            rows = -(-len(concepts) // COLUMNS)
+            atlas = Image.new("RGBA", (COLUMNS * GLYPH, rows * GLYPH))
+            with tarfile.open(path) as tar:
+                for i, concept in enumerate(concepts.values()):
+                    place = (i % COLUMNS * GLYPH, i // COLUMNS * GLYPH)
+                    atlas.paste(read_glyph(tar, pattern, concept["codepoint"]), place)
+            atlas.save(HERE / f"{style}.webp", lossless=True, quality=100, method=6)
+            print(
+                f"{style}: {len(concepts)} glyphs, {(HERE / f'{style}.webp').stat().st_size:,} bytes"
+            )
+
+
+if __name__ == "__main__":
+    main()

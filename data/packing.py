@@ -1,0 +1,56 @@
+"""Whole conversations laid end to end in rows of one fixed length.
+
+    row      | sample 1          | sample 2     | sample 3       |..|
+    segments | 1 1 1 1 1 1 1 1 1 | 2 2 2 2 2 2  | 3 3 3 3 3 3 3  |00|
+
+`segments` tells attention who belongs together (0 is padding) and where positions restart, so a packed
+row gives the same numbers as its samples alone, shapes never change, and little is spent on padding.
+"""
+
+import torch
+
+from data.chat import IGNORE
+
+PAD = 0  # token id under padding; never seen by anyone, segments say so
+
+
+def pack(samples, rows, length):
+    """First-fit: put `samples` [(ids, labels, images)] into `rows` rows of `length` tokens.
+
+    Yields batches `{"tokens", "labels", "segments": [rows, length] int64, "images": list in reading
+    order, "samples": how many}`. A sample goes into the first row with room; one that fits nowhere
+    closes the batch and opens the next, so batch after batch uses the samples in their order.
+    ValueError for a sample longer than a row.
+    """
+    batch = [[] for _ in range(rows)]
+    used = [0] * rows
+    for ids, labels, images in samples:
+        if len(ids) > length:
+            raise ValueError(f"a sample of {len(ids)} tokens does not fit a row of {length}; use longer rows")
+        row = next((r for r in range(rows) if used[r] + len(ids) <= length), None)
+        if row is None:
+            yield assemble(batch, length)
+            batch, used, row = [[] for _ in range(rows)], [0] * rows, 0
+        batch[row].append((ids, labels, images))
+        used[row] += len(ids)
+    if any(batch):
+        yield assemble(batch, length)
+
+
+def assemble(batch, length):
+    """Rows of samples -> one batch of tensors."""
+    tokens = torch.full((len(batch), length), PAD)
+    labels = torch.full((len(batch), length), IGNORE)
+    segments = torch.zeros(len(batch), length, dtype=torch.long)
+    images = []
+    for r, row in enumerate(batch):
+        at = 0
+        for k, (ids, targets, pictures) in enumerate(row):
+            here = slice(at, at + len(ids))
+            tokens[r, here], labels[r, here] = torch.tensor(ids), torch.tensor(targets)
+            labels[r, at] = IGNORE  # nobody predicts the first token of a conversation
+            segments[r, here] = k + 1
+            images.extend(pictures)
+            at += len(ids)
+    return {"tokens": tokens, "labels": labels, "segments": segments, "images": images,
+            "samples": sum(map(len, batch))}  # fmt: skip

@@ -1,0 +1,366 @@
+"""Make the miniature pretrained weights: data/mini/llm and data/mini/clip.
+
+CuMo starts from a language model that can read and an image encoder that can see. This script makes
+both at the size of a laptop, from the emoji world alone:
+
+    python data/pretrain_mini.py tokenizer    # byte-level BPE, seconds
+    python data/pretrain_mini.py llm          # a language model that answers questions about text scenes
+    python data/pretrain_mini.py clip         # an image tower, trained against captions (contrastive)
+
+The language model reads scenes in two written forms, and never sees a picture: as a caption, and as a
+*text picture*, 64 words for the 8x8 patches of the image, "blue blue cat cat blue ...". The second is how
+it learns what a large language model already knows: that what stands early in a sequence of patches is at
+the top, how to look a name up by its place and a place by its name.
+
+Neither ever meets a pair of concepts that the split `pairs` holds out, nor a Fluent drawing.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+import time
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+from clip_moe import CLIPVision, CLIPVisionConfig
+from data import world
+from data.chat import IGNORE, IMAGE_TOKEN, render
+from data.images import preprocess
+from data.packing import assemble
+from data.tokenizer import Tokenizer, train_bpe
+from data.weights import write_json, write_tensors
+from llm import LLM, LLMConfig
+
+MINI = pathlib.Path(__file__).parent / "mini"
+PATCH, GRID = 8, 8
+ROWS, LENGTH = 8, 280
+
+
+def corpus(n=6000):
+    """Text for the tokenizer: captions, questions and answers in their template, lists of names."""
+    for i in range(n):
+        rng = np.random.default_rng((9, i))
+        scene = world.sample_scene(rng, "train")
+        yield from (world.caption(scene) + "\n", world.short_caption(scene) + "\n")
+        yield from (f"[INST] {q} [/INST] {a} " for _, q, a in world.questions(scene, rng, 4))
+        yield "".join(turn["value"] for turn in drill(rng))
+        yield " ".join(["", world.DESCRIBE, *(o.name for o in scene.objects), scene.background])
+
+
+def drill(rng):
+    """A conversation about a list of words: to repeat it, then to look things up in it.
+
+    Copying a list is the shortest way to attention heads that find an earlier token and read what
+    stands beside it (induction heads); scenes alone take ten times as long to form them.
+    """
+    words = [*world.CONCEPTS, *world.COLORS]
+    listed = [words[i] for i in rng.permutation(len(words))[: rng.integers(3, 33)]]
+    turns = [(f"Repeat: {' '.join(listed)}", " ".join(listed))]
+    for _ in range(int(rng.integers(1, 5))):
+        at = int(rng.integers(len(listed) - 1))
+        word, here = words[rng.integers(len(words))], bool(rng.random() < 0.5)
+        word = listed[at] if here else word
+        turns.append([
+            (f"What comes after {listed[at]}?", listed[at + 1]),
+            (f"What comes before {listed[at + 1]}?", listed[at]),
+            (f"Is {word} in the list?", "yes" if word in listed else "no"),
+        ][rng.integers(3)])  # fmt: skip
+    return [
+        {"from": role, "value": text}
+        for turn in turns
+        for role, text in zip(("human", "gpt"), turn)
+    ]
+
+
+def text_picture(scene):
+    """64 words, one for each 8x8 patch in reading order: the object it shows, or the background."""
+    words = np.full((GRID, GRID), scene.background, dtype=object)
+    y, x = np.mgrid[:GRID, :GRID] * PATCH + PATCH / 2
+    for o in scene.objects:
+        left, top, size = o.box
+        words[np.hypot(x - left - size / 2, y - top - size / 2) < size * 0.5] = o.name
+    return " " + " ".join(words.ravel())
+
+
+def text_sample(tokenizer, split, key, turns=9):
+    """(ids, labels, types) of one conversation about a scene given as text."""
+    rng = np.random.default_rng(key)
+    plain = split == "train" and rng.random() < 0.05
+    scene = world.sample_scene(rng, split, n_objects=1 if plain else None)
+    asked = [] if plain else world.questions(scene, rng, turns)
+    asked.insert(
+        int(rng.integers(len(asked) + 1)), ("describe", world.DESCRIBE, world.caption(scene))
+    )
+    if plain:
+        asked = [("describe", world.DESCRIBE, world.short_caption(scene))]
+    conversation = []
+    for k, (_, q, a) in enumerate(asked):
+        conversation += [
+            {"from": "human", "value": ("" if k else "<image>\n") + q},
+            {"from": "gpt", "value": a},
+        ]
+    written = text_picture(scene) if plain or rng.random() < 0.7 else " " + world.caption(scene)
+    words = tokenizer.encode(written)
+    template = "plain" if plain else "mistral_instruct"
+    ids, labels = render(conversation, tokenizer, template, image_tokens=len(words), n_images=1)
+    at = ids.index(IMAGE_TOKEN)
+    return ids[:at] + words + ids[at + len(words) :], labels, [kind for kind, *_ in asked]
+
+
+def text_batch(tokenizer, split, seed, step, drills=0.0):
+    """Packed rows of text scenes, a share of them replaced by drills, and the questions' types."""
+    rows, types, i = [], [], 0
+    while len(rows) < ROWS:
+        key = (seed, world.SPLITS.index(split), step, i)
+        rng = np.random.default_rng((*key, 5))
+        i += 1
+        if rng.random() < drills:
+            row, room = [], LENGTH
+            while room > 0:
+                ids, labels = render(drill(rng), tokenizer)
+                room -= len(ids)
+                row += [(ids, labels, [])] if room >= 0 else []
+            rows.append(row)
+            continue
+        ids, labels, kinds = text_sample(tokenizer, split, key)
+        if len(ids) <= LENGTH:
+            rows.append([(ids, labels, [])])
+            types.append(kinds)
+    return assemble(rows, LENGTH), types
+
+
+@torch.no_grad()
+def text_accuracy(llm, tokenizer, split, batches=32):
+    """Share of answers that greedy decoding gets exactly right, by question type.
+
+    An answer is right when each of its tokens is the likeliest one after the right ones before it.
+    """
+    hits = {}
+    for step in range(batches):
+        batch, types = text_batch(tokenizer, split, 77, step)
+        with torch.autocast("cpu", torch.bfloat16):
+            x, _ = llm.hidden(llm.embed(batch["tokens"]), batch["segments"])
+            guess = llm.logits(x).argmax(-1)[:, :-1]
+        labels = batch["labels"][:, 1:]
+        for row, kinds in enumerate(types):
+            learn = labels[row] != IGNORE
+            starts = (learn & ~torch.cat([learn.new_zeros(1), learn[:-1]])).nonzero()[:, 0].tolist()
+            for kind, start in zip(kinds, starts):
+                stop = (
+                    start + learn[start:].long().argmin().item()
+                    if not learn[start:].all()
+                    else None
+                )
+                right = bool((guess[row, start:stop] == labels[row, start:stop]).all())
+                hits.setdefault(kind, []).append(right)
+    return {kind: sum(h) / len(h) for kind, h in sorted(hits.items())}
+
+
+def export(folder, tensors, config):
+    """An ordinary Hugging Face directory, in bfloat16: half the size, and public weights are bf16 too."""
+    write_tensors(folder, {name: t.to(torch.bfloat16) for name, t in tensors.items()})
+    write_json(folder / "config.json", config | {"dtype": "bfloat16"})
+
+
+def export_llm(llm):
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    export(MINI / "llm", llm.original_state_dict(), llm.cfg.to_hf() | special)
+
+
+def export_clip(model):
+    """The vision tower and the norm behind its class token, without the text tower and projections."""
+    norm = {f"vision_model.post_layernorm.{name}": t for name, t in model.norm.state_dict().items()}
+    architecture = {"architectures": ["CLIPVisionModel"]}
+    export(
+        MINI / "clip",
+        model.vision.original_state_dict() | norm,
+        architecture | model.vision.cfg.to_hf(),
+    )
+
+
+def pretrain_llm(steps, lr, seed):
+
+    torch.manual_seed(seed)
+    tokenizer = Tokenizer.from_pretrained(MINI / "llm")
+    cfg = LLMConfig(vocab_size=tokenizer.vocab_size, dim=256, hidden_dim=512, n_layers=5, n_heads=4,
+                    n_kv_heads=2, tie_embeddings=True, max_positions=2048)  # fmt: skip
+    llm = LLM(cfg)
+    decay = [p for p in llm.parameters() if p.dim() > 1]
+    others = [p for p in llm.parameters() if p.dim() <= 1]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+    start = time.time()
+    bar = tqdm(range(steps), desc="llm")
+    for step in bar:
+        warm, left = min(1, (step + 1) / 100), 1 - step / steps
+        for group in optimizer.param_groups:
+            group["lr"] = lr * warm * min(1, left / 0.4)
+        drills = max(0.05, 1 - 2 * step / (0.4 * steps))  # lists first
+        batch, _ = text_batch(tokenizer, "train", seed, step, drills)
+        with torch.autocast("cpu", torch.bfloat16):
+            x, _ = llm.hidden(llm.embed(batch["tokens"]), batch["segments"])
+            loss = llm.loss(x, batch["labels"])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(llm.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            for split in ("seen", "pairs"):
+                acc = text_accuracy(llm, tokenizer, split)
+                mean = np.mean([v for k, v in acc.items() if k != "describe"])
+                row = " ".join(f"{k} {v:.0%}" for k, v in acc.items())
+                print(
+                    f"step {step + 1} {time.time() - start:.0f} s loss {loss.item():.3f} {split} {mean:.1%}: {row}",
+                    flush=True,
+                )
+            export_llm(llm)
+
+
+# ------------------------------------------------------------------------------------- the eye
+
+
+def phrases():
+    """What the text tower is asked to tell apart: every concept and every background."""
+    return [world.a(c) for c in world.CONCEPTS] + [f"a {c} background" for c in world.COLORS]
+
+
+def patch_targets(scene):
+    """For each of the 64 patches the index of its phrase, or IGNORE at the rim of an object, [64]."""
+    target = np.full((GRID, GRID), len(world.CONCEPTS) + list(world.COLORS).index(scene.background))
+    y, x = np.mgrid[:GRID, :GRID] * PATCH + PATCH / 2
+    for o in scene.objects:
+        left, top, size = o.box
+        distance = np.hypot(x - left - size / 2, y - top - size / 2) / size
+        target[distance < 0.6] = IGNORE
+        target[distance < 0.45] = world.CONCEPTS.index(o.name)
+    return target.ravel()
+
+
+def picture_batch(split, seed, step, n, p_single, augment=True):
+    """`n` scenes: images [n, 3, 64, 64], patch targets [n, 64], true phrases of each image [n, phrases]."""
+    images, targets, truths = [], [], np.zeros((n, len(phrases())), dtype=bool)
+    for i in range(n):
+        rng = np.random.default_rng((seed, world.SPLITS.index(split), step, i))
+        scene = world.sample_scene(rng, split, 1 if rng.random() < p_single else None)
+        images.append(preprocess(world.draw(scene, rng if augment else None), world.SIDE))
+        targets.append(patch_targets(scene))
+        truths[i, np.unique(targets[-1][targets[-1] >= 0])] = True
+    return torch.stack(images), torch.from_numpy(np.stack(targets)), torch.from_numpy(truths)
+
+
+class Contrast(torch.nn.Module):
+    """CLIP's two towers meeting in one space of 128 numbers; everything but `vision` is thrown away.
+
+    The class token (after the last layer) is drawn to all phrases that are true of the picture; each
+    patch, as the language model will see it (after the last but one), to the phrase of its region.
+    """
+
+    def __init__(self, vision, tokenizer):
+        super().__init__()
+        dim = vision.cfg.dim
+        self.vision, self.norm = vision, torch.nn.LayerNorm(dim, vision.cfg.layer_norm_eps)
+        self.class_proj = torch.nn.Linear(dim, 128, bias=False)
+        self.patch_proj = torch.nn.Linear(dim, 128, bias=False)
+        self.text = LLM(LLMConfig(vocab_size=tokenizer.vocab_size, dim=128, hidden_dim=256, n_layers=2,
+                                  n_heads=2, n_kv_heads=2, tie_embeddings=True))  # fmt: skip
+        self.scale = torch.nn.Parameter(torch.tensor(2.3))
+        ids = [tokenizer.encode(" " + phrase) for phrase in phrases()]
+        self.last = torch.tensor([len(i) - 1 for i in ids])
+        width = max(map(len, ids))
+        self.phrases = torch.tensor([i + [0] * (width - len(i)) for i in ids])
+
+    def forward(self, images):
+        """-> logits over the phrases for the class token [n, phrases] and the patches [n, 64, phrases]."""
+        text = self.text.hidden(self.text.embed(self.phrases))[0][
+            torch.arange(len(self.last)), self.last
+        ]
+        text = torch.nn.functional.normalize(text.float(), dim=-1) * self.scale.exp()
+        x, _ = self.vision.hidden(images, self.vision.cfg.n_layers - 1)
+        last, _ = self.vision.layers[-1](x)
+        whole, patches = self.class_proj(self.norm(last[:, 0])), self.patch_proj(x[:, 1:])
+        return tuple(
+            torch.nn.functional.normalize(v.float(), dim=-1) @ text.T for v in (whole, patches)
+        )
+
+
+def contrastive_loss(whole, patches, targets, truths):
+    log_p = whole.log_softmax(-1)
+    image_loss = -(log_p * truths).sum(-1) / truths.sum(-1)  # multi-positive softmax
+    flat = torch.nn.functional.cross_entropy(
+        patches.flatten(0, 1), targets.flatten(), ignore_index=IGNORE
+    )
+    return image_loss.mean() + flat
+
+
+@torch.no_grad()
+def picture_accuracy(model, split, n=256):
+    """Share of the objects whose patches, averaged, name them: (alone in the picture, in a crowd)."""
+    hits = {1: [], 0: []}
+    names = len(world.CONCEPTS)
+    for step in range(2):
+        images, targets, _ = picture_batch(split, 78, step, n // 2, 0.3, augment=False)
+        with torch.autocast("cpu", torch.bfloat16):
+            patches = model(images)[1]
+        for logits, target in zip(patches, targets):
+            shown = [t for t in target.unique().tolist() if 0 <= t < names]
+            for t in shown:
+                guess = logits[target == t, :names].log_softmax(-1).mean(0).argmax().item()
+                hits[len(shown) == 1].append(guess == t)
+    return np.mean(hits[1]) if hits[1] else float("nan"), np.mean(hits[0])
+
+
+def pretrain_clip(steps, lr, seed, batch=96):
+    torch.manual_seed(seed)
+    vision = CLIPVision(CLIPVisionConfig(image_size=world.SIDE, patch_size=PATCH, dim=192, hidden_dim=768,
+                                         n_layers=6, n_heads=3))  # fmt: skip
+    model = Contrast(vision, Tokenizer.from_pretrained(MINI / "llm"))
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+    start = time.time()
+    bar = tqdm(range(steps), desc="clip")
+    for step in bar:
+        warm, left = min(1, (step + 1) / 100), 1 - step / steps
+        for group in optimizer.param_groups:
+            group["lr"] = lr * warm * min(1, left / 0.5)
+        p_single = max(0.0, 1 - step / (0.2 * steps))  # one object first
+        images, targets, truths = picture_batch("train", seed, step, batch, p_single)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = contrastive_loss(*model(images), targets, truths)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+        if (step + 1) % 250 == 0 or step + 1 == steps:
+            for split in ("seen", "pairs", "style"):
+                alone, crowd = picture_accuracy(model, split)
+                print(f"step {step + 1} {time.time() - start:.0f} s loss {loss.item():.3f} {split}: "
+                      f"alone {alone:.1%}, in a crowd {crowd:.1%}", flush=True)  # fmt: skip
+            export_clip(model)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("what", choices=("tokenizer", "llm", "clip"))
+    parser.add_argument("--steps", type=int, default=7000)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.what == "tokenizer":
+        (MINI / "llm").mkdir(parents=True, exist_ok=True)
+        (MINI / "llm" / "tokenizer.json").write_text(json.dumps(train_bpe(corpus(), 1024)))
+    elif args.what == "llm":
+        pretrain_llm(args.steps, args.lr, args.seed)
+    else:
+        pretrain_clip(args.steps, args.lr, args.seed)
+
+
+if __name__ == "__main__":
+    main()

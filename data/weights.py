@@ -1,0 +1,213 @@
+"""Weights on disk: reading, writing, and putting each tensor where it belongs.
+
+Public models come as a directory in Hugging Face's layout: a `config.json`, and beside it the
+tensors in one of three forms, looked for in this order:
+
+    model.safetensors                         one file
+    model.safetensors.index.json              big ones: {"weight_map": {tensor name: shard file}}
+      + model-00001-of-00003.safetensors ...
+    pytorch_model.bin (or its .index.json)    old ones: a pickle, opened with weights_only=True,
+                                              so that it can carry tensors but run no code
+
+Nothing here holds a whole model: `read_tensors` yields one tensor at a time out of memory-mapped
+files, and `load_into` copies it straight into its place and forgets it. A 47-billion-parameter
+model thus needs the memory of its parameters and of one tensor more.
+
+`load_into` is also where every strict check of this project lives. A model describes itself as a
+dictionary {public name: view of a parameter} and the same dictionary serves both directions:
+saving reads the views, loading writes through them. Names too many, names too few and wrong shapes
+are collected and raised together, because a model loaded "almost" is the bug that takes a week to
+find.
+
+Files are written aside, flushed to the disk, then renamed: a reader sees the old file or the new
+one. A sharded save takes its index away first and puts it back last, so an interrupted one reads
+as "no weights here" and never as a mixture of two models.
+"""
+
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def read_config(path: str | Path) -> dict:
+    """The config.json of a model directory (or of the directory a weight file lies in)."""
+    folder = _existing(path)
+    file = (folder if folder.is_dir() else folder.parent) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"no config.json in {file.parent}: is this a model directory?")
+    return _read_json(file)
+
+
+def read_tensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) pairs of a model directory or of one weight file, a shard at a time."""
+    path = _existing(path)
+    if path.is_dir():
+        found = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
+        if not found:
+            raise ValueError(f"no weights in {path}: expected one of {', '.join(WEIGHT_FILES)}")
+        path = found[0]
+    if not path.name.endswith(".index.json"):
+        return _read_file(path)
+    folder = path.parent
+    shard_of = _read_json(path).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(f, str) for f in shard_of.values()):
+        raise ValueError(f"{path} has no weight_map from tensor names to file names")
+    shards = sorted(set(shard_of.values()))
+    for shard in shards:
+        # a plain name, never a path: an index must not make us open files elsewhere on the disk
+        if shard in ("", ".", "..") or "/" in shard or "\\" in shard:
+            raise ValueError(f"{path} points outside its folder: {shard!r}")
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        raise ValueError(
+            f"{folder} lacks {len(missing)} of {len(shards)} shards: "
+            f"{', '.join(missing)}; the download is incomplete"
+        )
+    return (pair for shard in shards for pair in _read_shard(folder / shard, shard_of))
+
+
+def write_tensors(
+    path: str | Path,
+    tensors: dict[str, Tensor],
+    max_shard_bytes: float = 5e9,
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Write model.safetensors, or numbered shards and their index when it would grow too big."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards, size = [{}], 0
+    for name, tensor in tensors.items():
+        if size + tensor.nbytes > max_shard_bytes and shards[-1]:
+            shards, size = shards + [{}], 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    count = len(shards)
+    files = (
+        ["model.safetensors"]
+        if count == 1
+        else [f"model-{k:05d}-of-{count:05d}.safetensors" for k in range(1, count + 1)]
+    )
+    for file, shard in zip(files, shards):
+        copies = {name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}
+        save_file(copies, folder / (file + ".partial"), {"format": "pt"} | (metadata or {}))
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if count > 1:
+        whole.unlink(missing_ok=True)
+        index.unlink(missing_ok=True)
+    for file in files:
+        _publish(folder / file)
+    if count > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        shard_of = {name: file for file, shard in zip(files, shards) for name in shard}
+        write_json(index, {"metadata": {"total_size": total}, "weight_map": shard_of})
+    else:
+        index.unlink(missing_ok=True)
+    for old in folder.glob("model-*-of-*.safetensors"):  # shards of an earlier save
+        if old.name not in files:
+            old.unlink()
+
+
+def write_json(file: str | Path, content: dict) -> None:
+    """Write a JSON file so that a reader sees the old one or the new one, never half of it."""
+    file = Path(file)
+    file.with_name(file.name + ".partial").write_text(json.dumps(content, indent=2) + "\n")
+    _publish(file)
+
+
+@torch.no_grad()
+def load_into(
+    targets: dict[str, Tensor],
+    tensors: dict | Iterable[tuple[str, Tensor]],
+    skip: Callable[[str], bool] = lambda name: False,
+    source: str = "checkpoint",
+) -> None:
+    """Copy each tensor into the target of its name, casting as needed; every mismatch is an error.
+
+    `targets` are views of parameters: the copies land in the model. Names for which `skip` is true
+    are passed over. ValueError lists missing, unexpected and misshapen names; the model is then
+    partly overwritten and must not be used.
+    """
+    missing, unexpected, misshapen = dict.fromkeys(targets), [], []
+    for name, tensor in tensors.items() if isinstance(tensors, dict) else tensors:
+        if name in targets:
+            missing.pop(name, None)
+            if tensor.shape == targets[name].shape:
+                targets[name].copy_(tensor)
+            else:
+                misshapen.append(
+                    f"{name} is {list(tensor.shape)} instead of {list(targets[name].shape)}"
+                )
+        elif not skip(name):
+            unexpected.append(name)
+    kinds = {"missing": list(missing), "unexpected": unexpected, "wrong shape": misshapen}
+    problems = [f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
+    if problems:
+        raise ValueError(f"{source} does not fit this model; " + "; ".join(problems))
+
+
+def _existing(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    return path
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def _read_file(file: Path) -> Iterator[tuple[str, Tensor]]:
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():
+                    yield name, tensors.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged or incomplete ({error}); fetch it again") from None
+    else:
+        try:  # files older than torch 1.6 are no zip archives and cannot be mapped
+            yield from torch.load(
+                file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+            ).items()
+        except (RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+            reason = str(error).split("\n")[0]
+            raise ValueError(f"{file} cannot be read as weights ({reason})") from None
+
+
+def _read_shard(file: Path, shard_of: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+    promised = {name for name, shard in shard_of.items() if shard == file.name}
+    for name, tensor in _read_file(file):
+        if name in promised:
+            promised.remove(name)
+            yield name, tensor
+    if promised:
+        raise ValueError(f"{file} lacks what its index promises: {', '.join(sorted(promised))}")
+
+
+def _publish(file: Path) -> None:
+    """Flush `file`.partial to the disk, then rename it: the one step that cannot be halved."""
+    partial = file.with_name(file.name + ".partial")
+    with open(partial, "rb+") as written:
+        os.fsync(written.fileno())
+    os.replace(partial, file)

@@ -1,0 +1,325 @@
+"""The emoji world: pictures, captions and questions without a download, drawn from a seed.
+
+A scene is a plain background with one object in the middle, or two to four objects in the cells of a
+2x2 grid, each an emoji from `data/emoji/` with a little jitter, rotation and mirroring:
+
+    +--------+     "on a blue background: a cat at the top left, a bus at the bottom right."
+    | cat .  |     "Is there a dog?"            "no"
+    |  .  bus|     "What is at the top left?"   "a cat"
+    +--------+     "Is the bus left or right of the cat?"   "right"
+
+Everything about scene `i` of a split follows from `(seed, split, i)`, so a data set is a number and
+never a folder. What is held out, and what it tests:
+
+    train   Noto and Twemoji drawings
+    seen    fresh scenes of the same kind
+    pairs   every scene has two concepts that never meet in training (a tenth of all pairs)
+    style   Fluent 3D drawings, a style never trained on
+
+Samples are LLaVA's: `{"id", "images", "conversations": [{"from": "human", "value": ...}, ...]}`, here
+with pictures in place of paths, and the `types` of the questions for the evaluation.
+"""
+
+import functools
+import json
+import pathlib
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+HERE = pathlib.Path(__file__).parent / "emoji"
+SIDE, GLYPH = 64, 64  # pixels: a scene, a glyph in the atlas
+SPLITS = ("train", "seen", "pairs", "style")
+STYLES = {"train": ("noto", "twemoji"), "seen": ("noto", "twemoji")}
+STYLES |= {"pairs": ("noto", "twemoji"), "style": ("fluent",)}
+PLACES = ("at the top left", "at the top right", "at the bottom left", "at the bottom right")
+MIDDLE = "in the middle"
+NUMBERS = ("zero", "one", "two", "three", "four")
+COLORS = {
+    "white": (250, 250, 250), "gray": (150, 150, 150), "black": (20, 20, 20), "red": (220, 50, 50),
+    "green": (60, 170, 80), "blue": (70, 110, 230), "yellow": (250, 220, 80), "purple": (150, 80, 190),
+}  # fmt: skip
+CATEGORIES = {name: c["category"] for name, c in json.loads((HERE / "concepts.json").read_text()).items()}
+CONCEPTS = tuple(CATEGORIES)
+QUESTION_TYPES = ("what", "existence", "count", "where", "kind", "background", "side", "list")
+
+
+@dataclass(frozen=True)
+class Object:
+    name: str
+    place: str  # MIDDLE or one of PLACES
+    box: tuple  # x, y, size in pixels
+    angle: float  # degrees
+    mirrored: bool
+
+
+@dataclass(frozen=True)
+class Scene:
+    background: str
+    objects: tuple  # of Object, in reading order
+    style: str
+
+
+# ------------------------------------------------------------------------------------- words
+
+
+def a(name):
+    """The name with its article: `an owl`, `a cat`."""
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def plural(name):
+    irregular = {"mouse": "mice", "sheep": "sheep", "fish": "fish"}
+    if name in irregular:
+        return irregular[name]
+    if name.endswith(("s", "sh", "ch", "x", "tomato")):
+        return name + "es"
+    return name[:-1] + "ies" if name[-1] == "y" and name[-2] not in "aeiou" else name + "s"
+
+
+def join(names):
+    """`a cat`; `a cat and a dog`; `a cat, a dog and a bus`."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def short_caption(scene):
+    return join([a(o.name) for o in scene.objects]) + "."
+
+
+def caption(scene):
+    objects = ", ".join(f"{a(o.name)} {o.place}" for o in scene.objects)
+    return f"on a {scene.background} background: {objects}."
+
+
+# ------------------------------------------------------------------------------------- scenes
+
+
+@functools.cache
+def held_out_pairs():
+    """The tenth of all unordered pairs of concepts that no training scene contains."""
+    n = len(CONCEPTS)
+    pairs = [(i, j) for i in range(n) for j in range(i)]
+    chosen = np.random.default_rng(2405).permutation(len(pairs))[: len(pairs) // 10]
+    return frozenset(frozenset((CONCEPTS[pairs[k][0]], CONCEPTS[pairs[k][1]])) for k in chosen)
+
+
+@functools.cache
+def partners():
+    """concept -> the concepts it meets only in the `pairs` split."""
+    return {c: sorted(d for d in CONCEPTS if frozenset((c, d)) in held_out_pairs()) for c in CONCEPTS}
+
+
+@functools.cache
+def atlas(style):
+    """The glyphs of one style, [concepts, 64, 64, 4] uint8, in the order of CONCEPTS."""
+    sheet = np.asarray(Image.open(HERE / f"{style}.webp").convert("RGBA"))
+    columns = sheet.shape[1] // GLYPH
+    tiles = sheet.reshape(-1, GLYPH, columns, GLYPH, 4).swapaxes(1, 2)
+    return tiles.reshape(-1, GLYPH, GLYPH, 4)[: len(CONCEPTS)]
+
+
+@functools.cache
+def backgrounds(style):
+    """concept -> the colours it stands out from: most of its pixels differ clearly from them."""
+    allowed = {}
+    for name, glyph in zip(CONCEPTS, atlas(style)):
+        pixels = glyph[glyph[..., 3] > 128][:, :3].astype(float)
+        far = {c: np.linalg.norm(pixels - rgb, axis=1) > 80 for c, rgb in COLORS.items()}
+        allowed[name] = {c for c, differs in far.items() if differs.mean() > 0.6}
+    return allowed
+
+
+def pick_names(rng, split, n):
+    """`n` concepts for one scene; held-out pairs meet only, and always, in the split `pairs`."""
+    while True:
+        names = [CONCEPTS[i] for i in rng.integers(len(CONCEPTS), size=n)]
+        if split == "pairs" and n > 1:
+            names[1] = partners()[names[0]][rng.integers(len(partners()[names[0]]))]
+        elif n > 1 and rng.random() < 0.15:
+            names[1] = names[0]  # two of a kind, for the counting
+        unordered = [frozenset((x, y)) for i, x in enumerate(names) for y in names[:i]]
+        if split == "pairs" or not any(pair in held_out_pairs() for pair in unordered):
+            return [names[i] for i in rng.permutation(n)]
+
+
+def sample_scene(rng, split, n_objects=None):
+    """A random scene of `split` (ValueError for an unknown one) with 1 to 4 objects."""
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} is unknown; the emoji world has {', '.join(SPLITS)}")
+    style = STYLES[split][rng.integers(len(STYLES[split]))]
+    while True:
+        n = n_objects or int(rng.choice(4, p=(0.25, 0.3, 0.3, 0.15))) + 1
+        names = pick_names(rng, split, max(n, 2) if split == "pairs" else n)
+        colors = sorted(set.intersection(*(backgrounds(style)[name] for name in names)))
+        if colors:
+            break
+    color = colors[rng.integers(len(colors))]
+    cells = sorted(rng.permutation(4)[: len(names)])
+    objects = []
+    for name, cell in zip(names, cells):
+        size = int(rng.integers(38, 59) if len(names) == 1 else rng.integers(24, 32))
+        room = SIDE - size if len(names) == 1 else SIDE // 2 - size
+        dx, dy = (room // 2, room // 2) if len(names) == 1 else rng.integers(0, room + 1, size=2)
+        x0, y0 = (0, 0) if len(names) == 1 else (cell % 2 * SIDE // 2, cell // 2 * SIDE // 2)
+        place = MIDDLE if len(names) == 1 else PLACES[cell]
+        box = (int(x0 + dx), int(y0 + dy), size)
+        objects.append(Object(name, place, box, float(rng.uniform(-12, 12)), bool(rng.random() < 0.5)))
+    return Scene(color, tuple(objects), style)
+
+
+def recolor(glyph, rng):
+    """The same drawing in other paint: mixed channels, light from one side, a soft or sharp line."""
+    rgb = glyph[..., :3].astype(np.float32)
+    mix = np.eye(3, dtype=np.float32) + rng.normal(0, 0.1, (3, 3)).astype(np.float32)
+    mix /= mix.sum(1, keepdims=True)
+    gray = rgb.mean(-1, keepdims=True)
+    rgb = gray + (rgb @ mix.T - gray) * rng.uniform(0.5, 1.3)
+    slope = rng.normal(0, 0.25, 2)
+    y, x = np.mgrid[-0.5 : 0.5 : GLYPH * 1j, -0.5 : 0.5 : GLYPH * 1j]
+    rgb = rgb * (rng.uniform(0.8, 1.15) + slope[0] * y + slope[1] * x)[..., None] + rng.normal(0, 12)
+    return np.concatenate([rgb.clip(0, 255).astype(np.uint8), glyph[..., 3:]], -1)
+
+
+def draw(scene, rng=None):
+    """The picture of a scene, 64x64 RGB. With `rng`, each glyph is recoloured (augmentation)."""
+    canvas = Image.new("RGB", (SIDE, SIDE), COLORS[scene.background])
+    for o in scene.objects:
+        glyph = atlas(scene.style)[CONCEPTS.index(o.name)]
+        glyph = Image.fromarray(glyph if rng is None else recolor(glyph, rng))
+        if rng is not None and rng.random() < 0.3:
+            glyph = glyph.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 1.5)))
+        if o.mirrored:
+            glyph = glyph.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        x, y, size = o.box
+        glyph = glyph.rotate(o.angle, Image.BICUBIC).resize((size, size), Image.BILINEAR, reducing_gap=2)
+        canvas.paste(glyph, (x, y), glyph)
+    return canvas
+
+
+# ------------------------------------------------------------------------------------- questions
+
+
+def choose(rng, *options):
+    return options[rng.integers(len(options))]
+
+
+def ask_what(scene, rng):
+    if scene.objects[0].place == MIDDLE:
+        q = choose(rng, "What is in the picture?", "What is this?", "What do you see?")
+        return q, a(scene.objects[0].name)
+    taken = {o.place: a(o.name) for o in scene.objects}
+    free = [p for p in PLACES if p not in taken]
+    place = choose(rng, *free) if free and rng.random() < 0.1 else choose(rng, *taken)
+    return choose(rng, f"What is {place}?", f"What do you see {place}?"), taken.get(place, "nothing")
+
+
+def ask_existence(scene, rng):
+    present = sorted({o.name for o in scene.objects})
+    if rng.random() < 0.5:
+        name, answer = choose(rng, *present), "yes"
+    else:
+        kinds = {CATEGORIES[n] for n in present} if rng.random() < 0.5 else set(CATEGORIES.values())
+        others = [c for c in CONCEPTS if c not in present and CATEGORIES[c] in kinds]
+        name, answer = choose(rng, *others), "no"
+    return choose(rng, f"Is there {a(name)}?", f"Do you see {a(name)}?"), answer
+
+
+def ask_count(scene, rng):
+    names = [o.name for o in scene.objects]
+    if rng.random() < 0.5:
+        return choose(rng, "How many things are there?", "How many objects do you see?"), NUMBERS[len(names)]
+    twice = [n for n in names if names.count(n) > 1]
+    name = choose(rng, *(twice or names))
+    return f"How many {plural(name)} are there?", NUMBERS[names.count(name)]
+
+
+def ask_where(scene, rng):
+    names = [o.name for o in scene.objects]
+    once = [o for o in scene.objects if names.count(o.name) == 1]
+    if once:
+        o = choose(rng, *once)
+        return choose(rng, f"Where is the {o.name}?", f"Where do you see the {o.name}?"), o.place
+
+
+def ask_kind(scene, rng):
+    kinds = [CATEGORIES[o.name] for o in scene.objects]
+    alone = [o for o in scene.objects if kinds.count(CATEGORIES[o.name]) == 1]
+    if alone:
+        o = choose(rng, *alone)
+        kind = CATEGORIES[o.name]
+        return choose(rng, f"Which {kind} is in the picture?", f"Which {kind} do you see?"), a(o.name)
+
+
+def ask_background(scene, rng):
+    q = choose(rng, "What color is the background?", "Which color is behind the objects?")
+    return q, scene.background
+
+
+def ask_side(scene, rng):
+    names = [o.name for o in scene.objects]
+    pairs = [(o, p) for o in scene.objects for p in scene.objects
+             if o.name != p.name and names.count(o.name) == names.count(p.name) == 1
+             and o.place.split()[-1] != p.place.split()[-1]]  # fmt: skip
+    if pairs:
+        o, p = pairs[rng.integers(len(pairs))]
+        return f"Is the {o.name} left or right of the {p.name}?", o.place.split()[-1]
+
+
+def ask_list(scene, rng):
+    q = choose(rng, "List all objects.", "Which objects are in the picture?")
+    return q, join([a(o.name) for o in scene.objects])
+
+
+ASK = dict(zip(QUESTION_TYPES, (ask_what, ask_existence, ask_count, ask_where, ask_kind, ask_background,
+                                ask_side, ask_list)))  # fmt: skip
+DESCRIBE = "Describe the picture."
+
+
+def questions(scene, rng, n):
+    """`n` different questions about a scene, every type equally likely: [(type, question, answer)]."""
+    asked = []
+    while len(asked) < n:
+        kind = QUESTION_TYPES[rng.integers(len(QUESTION_TYPES))]
+        pair = ASK[kind](scene, rng)
+        if pair and pair[0] not in [q for _, q, _ in asked]:
+            asked.append((kind, *pair))
+    return asked
+
+
+# ------------------------------------------------------------------------------------- data sets
+
+
+class World:
+    """`size` samples of one split: `task` is "name" (stage 1), "describe" (stage 2) or "ask" (stage 3).
+
+    Sample `i` depends on `(seed, split, task, i)` alone. `augment` recolours the drawings.
+    """
+
+    tasks = ("name", "describe", "ask")
+
+    def __init__(self, split, task, size, seed=0, augment=False):
+        if task not in self.tasks:
+            raise ValueError(f"task {task!r} is unknown; the emoji world has {', '.join(self.tasks)}")
+        self.split, self.task, self.size, self.seed, self.augment = split, task, size, seed, augment
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, i):
+        key = (self.seed, SPLITS.index(self.split), self.tasks.index(self.task), i)
+        rng = np.random.default_rng(key)
+        scene = sample_scene(rng, self.split, n_objects=1 if self.task == "name" else None)
+        if self.task == "name":
+            turns = [("name", DESCRIBE, short_caption(scene))]
+        elif self.task == "describe" or (self.split == "train" and rng.random() < 0.1):
+            turns = [("describe", DESCRIBE, caption(scene))]
+        else:
+            turns = questions(scene, rng, int(rng.integers(1, 4)))
+        conversation = []
+        for k, (_, question, answer) in enumerate(turns):
+            tag = "<image>\n" if k == 0 else ""
+            conversation += [{"from": "human", "value": tag + question}, {"from": "gpt", "value": answer}]
+        image = draw(scene, rng if self.augment else None)
+        name = f"{self.split}-{self.task}-{self.seed}-{i}"
+        return {"id": name, "images": [image], "conversations": conversation, "types": [t for t, *_ in turns]}

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# The whole of CuMo in miniature: set up .venv, train three stages, evaluate, ask about a picture.
+# Two CPU cores need about ten minutes for the training. Everything lands in out/.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[ -x .venv/bin/python ] || python3 -m venv .venv
+.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+.venv/bin/pip install --quiet --disable-pip-version-check -e ".[plot]"
+
+.venv/bin/python train.py
+.venv/bin/python eval.py
+.venv/bin/python sample.py --image cat.jpg
+.venv/bin/python sample.py --image cat.jpg --ask "Where is the cat?"

@@ -1,0 +1,94 @@
+"""Ask a model about a picture.
+
+    python sample.py --image cat.jpg                          # describe it
+    python sample.py --image cat.jpg --ask "Where is the cat?"
+
+The model is the furthest stage found in `out/`, or any checkpoint given with `--model`.
+"""
+
+import pathlib
+from dataclasses import dataclass
+
+import torch
+
+from cumo import CuMo
+from data.chat import IMAGE_TAG, render
+from data.flags import parse, run
+from data.images import open_image, preprocess
+from data.tokenizer import Tokenizer
+from data.world import DESCRIBE
+
+
+@dataclass
+class SampleConfig:
+    image: str = ""  # the picture; empty: a question without one
+    ask: str = ""  # the question; empty: "Describe the picture."
+    model: str = ""  # a checkpoint; empty: the furthest stage in out/
+    temperature: float = 0.0  # 0: always the likeliest token
+    top_p: float = 1.0  # sample from the likeliest tokens that together have this probability
+    seed: int = 0  # of the sampling
+    max_new_tokens: int = 128  # longest answer
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to run
+
+
+def find_model(out="out"):
+    """The furthest finished stage under `out`. ValueError when there is none."""
+    for stage in (3, 2, 1):
+        if (pathlib.Path(out) / f"stage{stage}" / "config.json").is_file():
+            return pathlib.Path(out) / f"stage{stage}"
+    raise ValueError(
+        f"no trained model in {out}/; `python train.py` makes one, --model DIR names another"
+    )
+
+
+def prompt(model, tokenizer, question, images):
+    """A question about `images` (PIL) -> (tokens [1, T], pixels [n, 3, S, S] or None)."""
+    if not question.strip():
+        raise ValueError('the question is empty; ask something, as in --ask "What is this?"')
+    value = f"{IMAGE_TAG}\n" * len(images) + question.replace(IMAGE_TAG, "")
+    turns = [{"from": "human", "value": value}]
+    ids, _ = render(turns, tokenizer, model.cfg.template, model.image_tokens, len(images), "--ask")
+    size, mode = model.cfg.vision.image_size, model.cfg.image_mode
+    pixels = torch.stack([preprocess(i, size, mode) for i in images]) if images else None
+    return torch.tensor([ids]), pixels
+
+
+class Printer:
+    """Prints ids as text as they come, whole characters at a time."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.ids, self.text = tokenizer, [], ""
+
+    def __call__(self, ids):
+        self.ids += ids.flatten().tolist() if hasattr(ids, "flatten") else list(ids)
+        text = self.tokenizer.decode(self.ids).lstrip()
+        if not text.endswith("\ufffd"):
+            print(text[len(self.text) :].rstrip("\n"), end="", flush=True)
+            self.text = text
+
+
+def main():
+    cfg, given = parse(SampleConfig, description=__doc__.split("\n")[0])
+    question = cfg.ask if "ask" in given else DESCRIBE
+    if not cfg.image and "ask" not in given:
+        raise ValueError("nothing to do; give --image FILE, --ask QUESTION, or both")
+    images = [open_image(cfg.image)] if cfg.image else []
+    path = cfg.model or find_model()
+    model = CuMo.from_pretrained(path, device=cfg.device).eval()
+    tokenizer = Tokenizer.from_pretrained(path)
+    tokens, pixels = prompt(model, tokenizer, question, images)
+    model.generate(
+        tokens.to(cfg.device),
+        None if pixels is None else pixels.to(cfg.device),
+        max_new_tokens=cfg.max_new_tokens,
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+        seed=cfg.seed,
+        eos_token_id=tokenizer.eos,
+        stream=Printer(tokenizer),
+    )
+    print()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,162 @@
+"""The assembled model: splice, losses, packing, checkpoints, generation."""
+
+import json
+
+import pytest
+import torch
+from tiny import question, tiny_cumo
+
+from cumo import IGNORE, CuMo
+from data.packing import assemble
+
+IMAGES = torch.randn(4, 3, 24, 24, generator=torch.Generator().manual_seed(1))
+
+
+def samples():
+    """Three conversations with 1, 0 and 2 images: [(ids, labels, images)]."""
+    a, b, c = (
+        question(1, 5, "i", 7, 8, 9, 2),
+        [1, 11, 12, 13, 14, 2],
+        question(1, "i", 6, "i", 3, 4, 2),
+    )
+    learn = lambda ids, k: [IGNORE] * (len(ids) - k) + ids[-k:]
+    return [
+        (a, learn(a, 3), [IMAGES[0]]),
+        (b, learn(b, 2), []),
+        (c, learn(c, 3), [IMAGES[1], IMAGES[2]]),
+    ]
+
+
+def run(model, batch):
+    return model(
+        batch["tokens"],
+        torch.stack(batch["images"]) if batch["images"] else None,
+        batch["labels"],
+        batch["segments"],
+    )
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_packed_equals_unpacked(experts):
+    model = tiny_cumo(experts).eval()
+    packed = run(model, assemble([samples()[:2], samples()[2:]], 48))
+    row = {0: (0, 0), 1: (0, len(samples()[0][0])), 2: (1, 0)}
+    for i, sample in enumerate(samples()):
+        alone = run(model, assemble([[sample]], len(sample[0])))
+        r, start = row[i]
+        there = packed.logits[r, start : start + len(sample[0])]
+        torch.testing.assert_close(there, alone.logits[0], rtol=1e-4, atol=1e-5)
+
+
+def test_packed_loss_is_the_mean_over_all_learned_tokens():
+    model = tiny_cumo().eval()
+    packed = run(model, assemble([samples()], 64))
+    total, count = 0.0, 0
+    for ids, labels, images in samples():
+        alone = run(model, assemble([[(ids, labels, images)]], len(ids)))
+        learned = sum(label != IGNORE for label in labels[1:])
+        total, count = total + alone.lm_loss * learned, count + learned
+    torch.testing.assert_close(packed.lm_loss, total / count)
+
+
+def test_images_go_to_their_places_in_reading_order():
+    model = tiny_cumo().eval()
+    batch = assemble([[samples()[0]], [samples()[2]]], 24)
+    x, _ = model.splice(batch["tokens"], torch.stack(batch["images"]))
+    features = model.encode_images(torch.stack(batch["images"]))
+    torch.testing.assert_close(x[0, 2:11], features[0])
+    torch.testing.assert_close(x[1, 1:10], features[1])
+    torch.testing.assert_close(x[1, 11:20], features[2])
+
+
+def test_batch_equals_one_by_one():
+    model = tiny_cumo(experts=4).eval()
+    both = model.encode_images(IMAGES)
+    each = torch.cat([model.encode_images(image[None]) for image in IMAGES])
+    torch.testing.assert_close(both, each, rtol=1e-5, atol=1e-6)
+
+
+def test_total_loss_adds_the_weighted_router_losses():
+    model = tiny_cumo(experts=4, llm_experts=4)
+    out = run(model, assemble([samples()], 64))
+    expected = out.lm_loss
+    for balance, z in out.aux.values():
+        expected = expected + 0.1 * balance + 0.01 * z
+    torch.testing.assert_close(out.loss, expected)
+    assert out.logits is None, "training computes the loss in chunks"
+
+
+def test_dense_parts_have_no_router_losses():
+    out = run(tiny_cumo(), assemble([samples()], 64))
+    assert out.aux == {"clip": None, "mlp": None, "llm": None} and out.loss == out.lm_loss
+
+
+def test_gradients_reach_every_trained_part():
+    model = tiny_cumo(experts=4)
+    run(model, assemble([samples()], 64)).loss.backward()
+    idle = [n for n, p in model.named_parameters() if p.grad is None]
+    # the last layer of CLIP feeds nothing: features are taken one layer earlier
+    assert idle and all(name.startswith("vision.layers.2.") for name in idle)
+
+
+@pytest.mark.parametrize("images", [None, IMAGES[:1], IMAGES[:3]])
+def test_wrong_number_of_images_is_refused(images):
+    with pytest.raises(ValueError, match=r"18 IMAGE_TOKENs for \d images"):
+        tiny_cumo()(torch.tensor([question("i", 5, "i")]), images)
+
+
+@pytest.mark.parametrize(
+    "experts, llm_experts, scales", [(0, 0, (1,)), (4, 0, (1, 3)), (3, 2, (1, 2))]
+)
+def test_save_and_load_give_the_same_model(tmp_path, experts, llm_experts, scales):
+    model = tiny_cumo(experts, llm_experts, scales, window=8).eval()
+    model.save_pretrained(tmp_path)
+    loaded = CuMo.from_pretrained(tmp_path).eval()
+    assert loaded.cfg == model.cfg
+    tokens = torch.tensor([question(1, "i", 5, 6)])
+    assert torch.equal(loaded(tokens, IMAGES[:1]).logits, model(tokens, IMAGES[:1]).logits)
+
+
+def test_every_wrong_key_is_listed_in_one_error(tmp_path):
+    model = tiny_cumo(4)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["hidden_size"] = 64
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError) as error:
+        CuMo.from_pretrained(tmp_path)
+    assert "model.embed_tokens.weight is [97, 32] instead of [97, 64]" in str(error.value)
+    assert "model.mm_projector.experts.0.0.weight" in str(error.value)
+
+
+def test_a_directory_without_a_model_is_one_clear_error(tmp_path):
+    with pytest.raises(ValueError, match="config.json"):
+        CuMo.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="does not exist"):
+        CuMo.from_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("experts, window", [(0, None), (4, None), (4, 6)])
+def test_generation_equals_the_argmax_of_full_forwards(experts, window):
+    model = tiny_cumo(experts, window=window).eval()
+    tokens = torch.tensor([question(1, 5, "i", 7, 8)])
+    new = model.generate(tokens, IMAGES[:1], max_new_tokens=12)
+    for _ in range(12):
+        logits = model(tokens, IMAGES[:1]).logits[:, -1]
+        tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], 1)
+    assert new.tolist() == tokens[:, -12:].tolist()
+
+
+def test_padded_batch_generates_what_each_prompt_does_alone():
+    model = tiny_cumo(4).eval()
+    prompts = [question(1, 5, "i", 7), question(1, "i", 6, 7, 8, 9, 10), [1, 33, 34]]
+    images = [IMAGES[:1], IMAGES[1:2], None]
+    width = max(map(len, prompts))
+    tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    segments = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    together = model.generate(tokens, IMAGES[:2], segments, max_new_tokens=8)
+    for row, prompt, image in zip(together, prompts, images):
+        assert (
+            row.tolist()
+            == model.generate(torch.tensor([prompt]), image, max_new_tokens=8)[0].tolist()
+        )

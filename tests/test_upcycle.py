@@ -1,0 +1,89 @@
+"""Dense to sparse: nothing is lost at step 0, everything can be learned after it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import question, tiny_cumo
+
+from cumo import CuMo
+from upcycle import PARTS, upcycle
+
+ROOT = Path(__file__).parents[1]
+TOKENS = torch.tensor([question(1, 5, "i", 7, 8, 9)])
+IMAGE = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("parts", [("clip",), ("mlp",), ("llm",), ("clip", "mlp"), PARTS])
+@pytest.mark.parametrize("num_experts, top_k", [(4, 2), (8, 2), (3, 1)])
+def test_upcycled_equals_dense_at_step_0(parts, num_experts, top_k):
+    dense = tiny_cumo(scales=(1, 2)).eval()
+    for seed in (0, 1):  # for any router
+        sparse = upcycle(dense, parts, num_experts, top_k, seed).eval()
+        torch.testing.assert_close(
+            sparse(TOKENS, IMAGE).logits, dense(TOKENS, IMAGE).logits, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_experts_are_exact_copies_and_grow_apart_with_training():
+    sparse = upcycle(tiny_cumo())
+    w1 = sparse.vision.layers[0].moe.experts.w1
+    assert all(torch.equal(w1[0], w1[e]) for e in range(4))
+    sparse(TOKENS, IMAGE, TOKENS.clamp(min=0)).loss.backward()
+    torch.optim.SGD(sparse.parameters(), lr=1.0).step()
+    assert not torch.equal(w1[0], w1[1])
+
+
+def test_the_dense_model_is_left_alone_and_seeds_draw_the_routers():
+    dense = tiny_cumo()
+    before = {k: v.clone() for k, v in dense.state_dict().items()}
+    routers = [upcycle(dense, seed=s).connector.moe.gate.weight for s in (0, 0, 1)]
+    assert torch.equal(routers[0], routers[1]) and not torch.equal(routers[0], routers[2])
+    assert all(torch.equal(v, before[k]) for k, v in dense.state_dict().items())
+
+
+def test_scratch_keeps_everything_but_the_experts():
+    dense = tiny_cumo().eval()
+    scratch = upcycle(dense, scratch=True).eval()
+    assert torch.equal(
+        scratch.vision.layers[0].self_attn.q_proj.weight,
+        dense.vision.layers[0].self_attn.q_proj.weight,
+    )
+    assert not torch.allclose(scratch(TOKENS, IMAGE).logits, dense(TOKENS, IMAGE).logits, atol=1e-3)
+
+
+def test_impossible_requests_are_refused():
+    dense = tiny_cumo()
+    with pytest.raises(ValueError, match="choose from clip, mlp, llm"):
+        upcycle(dense, ("clpi",))
+    with pytest.raises(ValueError, match="clip, mlp is sparse already"):
+        upcycle(upcycle(dense))
+    with pytest.raises(ValueError, match="top_k=5"):
+        upcycle(dense, num_experts=4, top_k=5)
+
+
+def test_command_writes_a_checkpoint_and_refuses_to_overwrite(tmp_path):
+    dense = tiny_cumo().eval()
+    dense.save_pretrained(tmp_path / "dense")
+    command = [
+        sys.executable,
+        ROOT / "upcycle.py",
+        tmp_path / "dense",
+        tmp_path / "sparse",
+        "--parts",
+        "clip,mlp",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    sparse = CuMo.from_pretrained(tmp_path / "sparse").eval()
+    torch.testing.assert_close(
+        sparse(TOKENS, IMAGE).logits, dense(TOKENS, IMAGE).logits, rtol=1e-4, atol=1e-5
+    )
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert (
+        again.returncode == 1
+        and "exists already" in again.stderr
+        and "Traceback" not in again.stderr
+    )

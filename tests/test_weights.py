@@ -1,0 +1,199 @@
+"""Weights on disk: every form is read, every damage is named, and no reader sees half a save."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from data import weights
+from data.weights import load_into, read_config, read_tensors, write_json, write_tensors
+
+
+@pytest.fixture
+def tensors():
+    torch.manual_seed(0)
+    return {f"layer.{i}.weight": torch.randn(10, 10) for i in range(5)}  # 400 bytes each
+
+
+def assert_same(path, tensors):
+    read = dict(read_tensors(path))
+    assert list(sorted(read)) == sorted(tensors)
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("max_shard_bytes, files", [(5e9, 1), (800, 3), (1, 5)])
+def test_what_is_written_is_read(tmp_path, tensors, max_shard_bytes, files):
+    write_tensors(tmp_path, tensors, max_shard_bytes, {"step": "7"})
+    assert len(list(tmp_path.glob("*.safetensors"))) == files
+    assert (tmp_path / "model.safetensors.index.json").exists() == (files > 1)
+    assert not list(tmp_path.glob("*.partial"))
+    assert_same(tmp_path, tensors)
+    with safe_open(next(tmp_path.glob("*.safetensors")), "pt") as file:
+        assert file.metadata() == {"format": "pt", "step": "7"}
+
+
+def test_index_is_the_one_transformers_writes(tmp_path, tensors):
+    write_tensors(tmp_path, tensors, 800)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 2000
+    assert index["weight_map"]["layer.4.weight"] == "model-00003-of-00003.safetensors"
+
+
+@pytest.mark.parametrize("first, second", [(800, 5e9), (5e9, 800), (1, 800)])
+def test_a_new_save_replaces_the_old_one_of_another_form(tmp_path, tensors, first, second):
+    write_tensors(tmp_path, tensors, first)
+    newer = {name: tensor + 1 for name, tensor in tensors.items()}
+    write_tensors(tmp_path, newer, second)
+    assert_same(tmp_path, newer)
+    assert len(list(tmp_path.glob("*.safetensors"))) == (1 if second > 2000 else 3)
+
+
+@pytest.mark.parametrize("max_shard_bytes", [5e9, 800])
+def test_a_save_that_dies_while_writing_leaves_the_old_one(
+    tmp_path, tensors, max_shard_bytes, monkeypatch
+):
+    write_tensors(tmp_path, tensors, max_shard_bytes)
+
+    def full(copies, file, metadata):
+        file.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(weights, "save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        write_tensors(tmp_path, {"other": torch.ones(3)}, max_shard_bytes)
+    assert_same(tmp_path, tensors)
+
+
+def test_a_save_that_dies_between_renames_reads_as_no_weights(tmp_path, tensors, monkeypatch):
+    write_tensors(tmp_path, tensors, 800)
+    publish, calls = weights._publish, []
+
+    def die_at_second(file):
+        calls.append(file)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        publish(file)
+
+    monkeypatch.setattr(weights, "_publish", die_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        write_tensors(tmp_path, {name: tensor + 1 for name, tensor in tensors.items()}, 800)
+    with pytest.raises(ValueError, match="no weights in"):
+        read_tensors(tmp_path)
+
+
+def test_views_and_transposes_are_written_as_they_look(tmp_path):
+    stack = torch.randn(3, 4, 5)
+    views = {f"experts.{e}": stack[e].T for e in range(3)}
+    write_tensors(tmp_path, views)
+    assert_same(tmp_path, views)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+def test_pickled_weights_are_read(tmp_path, tensors, zipped):
+    torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    assert_same(tmp_path, tensors)
+    assert_same(tmp_path / "pytorch_model.bin", tensors)
+
+
+def test_pickled_shards_are_read(tmp_path, tensors):
+    shard_of = {name: f"pytorch_model-{i % 2}.bin" for i, name in enumerate(tensors)}
+    for shard in set(shard_of.values()):
+        torch.save({n: t for n, t in tensors.items() if shard_of[n] == shard}, tmp_path / shard)
+    write_json(tmp_path / "pytorch_model.bin.index.json", {"weight_map": shard_of})
+    assert_same(tmp_path, tensors)
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+def test_a_pickle_can_run_no_code(tmp_path, capsys):
+    torch.save({"weight": Evil()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="cannot be read as weights"):
+        dict(read_tensors(tmp_path))
+    assert "code ran" not in capsys.readouterr().out
+
+
+def test_safetensors_come_before_pickles(tmp_path, tensors):
+    torch.save({"stale": torch.ones(1)}, tmp_path / "pytorch_model.bin")
+    write_tensors(tmp_path, tensors)
+    assert_same(tmp_path, tensors)
+
+
+def test_missing_files_are_named_at_once(tmp_path, tensors):
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        read_tensors(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        read_config(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"no weights in .*model\.safetensors"):
+        read_tensors(tmp_path)
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        read_config(tmp_path)
+    write_tensors(tmp_path, tensors, 800)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"lacks 1 of 3 shards: model-00002-of-00003\.safetensors"):
+        read_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("keep", [0, 5, 300])
+def test_a_truncated_file_is_named(tmp_path, tensors, name, keep):
+    save_file(tensors, tmp_path / name) if "safe" in name else torch.save(tensors, tmp_path / name)
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[:keep])
+    with pytest.raises(ValueError, match=name) as error:
+        dict(read_tensors(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", "a\\b", "..", ""])
+def test_an_index_cannot_point_outside_its_folder(tmp_path, shard):
+    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {"weight": shard}})
+    with pytest.raises(ValueError, match="outside its folder"):
+        read_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": {"a": 1}}'])
+def test_a_broken_index_is_named(tmp_path, index):
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json"):
+        read_tensors(tmp_path)
+
+
+def test_a_shard_without_a_promised_tensor_is_named(tmp_path, tensors):
+    write_tensors(tmp_path, tensors, 800)
+    save_file({"layer.0.weight": torch.ones(10, 10)}, tmp_path / "model-00001-of-00003.safetensors")
+    with pytest.raises(ValueError, match=r"00001-of-00003\S+ lacks .* promises: layer\.1\.weight"):
+        dict(read_tensors(tmp_path))
+
+
+def test_config_is_found_beside_a_weight_file(tmp_path, tensors):
+    write_json(tmp_path / "config.json", {"dim": 4})
+    write_tensors(tmp_path, tensors)
+    assert read_config(tmp_path) == read_config(tmp_path / "model.safetensors") == {"dim": 4}
+
+
+def test_load_into_writes_through_views_and_casts():
+    stack = torch.zeros(2, 3, 4)
+    given = {"a": torch.ones(4, 3), "b": torch.ones(3, 4).double()}
+    load_into({"a": stack[0].T, "b": stack[1]}, given)
+    assert (stack == 1).all()
+
+
+def test_load_into_lists_every_mismatch_in_one_error():
+    targets = {name: torch.zeros(2) for name in ("here", "missing", "misshapen")}
+    given = [
+        ("here", torch.ones(2)),
+        ("extra", torch.ones(2)),
+        ("misshapen", torch.ones(3)),
+        ("skipped", torch.ones(1)),
+    ]
+    with pytest.raises(
+        ValueError,
+        match=r"^it does not fit this model; missing: missing; "
+        r"unexpected: extra; wrong shape: misshapen is \[3\] instead of \[2\]$",
+    ):
+        load_into(targets, given, skip=lambda name: name == "skipped", source="it")

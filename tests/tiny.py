@@ -1,0 +1,30 @@
+"""Models of a few thousand parameters, for tests in milliseconds."""
+
+import torch
+
+from clip_moe import CLIPVisionConfig
+from cumo import IMAGE_TOKEN, CuMo, CuMoConfig
+from llm import LLMConfig
+
+
+def tiny_cumo(experts=0, llm_experts=0, scales=(1,), seed=0, window=None, vocab=97):
+    """A CuMo with 9 visual tokens an image; `experts` in CLIP and connector (0: dense)."""
+    torch.manual_seed(seed)
+    vision = CLIPVisionConfig(image_size=24, patch_size=8, dim=24, hidden_dim=40, n_layers=3,
+                              n_heads=2, scales=scales, num_experts=experts)  # fmt: skip
+    llm = LLMConfig(vocab_size=vocab, dim=32, hidden_dim=56, n_layers=2, n_heads=4, n_kv_heads=2,
+                    sliding_window=window, num_experts=llm_experts)  # fmt: skip
+    model = CuMo(CuMoConfig(vision, llm, mlp_experts=experts))
+    with torch.no_grad():  # larger weights than a fresh model's, so that differences show
+        for p in model.llm.parameters():
+            if p.dim() > 1:
+                p.mul_(5)
+    return model
+
+
+def question(*runs, image_tokens=9):
+    """A row of token ids; "i" in `runs` stands for an image: question(5, "i", 7)."""
+    ids = []
+    for run in runs:
+        ids += [IMAGE_TOKEN] * image_tokens if run == "i" else [run]
+    return ids

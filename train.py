@@ -1,0 +1,433 @@
+"""Train a CuMo in its three stages, on one machine, like make: what is there is not made again.
+
+    python train.py                 # all three stages of the miniature, minutes on a laptop CPU
+    python train.py --stage 3       # stage 3; runs stages 1 and 2 first if they are not there
+    python train.py --preset mistral-7b --stage 1 --data blip_laion_cc_sbu_558k.json --image-folder pics
+
+    stage                    trains           learns from                   starts from
+    1 connector pre-training the connector    captions                      CLIP + LLM weights
+    2 pre-finetuning         everything       dense captions                stage 1
+    3 instruction tuning     everything,      questions and answers         stage 2, upcycled
+                             sparse now
+
+(paper, section 3.3 and Table 6). Stage k lives in `out/stage<k>/`: a checkpoint in the layout of the
+released CuMo, `train.json` (the configuration, resolved), `metrics.jsonl`, and pictures of the loss
+and of the experts' load. While it trains, `resume.pt` holds everything needed to go on after Ctrl-C or
+a crash as if nothing had happened: weights, moments, random state and the place in the data.
+
+The learning rate follows the share of the data that has been used, not the number of steps, because
+rows are packed with as many conversations as fit.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import shutil
+import signal
+import time
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from clip_moe import CLIPVision
+from cumo import CuMo, CuMoConfig
+from data.flags import parse, run
+from data.llava import LlavaData, encode
+from data.packing import pack
+from data.tokenizer import Tokenizer
+from data.weights import write_json
+from data.world import World
+from llm import LLM
+from upcycle import upcycle
+
+
+@dataclass
+class TrainConfig:
+    preset: str = "mini"  # mini, smol, mistral-7b or mixtral-8x7b
+    stage: int = 0  # train this stage, and first those it needs; 0: all three
+    out: str = "out"  # folder of the three stages
+    clip: str = ""  # folder of the CLIP weights
+    llm: str = ""  # folder of the language model's weights
+    scales: tuple = (1,)  # S2 scales of the image features
+    seed: int = 0  # of weights, data order and routers
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to train
+    bf16: bool = True  # bf16 matrix products (autocast) over float32 weights
+    compile: bool = False  # torch.compile the blocks
+    overwrite: bool = False  # train a finished stage again
+    save_every: int = 200  # steps between two resume points
+    # the rest belongs to the stages that --stage names
+    data: str = ""  # LLaVA JSON or JSONL; empty: the emoji world
+    image_folder: str = ""  # where the image paths of --data start
+    samples: int = 0  # how many samples to see; 0: all of --data, once
+    augment: bool = True  # recolour the drawings of the emoji world
+    init: str = ""  # start from this checkpoint instead of the stage before
+    template: str = "mistral_instruct_system"  # how conversations are written
+    image_mode: str = "pad"  # how pictures become square: pad or square
+    rows: int = 8  # packed rows a step
+    row_tokens: int = 512  # tokens a row
+    accumulate: int = 1  # batches a step
+    lr: float = 1e-3  # peak learning rate
+    warmup: float = 0.03  # share of the samples with a rising learning rate
+    weight_decay: float = 0.0  # of the matrices
+    clip_grad: float = 1.0  # largest gradient norm
+    upcycle: str = "clip,mlp"  # parts made sparse in stage 3 (clip, mlp, llm); "none": stay dense
+    num_experts: int = 4  # experts of a sparse block
+    top_k: int = 2  # experts a token visits
+    scratch: bool = False  # random experts instead of copies (ablation)
+    balance_coef: float = 0.1  # weight of the balance losses
+    z_coef: float = 0.01  # weight of the router z-losses
+
+
+CLIP_L, MISTRAL, MIXTRAL = "openai/clip-vit-large-patch14-336", "mistralai/Mistral-7B-Instruct-v0.2", "mistralai/Mixtral-8x7B-Instruct-v0.1"  # fmt: skip
+PRESETS = {
+    "mini": dict(clip="data/mini/clip", llm="data/mini/llm"),
+    "smol": dict(clip="openai/clip-vit-base-patch16", llm="HuggingFaceTB/SmolLM2-135M-Instruct"),
+    "mistral-7b": dict(clip=CLIP_L, llm=MISTRAL, scales=(1, 3)),
+    "mixtral-8x7b": dict(clip=CLIP_L, llm=MIXTRAL, scales=(1, 3)),
+}
+# As in the paper's Table 6 and the authors' scripts; the miniature's were chosen by trying (LOG.md).
+PAPER = {
+    1: dict(template="plain", lr=1e-3, rows=128, row_tokens=2048, image_mode="square"),
+    2: dict(template="mistral_instruct_system", lr=2e-6, rows=32, row_tokens=4096),
+    3: dict(template="mistral_instruct_system", lr=4e-6, rows=32, row_tokens=4096),
+}
+STAGES = {
+    "mini": {
+        1: dict(template="plain", lr=2e-3, samples=6_000),
+        2: dict(template="mistral_instruct", lr=5e-4, samples=8_000),
+        3: dict(template="mistral_instruct", lr=5e-4, samples=12_000),
+    },
+    "smol": PAPER,
+    "mistral-7b": PAPER,
+    "mixtral-8x7b": PAPER | {3: PAPER[3] | dict(lr=2e-6)},
+}
+WORLD_TASK = {1: "name", 2: "describe", 3: "ask"}  # what the emoji world teaches in each stage
+SHARED = ("preset", "clip", "llm", "scales", "seed")  # must agree between the stages of one model
+IRRELEVANT = ("stage", "out", "device", "compile", "overwrite", "save_every")  # to what is learned
+
+
+# ------------------------------------------------------------------------------ pure arithmetic
+
+
+def resolve(given, stage, target=True):
+    """The configuration of one stage: defaults, then preset, stage table and command line.
+
+    given: {field: value} from the command line. Of a stage that runs only because another needs it
+    (`target=False`), the stage's own fields keep their table's values.
+    """
+    preset = given.get("preset", "mini")
+    if preset not in PRESETS:
+        raise ValueError(f"preset {preset!r} is unknown; choose from {', '.join(PRESETS)}")
+    names = [f.name for f in dataclasses.fields(TrainConfig)]
+    shared = set(names[: names.index("data")])
+    own = {k: v for k, v in given.items() if target or k in shared}
+    cfg = TrainConfig(**(PRESETS[preset] | STAGES[preset][stage] | own))
+    cfg.stage = stage
+    for name in (
+        "samples",
+        "rows",
+        "row_tokens",
+        "accumulate",
+        "save_every",
+        "num_experts",
+        "top_k",
+    ):
+        if getattr(cfg, name) < (name == "samples" or 1) - (name == "samples"):
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is too small")
+    return cfg
+
+
+def lr_at(done, cfg):
+    """Learning rate when the share `done` (0 to 1) of the samples has been used: warm-up, cosine."""
+    if done < cfg.warmup:
+        return cfg.lr * (done + 1e-3) / (cfg.warmup + 1e-3)
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * min(1, (done - cfg.warmup) / (1 - cfg.warmup))))
+
+
+def param_groups(model, cfg):
+    """Trainable parameters for AdamW: matrices decay, vectors (norms, biases) do not."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+def data_order(n, samples, seed):
+    """Indices of the samples in the order of use: every epoch a new permutation of all `n`."""
+    epochs = -(-samples // n)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.cat([torch.randperm(n, generator=generator) for _ in range(epochs)])[:samples]
+
+
+# ------------------------------------------------------------------------------ starting a stage
+
+
+def stage_dir(cfg, stage):
+    return pathlib.Path(cfg.out) / f"stage{stage}"
+
+
+def read_state(folder):
+    """The train.json of a stage: its configuration and whether it is finished; None if not begun."""
+    file = folder / "train.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def refuse_difference(cfg, state, folder):
+    """ValueError, naming the fields that differ, if `folder` was trained with another configuration."""
+    then, now = state["config"], json.loads(json.dumps(dataclasses.asdict(cfg)))
+    differ = [k for k in now if k not in IRRELEVANT and now[k] != then.get(k)]
+    if differ:
+        shown = ", ".join(f"{k} was {then.get(k)!r}, now {now[k]!r}" for k in differ)
+        raise ValueError(f"{folder} was made with another configuration: {shown}. Use the same flags, "
+                         "another --out, or --overwrite")  # fmt: skip
+
+
+def need_folder(path, flag, what):
+    if not pathlib.Path(path).is_dir():
+        raise ValueError(f"{what} weights: {path!r} is no local folder. Download them, for example with "
+                         f"`hf download {path} --local-dir weights/{pathlib.Path(path).name}`, "
+                         f"and pass --{flag} weights/{pathlib.Path(path).name}")  # fmt: skip
+
+
+def build(cfg):
+    """The model a stage starts from (float32, on the CPU), and its tokenizer."""
+    if cfg.stage == 1 and not cfg.init:
+        need_folder(cfg.clip, "clip", "CLIP")
+        need_folder(cfg.llm, "llm", "language model")
+        vision, llm = (
+            CLIPVision.from_pretrained(cfg.clip, scales=cfg.scales),
+            LLM.from_pretrained(cfg.llm),
+        )
+        model = CuMo(CuMoConfig(vision.cfg, llm.cfg))
+        model.vision, model.llm = vision, llm
+        tokenizer_dir = cfg.llm
+    else:
+        tokenizer_dir = cfg.init or stage_dir(cfg, cfg.stage - 1)
+        model = CuMo.from_pretrained(tokenizer_dir)
+    if cfg.stage == 3 and cfg.upcycle != "none":
+        parts = tuple(cfg.upcycle.split(","))
+        model = upcycle(model, parts, cfg.num_experts, cfg.top_k, cfg.seed, cfg.scratch)
+    model.requires_grad_(cfg.stage > 1)
+    model.connector.requires_grad_(True)
+    model.cfg.balance_coef, model.cfg.z_coef = cfg.balance_coef, cfg.z_coef
+    model.cfg.image_mode = cfg.image_mode
+    model.cfg.template = cfg.template if cfg.template != "plain" else model.cfg.template
+    return model, pathlib.Path(tokenizer_dir)
+
+
+def open_data(cfg):
+    if cfg.data:
+        return LlavaData(cfg.data, cfg.image_folder)
+    if cfg.preset != "mini":
+        raise ValueError(f"preset {cfg.preset} needs --data FILE.json --image-folder DIR")
+    return World("train", WORLD_TASK[cfg.stage], cfg.samples, cfg.seed, cfg.augment)
+
+
+# ------------------------------------------------------------------------------ one stage
+
+
+class Trainer:
+    """Model, optimizer and place in the data of one stage, with everything needed to resume it."""
+
+    def __init__(self, cfg):
+        torch.manual_seed(cfg.seed)
+        self.cfg, self.folder = cfg, stage_dir(cfg, cfg.stage)
+        self.data = open_data(cfg)
+        self.model, source = build(cfg)
+        self.model.to(cfg.device)
+        self.tokenizer_file = source / "tokenizer.json"
+        self.tokenizer = Tokenizer.from_pretrained(source)
+        self.optimizer = torch.optim.AdamW(param_groups(self.model, cfg), lr=cfg.lr, fused=True)
+        self.order = data_order(len(self.data), cfg.samples or len(self.data), cfg.seed)
+        self.step, self.used, self.stop = 0, 0, False
+        if cfg.compile:
+            for block in [*self.model.vision.layers, *self.model.llm.model.layers]:
+                block.compile()
+
+    def batches(self):
+        """Packed batches from where the last one ended."""
+        cfg, model = self.cfg, self.model
+
+        def encoded():
+            for i in self.order[self.used :].tolist():
+                yield encode(self.data[i], self.tokenizer, cfg.template, model.image_tokens,
+                             model.cfg.vision.image_size, cfg.image_mode)  # fmt: skip
+
+        return pack(encoded(), cfg.rows, cfg.row_tokens)
+
+    def train_step(self, batches):
+        """One optimizer step over up to `accumulate` batches -> metrics; None when the data is used up."""
+        cfg, start = self.cfg, time.perf_counter()
+        taken = [batch for batch, _ in zip(batches, range(cfg.accumulate))]
+        if not taken:
+            return None
+        tokens, metrics = 0, {}
+        for batch in taken:
+            images = torch.stack(batch["images"]).to(cfg.device) if batch["images"] else None
+            rows = {k: batch[k].to(cfg.device) for k in ("tokens", "labels", "segments")}
+            with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
+                out = self.model(images=images, **rows)
+            (out.loss / len(taken)).backward()
+            tokens += int((batch["segments"] > 0).sum())
+            self.used += batch["samples"]
+            metrics = describe(out)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.clip_grad).item()
+        if not math.isfinite(norm):
+            raise ValueError(f"the loss is not finite after {self.used} samples; lower --lr, or train with "
+                             f"--no-bf16. The last resume point in {self.folder} is good")  # fmt: skip
+        lr = lr_at(self.used / len(self.order), cfg)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        speed = tokens / (time.perf_counter() - start)
+        return {"step": self.step, "samples": self.used, **metrics, "lr": lr, "grad_norm": norm,
+                "tokens_per_s": speed}  # fmt: skip
+
+    def save_resume(self):
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                 "step": self.step, "used": self.used, "rng": torch.get_rng_state()}  # fmt: skip
+        partial = self.folder / "resume.pt.partial"
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            os.fsync(file.fileno())
+        partial.replace(self.folder / "resume.pt")
+
+    def load_resume(self):
+        state = torch.load(
+            self.folder / "resume.pt", weights_only=True, map_location=self.cfg.device
+        )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.used = state["step"], state["used"]
+        torch.set_rng_state(state["rng"].cpu())
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines()[: self.step]
+        (self.folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+
+    def loop(self):
+        """Train to the end of the data -> True, or until Ctrl-C -> False."""
+        bar = tqdm(
+            total=len(self.order), initial=self.used, unit="sample", desc=f"stage {self.cfg.stage}"
+        )
+        batches = self.batches()
+        self.model.train()
+        with open(self.folder / "metrics.jsonl", "a") as log, bar:
+            while not self.stop:
+                metrics = self.train_step(batches)
+                if metrics is None:
+                    return True
+                log.write(json.dumps(metrics) + "\n")
+                bar.update(self.used - bar.n)
+                bar.set_postfix(loss=f"{metrics['loss']:.3f}", lr=f"{metrics['lr']:.1e}",
+                                tok_s=f"{metrics['tokens_per_s']:.0f}")  # fmt: skip
+                if self.step % self.cfg.save_every == 0:
+                    log.flush()
+                    self.save_resume()
+            return False
+
+
+def describe(out):
+    """The numbers of one forward pass that are worth keeping."""
+    metrics = {"loss": out.loss.item(), "lm_loss": out.lm_loss.item()}
+    for part, losses in out.aux.items():
+        if losses:
+            metrics |= {f"{part}_balance": losses[0].item(), f"{part}_z": losses[1].item()}
+            metrics[f"{part}_load"] = [round(v, 4) for v in out.load[part].flatten().tolist()]
+    return metrics
+
+
+def train_stage(cfg):
+    """Train one stage, from its beginning or from its resume point. False: interrupted by the user."""
+    folder = stage_dir(cfg, cfg.stage)
+    state = None if cfg.overwrite else read_state(folder)
+    if state:
+        refuse_difference(cfg, state, folder)
+        if state["finished"]:
+            print(f"stage {cfg.stage}: finished in {folder}")
+            return True
+    trainer = Trainer(cfg)
+    shown = {k: v for k, v in dataclasses.asdict(cfg).items() if v != ""}
+    print(f"stage {cfg.stage}: " + " ".join(f"{k}={v}" for k, v in shown.items()))
+    counts = [sum(p.numel() for p in trainer.model.parameters() if p.requires_grad or not train)
+              for train in (True, False)]  # fmt: skip
+    print(
+        f"stage {cfg.stage}: trains {counts[0]:,} of {counts[1]:,} parameters on {len(trainer.order):,} samples"
+    )
+    if state and (folder / "resume.pt").is_file():
+        trainer.load_resume()
+        print(f"stage {cfg.stage}: resumed after {trainer.used:,} samples")
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    write_json(folder / "train.json", {"finished": False, "config": dataclasses.asdict(cfg)})
+
+    def stop(*_):
+        trainer.stop = True
+
+    handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    start, before = time.time(), trainer.used
+    done = trainer.loop()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if not done:
+        trainer.save_resume()
+        print(f"stopped after {trainer.used:,} samples; the same command continues")
+        return False
+    trainer.model.save_pretrained(folder)
+    shutil.copy(trainer.tokenizer_file, folder)
+    seconds = time.time() - start
+    write_json(folder / "train.json", {"finished": True, "seconds": round(seconds, 1),
+                                       "samples": trainer.used - before,
+                                       "config": dataclasses.asdict(cfg)})  # fmt: skip
+    (folder / "resume.pt").unlink(missing_ok=True)
+    print(f"stage {cfg.stage}: finished in {seconds:.0f} s -> {folder}")
+    draw_metrics(folder)
+    return True
+
+
+def draw_metrics(folder):
+    """loss.png and experts.png from metrics.jsonl, if matplotlib is there."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("no pictures without matplotlib: pip install 'nanocumo[plot]'")
+        return
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    samples = [row["samples"] for row in rows]
+    names = [k for k in rows[0] if k == "lm_loss" or k.endswith(("_balance", "_z"))]
+    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), squeeze=False)
+    for axis, name in zip(axes[0], names):
+        axis.plot(samples, [row[name] for row in rows], linewidth=0.8)
+        axis.set(title=name, xlabel="samples", yscale="log" if name == "lm_loss" else "linear")
+    figure.tight_layout()
+    figure.savefig(folder / "loss.png", dpi=100)
+    plt.close(figure)
+    print(f"wrote {folder / 'loss.png'}")
+
+
+def main():
+    cfg, given = parse(TrainConfig, description=__doc__.split("\n")[0])
+    given = {name: getattr(cfg, name) for name in given}
+    if cfg.stage not in (0, 1, 2, 3):
+        raise ValueError(f"--stage {cfg.stage}: choose 1, 2, 3, or 0 for all three")
+    last = cfg.stage or 3
+    first = last if cfg.init else 1
+    for stage in range(first, last + 1):
+        target = cfg.stage in (0, stage)
+        stage_cfg = resolve(given, stage, target)
+        if not target:
+            state = read_state(stage_dir(stage_cfg, stage))
+            if state and state["finished"]:
+                continue
+            print(f"stage {last} needs stage {stage}, which is not there yet")
+        if not train_stage(stage_cfg):
+            return
+
+
+if __name__ == "__main__":
+    run(main)
