@@ -135,12 +135,13 @@ class CuMo(nn.Module):
 
     @property
     def parity(self):
-        """True: the original's oddities, for comparison (CLIP's last layer enters the losses)."""
+        """True: the original's oddities, for comparison (CLIP's last layer enters the losses, and
+        the routers of a Mixtral see padding)."""
         return self.vision.parity
 
     @parity.setter
     def parity(self, value):
-        self.vision.parity = value
+        self.vision.parity = self.llm.parity = value
 
     def encode_images(self, images, with_aux=False):
         """images [n, 3, S, S] -> [n, image_tokens, D_llm]; `with_aux` adds the parts' router outputs."""

@@ -34,9 +34,10 @@ Mistral: arXiv 2310.06825. Mixtral: 2401.04088. RoPE: 2104.09864. GQA: 2305.1324
 Letters: B rows, T tokens, D features, H query heads, G key/value heads, A head size, V vocabulary,
 L layers, E experts; in BHTK and B2K, K keys; elsewhere, as in mlp_moe.py, K experts a token.
 """
+
 import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -52,22 +53,36 @@ IGNORE = -100  # label of a token from which nothing is learned
 LOGITS_AT_ONCE = 2**25  # entries of the largest [tokens, V] block in the loss: 128 MiB in float32
 
 
+HF_NAMES = {  # our name of a field -> its name in a public config.json
+    "vocab_size": "vocab_size", "dim": "hidden_size", "hidden_dim": "intermediate_size",
+    "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads", "head_dim": "head_dim", "rms_norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta", "max_positions": "max_position_embeddings",
+    "sliding_window": "sliding_window", "tie_embeddings": "tie_word_embeddings",
+    "num_experts": "num_local_experts", "top_k": "num_experts_per_tok"}  # fmt: skip
+HF_DEFAULTS = {  # model_type -> what transformers assumes where the file is silent, unlike us
+    "llama": {"rms_norm_eps": 1e-6, "num_key_value_heads": None},
+    "mistral": {"rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096},
+    "mixtral": {"rope_theta": 1e6, "num_key_value_heads": 8, "num_local_experts": 8},
+}
+
+
 @dataclass
 class LLMConfig:
     vocab_size: int
-    dim: int                   # D, width of the residual stream
-    hidden_dim: int            # F, width inside the MLP
+    dim: int  # D, width of the residual stream
+    hidden_dim: int  # width inside the MLP
     n_layers: int
-    n_heads: int               # H, query heads
-    n_kv_heads: int            # G, key/value heads, a divisor of n_heads
-    head_dim: int | None = None         # A; None: dim // n_heads
+    n_heads: int  # H, query heads
+    n_kv_heads: int  # G, key/value heads, a divisor of n_heads
+    head_dim: int | None = None  # A; None: dim // n_heads
     rms_norm_eps: float = 1e-5
-    rope_theta: float = 1e4             # the slowest pair takes about 2 pi theta tokens a turn
-    max_positions: int = 32768          # noted in config.json; RoPE has no table to run out of
-    sliding_window: int | None = None   # tokens seen, oneself included; None: all
-    tie_embeddings: bool = False        # the head is the embedding, transposed
-    num_experts: int = 0                # E in every layer; 0: dense
-    top_k: int = 2                      # experts a token
+    rope_theta: float = 1e4  # the slowest pair takes about 2 pi theta tokens a turn
+    max_positions: int = 32768  # noted in config.json; RoPE has no table to run out of
+    sliding_window: int | None = None  # tokens seen, oneself included; None: all
+    tie_embeddings: bool = False  # the head is the embedding, transposed
+    num_experts: int = 0  # E in every layer; 0: dense
+    top_k: int = 2  # experts a token
 
     def __post_init__(self):
         if self.n_heads % self.n_kv_heads:
@@ -86,10 +101,11 @@ class LLMConfig:
             raise ValueError(f"model_type {family!r} is not one of {', '.join(HF_DEFAULTS)}")
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # new name, old
         for field, value, supported in (
-                ("hidden_act", config.get("hidden_act", "silu"), "silu"),
-                ("attention_bias", config.get("attention_bias", False), False),
-                ("mlp_bias", config.get("mlp_bias", False), False),
-                ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default")):
+            ("hidden_act", config.get("hidden_act", "silu"), "silu"),
+            ("attention_bias", config.get("attention_bias", False), False),
+            ("mlp_bias", config.get("mlp_bias", False), False),
+            ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default"),
+        ):
             if value != supported:
                 raise ValueError(f"{field}={value!r} is not supported, only {supported!r}")
         config = HF_DEFAULTS[family] | config | rope  # which is where newer files have rope_theta
@@ -104,23 +120,9 @@ class LLMConfig:
         """A config.json with which transformers, too, loads the weights."""
         family = "Mixtral" if self.num_experts else "Mistral"
         kind = {"architectures": [f"{family}ForCausalLM"], "model_type": family.lower()}
-        fields = {theirs: getattr(self, ours) for ours, theirs in HF_NAMES.items()
-                  if self.num_experts or ours not in ("num_experts", "top_k")}
+        dense = () if self.num_experts else ("num_experts", "top_k")  # which has no such fields
+        fields = {HF_NAMES[k]: v for k, v in asdict(self).items() if k not in dense}
         return kind | {"hidden_act": "silu"} | fields
-
-
-HF_NAMES = {  # our name of a field -> its name in config.json
-    "vocab_size": "vocab_size", "dim": "hidden_size", "hidden_dim": "intermediate_size",
-    "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads", "head_dim": "head_dim", "rms_norm_eps": "rms_norm_eps",
-    "rope_theta": "rope_theta", "max_positions": "max_position_embeddings",
-    "sliding_window": "sliding_window", "tie_embeddings": "tie_word_embeddings",
-    "num_experts": "num_local_experts", "top_k": "num_experts_per_tok"}
-
-HF_DEFAULTS = {  # what transformers assumes where config.json is silent, if other than we do
-    "llama": {"rms_norm_eps": 1e-6, "num_key_value_heads": None},
-    "mistral": {"rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096},
-    "mixtral": {"rope_theta": 1e6, "num_key_value_heads": 8, "num_local_experts": 8}}
 
 
 def positions(segments_BT: Tensor) -> Tensor:
@@ -140,8 +142,10 @@ def attention_mask(q_B2T: Tensor, k_B2K: Tensor, window: int | None, dtype=None)
     """`sees` for all pairs of places (position, segment): zeros and -infs to add to the scores, or,
     without a dtype, FlexAttention's list of the blocks that have anything to see."""
     if dtype is None:
+
         def see(b, head, q, k):
             return sees(q_B2T[b, 0, q], k_B2K[b, 0, k], q_B2T[b, 1, q], k_B2K[b, 1, k], window)
+
         B, T, K = len(q_B2T), q_B2T.shape[2], k_B2K.shape[2]
         return compiled(create_block_mask)(see, B, None, T, K, device=q_B2T.device)
     (q_pos, q_seg), (k_pos, k_seg) = q_B2T[..., None].unbind(1), k_B2K[:, :, None].unbind(1)
@@ -188,6 +192,7 @@ class Cache:
 
     There are slots for `size` tokens or for one window, whichever is less. Beyond that the slots
     are a ring: token n goes to slot n % window. `sees` asks for positions, so order is no matter.
+    Padding comes on the left of the first tokens, or not at all.
     """
 
     def __init__(self, cfg: LLMConfig, rows: int, size: int, dtype=torch.float32, device="cpu"):
@@ -197,13 +202,7 @@ class Cache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.places = torch.zeros(rows, 2, self.size, dtype=torch.int64, device=device)
-        self.length = torch.zeros(rows, 1, dtype=torch.int64, device=device)  # without padding
-
-    def positions(self, segments_BT: Tensor) -> Tensor:
-        """Places of new tokens: each row goes on where it stopped."""
-        count_BT = self.length + (segments_BT > 0).cumsum(1)
-        self.length = count_BT[:, -1:]
-        return (count_BT - 1).clamp(min=0)
+        self.next = 0  # the next token's position in each row's document [B, 1]
 
     def extend(self, slots: Tensor, new: Tensor) -> Tensor:
         """Store new [B, *, T, ...]; return it behind all that its T queries may still look at."""
@@ -212,10 +211,10 @@ class Cache:
             raise ValueError(f"{self.seen + T} tokens, but the cache has room for {self.size}")
         if T == 1:  # takes the slot of the token that has just left its window
             slots[:, :, self.seen % self.size] = new[:, :, 0]
-            return slots[:, :, :self.seen + 1]
-        joined = torch.cat((slots[:, :, :self.seen], new), dim=2)
-        turn = torch.arange(self.seen, self.seen + T, device=new.device)[-self.size:] % self.size
-        slots[:, :, turn] = new[:, :, -self.size:].to(slots.dtype)
+            return slots[:, :, : self.seen + 1]
+        joined = torch.cat((slots[:, :, : self.seen], new), dim=2)
+        turn = torch.arange(self.seen, self.seen + T, device=new.device)[-self.size :] % self.size
+        slots[:, :, turn] = new[:, :, -self.size :].to(slots.dtype)
         return joined
 
 
@@ -229,8 +228,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(cfg.n_heads * cfg.head_dim, cfg.dim, bias=False)
 
     def forward(self, x, rope, mask, cache=None, layer=None):
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        projections = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in projections)
         q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = cache.extend(cache.keys[layer], k), cache.extend(cache.values[layer], v)
@@ -256,8 +255,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(cfg.dim, cfg.rms_norm_eps)
         self.sparse = cfg.num_experts > 0
         if self.sparse:
-            self.block_sparse_moe = SparseMoE(cfg.dim, cfg.hidden_dim, cfg.num_experts, cfg.top_k,
-                                              act="silu", gated=True, bias=False)
+            sizes = cfg.dim, cfg.hidden_dim, cfg.num_experts, cfg.top_k
+            self.block_sparse_moe = SparseMoE(*sizes, act="silu", gated=True, bias=False)
         else:
             self.mlp = MLP(cfg)
 
@@ -277,8 +276,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def choose(logits_BV: Tensor, temperature: float, top_p: float, top_k: int | None,
-           generator: torch.Generator | None) -> Tensor:
+def choose(logits_BV: Tensor, temperature: float, top_p=1.0, top_k=None, generator=None) -> Tensor:
     """The next token of each row, see `LLM.generate`."""
     if temperature == 0:
         return logits_BV.argmax(-1)
@@ -294,11 +292,11 @@ class LLM(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.checkpoint = False  # True: store one x a block, compute the rest again going back
-        self.parity = False      # True: padding is routed and counted, as in the original
-        self.model = nn.ModuleDict(dict(  # every name as in the public weights
-            embed_tokens=nn.Embedding(cfg.vocab_size, cfg.dim),
-            layers=nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers)),
-            norm=nn.RMSNorm(cfg.dim, cfg.rms_norm_eps)))
+        self.parity = False  # True: padding is routed and counted, as in the original
+        self.model = nn.Module()  # every name as in the public weights
+        self.model.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.dim)
+        self.model.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.model.norm = nn.RMSNorm(cfg.dim, cfg.rms_norm_eps)
         if not cfg.tie_embeddings:
             self.lm_head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
         for parameter in self.parameters():
@@ -317,17 +315,21 @@ class LLM(nn.Module):
         return F.linear(x, head.weight)
 
     def hidden(self, x: Tensor, segments: Tensor | None = None,
-               cache: Cache | None = None) -> tuple[Tensor, Aux | None]:
+               cache: Cache | None = None) -> tuple[Tensor, Aux | None]:  # fmt: skip
         """Embeddings [B, T, D] -> x after the final norm, and the routers' Aux (None when dense).
 
         segments [B, T]: 0 is padding, 1..n number the documents of a row; None: one document a row.
         Aux has means over the layers for losses, and load [L, E], choice [L, B, T, K].
         """
+        assert segments is None or cache is None or cache.seen == 0, "padding comes first"
         if segments is None:
             segments = x.new_ones(x.shape[:2], dtype=torch.int64)
         # CuMo: padding (parity: on the right) looks at the text, but is never looked at.
         asking = segments.clamp(min=1) if self.parity else segments
-        pos = positions(asking) if cache is None else cache.positions(segments)
+        pos = positions(asking)
+        if cache is not None:
+            pos = pos + cache.next
+            cache.next = pos[:, -1:] + 1
         q_B2T, k_B2K = torch.stack((pos, asking), dim=1), torch.stack((pos, segments), dim=1)
         k_B2K = k_B2K if cache is None else cache.extend(cache.places, k_B2K)
         flex = x.is_cuda and cache is None and self.cfg.head_dim >= 16  # its kernel's least
@@ -371,7 +373,7 @@ class LLM(nn.Module):
                  segments: Tensor | None = None, *, max_new_tokens: int, temperature: float = 0.0,
                  top_p: float = 1.0, top_k: int | None = None, seed: int | None = None,
                  eos_token_id: int | list[int] | None = None,
-                 stream: Callable[[Tensor], None] | None = None) -> Tensor:
+                 stream: Callable[[Tensor], None] | None = None) -> Tensor:  # fmt: skip
         """Continue tokens [B, T] or embeds [B, T, D]; return the new ids [B, <= max_new_tokens].
 
         Prompts of unequal length are padded on the left, with segments 0 there and 1 elsewhere.
@@ -382,13 +384,10 @@ class LLM(nn.Module):
         if (tokens is None) == (embeds is None):
             raise ValueError("generate continues either tokens or embeds: give exactly one of them")
         x = self.embed(tokens) if embeds is None else embeds
-        for name, value, right in (("prompt length", x.shape[1], x.shape[1] > 0),
-                                   ("max_new_tokens", max_new_tokens, max_new_tokens > 0),
-                                   ("temperature", temperature, temperature >= 0),
-                                   ("top_p", top_p, 0 < top_p <= 1),
-                                   ("top_k", top_k, top_k is None or top_k > 0)):
-            if not right:
-                raise ValueError(f"{name}={value} makes no sense: see the docstring of generate")
+        if x.shape[1] < 1 or max_new_tokens < 1:
+            raise ValueError(f"prompt of length {x.shape[1]}, {max_new_tokens=}: give 1 or more")
+        if not (temperature >= 0 and 0 < top_p <= 1 and (top_k is None or top_k > 0)):
+            raise ValueError(f"{temperature=} (from 0), {top_p=} (0 to 1) or {top_k=} (from 1)")
         if segments is not None and ((segments.diff() < 0).any() or (segments[:, -1] != 1).any()):
             raise ValueError("segments of prompts are zeros (padding on the left), then ones")
         cache = Cache(self.cfg, len(x), x.shape[1] + max_new_tokens, product_dtype(x), x.device)
@@ -401,7 +400,7 @@ class LLM(nn.Module):
             ids = choose(self.logits(x[:, -1]).float(), temperature, top_p, top_k, generator)
             if len(ends):
                 ids = torch.where(done, ends[0], ids)
-                done = done | torch.isin(ids, ends)
+                done = torch.isin(ids, ends)
             out.append(ids)
             if stream:
                 stream(ids)
@@ -422,9 +421,9 @@ class LLM(nn.Module):
 
     def load_original(self, tensors: Iterable[tuple[str, Tensor]], source="checkpoint") -> None:
         """Copy public weights in; ValueError names all that are missing, unknown or misshapen."""
-        def skip(name):  # old files store the angles of RoPE, some a tied head a second time
-            return name.endswith("rotary_emb.inv_freq") or (
-                name == "lm_head.weight" and self.cfg.tie_embeddings)
+        # old files store the angles of RoPE, some a tied head a second time
+        needless = "rotary_emb.inv_freq", *(["lm_head.weight"] if self.cfg.tie_embeddings else [])
+        skip = lambda name: name.endswith(needless)
         load_into(self.original_state_dict(), tensors, skip, source)
 
     @classmethod

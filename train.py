@@ -262,7 +262,7 @@ class Trainer:
     def train_step(self, batches):
         """One optimizer step over up to `accumulate` batches -> metrics; None when the data is used up."""
         cfg, start = self.cfg, time.perf_counter()
-        taken = [batch for batch, _ in zip(batches, range(cfg.accumulate))]
+        taken = [batch for _, batch in zip(range(cfg.accumulate), batches)]
         if not taken:
             return None
         tokens, metrics = 0, {}

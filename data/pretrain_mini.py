@@ -51,14 +51,14 @@ def corpus(n=6000):
         yield " ".join(["", world.DESCRIBE, *(o.name for o in scene.objects), scene.background])
 
 
-def drill(rng):
+def drill(rng, longest=32):
     """A conversation about a list of words: to repeat it, then to look things up in it.
 
     Copying a list is the shortest way to attention heads that find an earlier token and read what
     stands beside it (induction heads); scenes alone take ten times as long to form them.
     """
     words = [*world.CONCEPTS, *world.COLORS]
-    listed = [words[i] for i in rng.permutation(len(words))[: rng.integers(3, 33)]]
+    listed = [words[i] for i in rng.permutation(len(words))[: rng.integers(3, longest + 1)]]
     turns = [(f"Repeat: {' '.join(listed)}", " ".join(listed))]
     for _ in range(int(rng.integers(1, 5))):
         at = int(rng.integers(len(listed) - 1))
@@ -111,7 +111,7 @@ def text_sample(tokenizer, split, key, turns=9):
     return ids[:at] + words + ids[at + len(words) :], labels, [kind for kind, *_ in asked]
 
 
-def text_batch(tokenizer, split, seed, step, drills=0.0):
+def text_batch(tokenizer, split, seed, step, drills=0.0, longest=32):
     """Packed rows of text scenes, a share of them replaced by drills, and the questions' types."""
     rows, types, i = [], [], 0
     while len(rows) < ROWS:
@@ -121,7 +121,7 @@ def text_batch(tokenizer, split, seed, step, drills=0.0):
         if rng.random() < drills:
             row, room = [], LENGTH
             while room > 0:
-                ids, labels = render(drill(rng), tokenizer)
+                ids, labels = render(drill(rng, longest), tokenizer)
                 room -= len(ids)
                 row += [(ids, labels, [])] if room >= 0 else []
             rows.append(row)
@@ -200,7 +200,7 @@ def pretrain_llm(steps, lr, seed):
         for group in optimizer.param_groups:
             group["lr"] = lr * warm * min(1, left / 0.4)
         drills = max(0.05, 1 - 2 * step / (0.4 * steps))  # lists first
-        batch, _ = text_batch(tokenizer, "train", seed, step, drills)
+        batch, _ = text_batch(tokenizer, "train", seed, step, drills, min(32, 6 + step // 20))
         with torch.autocast("cpu", torch.bfloat16):
             x, _ = llm.hidden(llm.embed(batch["tokens"]), batch["segments"])
             loss = llm.loss(x, batch["labels"])
