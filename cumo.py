@@ -6,25 +6,25 @@
                                                   e e e I I I I I e e e --LLM--> "a cat"
 
 To the language model a picture is P more words, written in its own vocabulary of vectors by the
-connector. That is all there is to "multimodal" (LLaVA, arXiv 2304.08485); CuMo (arXiv 2405.05949)
-makes the two parts before the language model sparse, so that they hold E times the parameters at K
-times the cost, and trains the routers with two more losses (section 3.3):
+connector. That is all there is to "multimodal" (LLaVA, arXiv 2304.08485). CuMo (arXiv 2405.05949)
+makes the two parts before the language model sparse, so that they hold E times the parameters at
+K times the cost, and trains the routers with two more losses (section 3.3):
 
     loss = LM cross-entropy + 0.1 * sum of balance losses + 0.01 * sum of z losses
 
-The sums run over the sparse parts ("clip", "mlp" and, if it is a Mixtral, "llm"); within CLIP a loss
-is the mean over its layers, then over its scales.
+The sums run over the sparse parts ("clip", "mlp" and, if it is a Mixtral, "llm"); within CLIP a
+loss is the mean over its layers, then over its scales.
 
 A checkpoint is a directory in the layout of the released CuMo models: `config.json` and safetensors
 with the original's names (`model.vision_tower...`, `model.mm_projector...`, the LLM's own). The
 same layout serves for dense models (stages 1, 2) and sparse ones (stage 3).
 
-Where we knowingly differ from the original: a row without an image costs no image (it spends a blank
-one), padding is never routed, and CLIP's unused last layer is not computed. `model.parity = True` brings
-the last layer's router losses back, for comparison.
+Where we knowingly differ from the original: a row without an image costs no image (it spends a
+blank one), padding is never routed, and CLIP's unused last layer is not computed. `model.parity =
+True` brings the last layer's router losses back, for comparison.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,7 +52,7 @@ class CuMoConfig:
     image_mode: str = "pad"  # how pictures are made square (data/images.py)
 
     def to_original(self):
-        """The fields as the original's config.json has them, and `vision_config` for completeness."""
+        """The fields of the original's config.json, and `vision_config` to make it complete."""
         sparse_llm = self.llm.num_experts > 0
         kind = "Mixtral" if sparse_llm else "Mistral"
         return self.llm.to_hf() | {
@@ -73,29 +73,29 @@ class CuMoConfig:
             "nanocumo_template": self.template,
             "nanocumo_mlp_experts": self.mlp_experts,
             "nanocumo_mlp_top_k": self.mlp_top_k,
-            "vision_config": self.vision.to_hf() | {"num_experts": self.vision.num_experts,
-                                                    "num_selected": self.vision.top_k},
+            "vision_config": self.vision.to_hf(),
         }  # fmt: skip
 
     @classmethod
     def from_original(cls, config, path):
         """Read a config.json, ours or the original's. ValueError when it holds no vision tower."""
-        if "vision_config" in config:
-            vision = CLIPVisionConfig.from_hf(config["vision_config"])
-        elif Path(config.get("mm_vision_tower", "")).is_dir():
-            vision = CLIPVisionConfig.from_hf(read_config(config["mm_vision_tower"]))
-        else:
-            raise ValueError(f"{path}: its config.json has no vision_config and its vision tower "
-                             f"{config.get('mm_vision_tower')!r} is no local folder; put CLIP there")  # fmt: skip
         experts, top_k = config.get("num_experts", 0), config.get("num_selected", 2)
-        sparse_clip = bool(config.get("clip_smoe"))
-        own = config.get("vision_config", {})
-        vision = replace(vision, scales=tuple(config.get("scales") or (1,)), top_k=own.get("num_selected", top_k),
-                         num_experts=own.get("num_experts", experts) if sparse_clip else 0)  # fmt: skip
+        if "vision_config" in config:
+            tower = config["vision_config"]
+        elif Path(config.get("mm_vision_tower", "")).is_dir():  # the original names CLIP's folder
+            tower = read_config(config["mm_vision_tower"])
+            tower = tower.get("vision_config", tower) | {
+                "scales": config.get("scales") or (1,),
+                "num_experts": experts if config.get("clip_smoe") else 0,
+                "num_selected": top_k,
+            }
+        else:
+            raise ValueError(f"{path}: config.json has no vision_config and its mm_vision_tower "
+                             f"{config.get('mm_vision_tower')!r} is no local folder")  # fmt: skip
         mlp_experts = config.get("nanocumo_mlp_experts", experts) if config.get("mlp_smoe") else 0
         return cls(
-            vision,
-            LLMConfig.from_hf(config | {"model_type": config["model_type"].removeprefix("llava_")}),
+            CLIPVisionConfig.from_hf(tower),
+            LLMConfig.from_hf(config),
             mlp_experts=mlp_experts,
             mlp_top_k=config.get("nanocumo_mlp_top_k", top_k),
             balance_coef=config.get("balance_loss_coef", 0.1),
@@ -144,7 +144,7 @@ class CuMo(nn.Module):
         self.vision.parity = self.llm.parity = value
 
     def encode_images(self, images, with_aux=False):
-        """images [n, 3, S, S] -> [n, image_tokens, D_llm]; `with_aux` adds the parts' router outputs."""
+        """images [n, 3, S, S] -> [n, image_tokens, D_llm]; `with_aux` adds what the routers say."""
         features, clip_aux = self.vision(images)
         x, mlp_aux = self.connector(features)
         return (x, {"clip": clip_aux, "mlp": mlp_aux}) if with_aux else x
@@ -157,7 +157,7 @@ class CuMo(nn.Module):
         is_image = tokens == IMAGE_TOKEN
         n_images = 0 if images is None else len(images)
         if int(is_image.sum()) != n_images * self.image_tokens:
-            raise ValueError(f"{int(is_image.sum())} IMAGE_TOKENs for {n_images} images; each image "
+            raise ValueError(f"{int(is_image.sum())} IMAGE_TOKENs for {n_images} images; each "
                              f"takes a run of {self.image_tokens}")  # fmt: skip
         x = self.llm.embed(tokens.masked_fill(is_image, 0))
         if not n_images:
@@ -166,8 +166,8 @@ class CuMo(nn.Module):
         return x.masked_scatter(is_image[..., None], features.to(x.dtype)), aux
 
     def forward(self, tokens, images=None, labels=None, segments=None):
-        """tokens, labels, segments [B, T]; images [n, 3, S, S] -> Output. Labels are shifted inside;
-        segments: 0 is padding, 1..n the documents packed into a row (None: one document a row)."""
+        """tokens, labels, segments [B, T]; images [n, 3, S, S] -> Output. Labels are shifted
+        inside; segments: 0 is padding, 1..n the documents in a row (None: one document a row)."""
         x, aux = self.splice(tokens, images)
         x, aux["llm"] = self.llm.hidden(x, segments)
         logits = None if self.training and labels is not None else self.llm.logits(x)
@@ -201,7 +201,7 @@ class CuMo(nn.Module):
         }
 
     def save_pretrained(self, path, dtype=None):
-        """Write config.json and safetensors under the original's names; `dtype` casts on the way."""
+        """Write config.json and safetensors under the original's names, cast to `dtype`."""
         views = self.original_state_dict()
         write_tensors(path, {k: v.to(dtype) for k, v in views.items()} if dtype else views)
         write_json(Path(path) / "config.json", self.cfg.to_original())

@@ -9,8 +9,9 @@ training), `style` (a drawing style never trained on). Beside each accuracy stan
     blank    the same model and question, the picture painted over with one colour
     chance   the best fixed answer to each form of question, learned from 4,000 training questions
 
-A model whose accuracy is not far above both is not looking. Results are printed as a table and written
-to `out/eval.json`; `out/experts.png` shows how evenly the experts share the tokens of the split `seen`.
+A model whose accuracy is not far above both is not looking. Results are printed as a table and
+written to `out/eval.json`; `out/answers.png` shows some answers, `out/experts.png` how evenly the
+experts share the tokens of the split `seen`.
 """
 
 import collections
@@ -144,12 +145,20 @@ def expert_load(model, pictures, batch=50):
     return {name: (c / c.sum()).tolist() for name, c in counts.items()}
 
 
-def draw_load(load, file):
-    """A bar for each sparse block, one colour an expert, with the 10 % and 50 % lines of balance."""
+def pyplot():
+    """matplotlib.pyplot, or None and a line that says how to get it."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
-        print("no picture without matplotlib: pip install 'nanocumo[plot]'")
+        print("no pictures without matplotlib: pip install 'nanocumo[plot]'")
+        return None
+    return plt
+
+
+def draw_load(load, file):
+    """A bar for each sparse block, one colour an expert (the colour-blind can tell them too)."""
+    plt = pyplot()
+    if not plt:
         return
     colors = (
         "#0072B2",
@@ -194,6 +203,35 @@ def draw_load(load, file):
     print(f"wrote {file}")
 
 
+def draw_answers(model, tokenizer, file, seed=7):
+    """Two scenes of each split, a question of every type: green is right, red shows the truth."""
+    plt = pyplot()
+    if not plt:
+        return
+    figure, axes = plt.subplots(2, 3, figsize=(11, 7.2))
+    for column, split in zip(axes.T, SPLITS):
+        for row, axis in enumerate(column):
+            rng = np.random.default_rng((seed, row))
+            scene = world.sample_scene(rng, split, n_objects=2 + row)
+            asked = [(k, ask(scene, rng)) for k, ask in world.ASK.items()]
+            asked = [(k, *pair) for k, pair in asked if pair]
+            picture = world.draw(scene)
+            said = answer(model, tokenizer, [q for _, q, _ in asked], [picture] * len(asked))
+            axis.imshow(picture, extent=(0, 1, 0, 1))
+            axis.set(xlim=(0, 2.5), ylim=(0, 1), title=split if row == 0 else "")
+            axis.axis("off")
+            for k, ((_, question, right), text) in enumerate(zip(asked, said)):
+                shown = text if text == right else f"{text}  (no: {right})"
+                color = "#007A53" if text == right else "#B3261E"
+                y = 0.97 - 0.125 * k
+                axis.text(1.05, y, question, va="top", fontsize=7.5, color="#555555")
+                axis.text(1.05, y - 0.052, shown, va="top", fontsize=8.5, color=color)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+    print(f"wrote {file}")
+
+
 def print_table(results):
     columns = [(split, row) for split in SPLITS for row in ("model", "blank", "chance")]
     print(f"{'':12}" + "".join(f"{split:^24}" for split in SPLITS))
@@ -225,8 +263,10 @@ def main():
     load = expert_load(model, [picture for *_, picture in exam("seen", 400, cfg.seed + 1)])
     pathlib.Path(cfg.out).mkdir(parents=True, exist_ok=True)
     write_json(pathlib.Path(cfg.out) / "eval.json",
-               {"model": str(path), "questions": cfg.n, "accuracy": results, "expert_load": load})  # fmt: skip
+               {"model": str(path), "questions": cfg.n, "accuracy": results,
+                "expert_load": load})  # fmt: skip
     print(f"wrote {pathlib.Path(cfg.out) / 'eval.json'}")
+    draw_answers(model, tokenizer, pathlib.Path(cfg.out) / "answers.png")
     if load:
         draw_load(load, pathlib.Path(cfg.out) / "experts.png")
 

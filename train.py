@@ -2,7 +2,7 @@
 
     python train.py                 # all three stages of the miniature, minutes on a laptop CPU
     python train.py --stage 3       # stage 3; runs stages 1 and 2 first if they are not there
-    python train.py --preset mistral-7b --stage 1 --data blip_laion_cc_sbu_558k.json --image-folder pics
+    python train.py --preset mistral-7b --stage 1 --data captions.json --image-folder pics
 
     stage                    trains           learns from                   starts from
     1 connector pre-training the connector    captions                      CLIP + LLM weights
@@ -10,10 +10,10 @@
     3 instruction tuning     everything,      questions and answers         stage 2, upcycled
                              sparse now
 
-(paper, section 3.3 and Table 6). Stage k lives in `out/stage<k>/`: a checkpoint in the layout of the
-released CuMo, `train.json` (the configuration, resolved), `metrics.jsonl`, and pictures of the loss
-and of the experts' load. While it trains, `resume.pt` holds everything needed to go on after Ctrl-C or
-a crash as if nothing had happened: weights, moments, random state and the place in the data.
+(paper, section 3.3 and Table 6). Stage k lives in `out/stage<k>/`: a checkpoint in the layout of
+the released CuMo, `train.json` (the configuration, resolved), `metrics.jsonl` and `loss.png`. While
+it trains, `resume.pt` holds everything needed to go on after Ctrl-C or a crash as if nothing had
+happened: weights, moments, random state and the place in the data.
 
 The learning rate follows the share of the data that has been used, not the number of steps, because
 rows are packed with as many conversations as fit.
@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from clip_moe import CLIPVision
 from cumo import CuMo, CuMoConfig
+from data.chat import Rejected
 from data.flags import parse, run
 from data.llava import LlavaData, encode
 from data.packing import pack
@@ -81,31 +82,27 @@ class TrainConfig:
     z_coef: float = 0.01  # weight of the router z-losses
 
 
-CLIP_L, MISTRAL, MIXTRAL = "openai/clip-vit-large-patch14-336", "mistralai/Mistral-7B-Instruct-v0.2", "mistralai/Mixtral-8x7B-Instruct-v0.1"  # fmt: skip
+CLIP_L = "openai/clip-vit-large-patch14-336"
 PRESETS = {
     "mini": dict(clip="data/mini/clip", llm="data/mini/llm"),
     "smol": dict(clip="openai/clip-vit-base-patch16", llm="HuggingFaceTB/SmolLM2-135M-Instruct"),
-    "mistral-7b": dict(clip=CLIP_L, llm=MISTRAL, scales=(1, 3)),
-    "mixtral-8x7b": dict(clip=CLIP_L, llm=MIXTRAL, scales=(1, 3)),
+    "mistral-7b": dict(clip=CLIP_L, llm="mistralai/Mistral-7B-Instruct-v0.2", scales=(1, 3)),
+    "mixtral-8x7b": dict(clip=CLIP_L, llm="mistralai/Mixtral-8x7B-Instruct-v0.1", scales=(1, 3)),
 }
-# As in the paper's Table 6 and the authors' scripts; the miniature's were chosen by trying (LOG.md).
+# Learning rates and lengths as in the paper's Table 6; a step sees about as many samples (256, 128,
+# 128). The miniature's were found by trying (LOG.md).
 PAPER = {
-    1: dict(template="plain", lr=1e-3, rows=128, row_tokens=2048, image_mode="square"),
-    2: dict(template="mistral_instruct_system", lr=2e-6, rows=32, row_tokens=4096),
-    3: dict(template="mistral_instruct_system", lr=4e-6, rows=32, row_tokens=4096),
+    1: dict(template="plain", lr=1e-3, rows=16, accumulate=5, row_tokens=2048, image_mode="square"),
+    2: dict(template="mistral_instruct_system", lr=2e-6, rows=4, accumulate=7, row_tokens=4096),
+    3: dict(template="mistral_instruct_system", lr=4e-6, rows=4, accumulate=7, row_tokens=4096),
 }
-STAGES = {
-    "mini": {
-        1: dict(template="plain", lr=2e-3, samples=6_000),
-        2: dict(template="mistral_instruct", lr=5e-4, samples=8_000),
-        3: dict(template="mistral_instruct", lr=5e-4, samples=12_000),
-    },
-    "smol": PAPER,
-    "mistral-7b": PAPER,
-    "mixtral-8x7b": PAPER | {3: PAPER[3] | dict(lr=2e-6)},
+MINI = {
+    1: dict(template="plain", lr=2e-3, samples=6_000),
+    2: dict(template="mistral_instruct", lr=5e-4, samples=8_000),
+    3: dict(template="mistral_instruct", lr=5e-4, samples=12_000),
 }
+STAGES = {"mini": MINI, "smol": PAPER, "mistral-7b": PAPER, "mixtral-8x7b": PAPER}
 WORLD_TASK = {1: "name", 2: "describe", 3: "ask"}  # what the emoji world teaches in each stage
-SHARED = ("preset", "clip", "llm", "scales", "seed")  # must agree between the stages of one model
 IRRELEVANT = ("stage", "out", "device", "compile", "overwrite", "save_every")  # to what is learned
 
 
@@ -126,22 +123,15 @@ def resolve(given, stage, target=True):
     own = {k: v for k, v in given.items() if target or k in shared}
     cfg = TrainConfig(**(PRESETS[preset] | STAGES[preset][stage] | own))
     cfg.stage = stage
-    for name in (
-        "samples",
-        "rows",
-        "row_tokens",
-        "accumulate",
-        "save_every",
-        "num_experts",
-        "top_k",
-    ):
-        if getattr(cfg, name) < (name == "samples" or 1) - (name == "samples"):
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is too small")
+    for name in ("rows", "row_tokens", "accumulate", "save_every", "top_k"):
+        if getattr(cfg, name) < 1:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} {getattr(cfg, name)} is too small; it must be at least 1")
     return cfg
 
 
 def lr_at(done, cfg):
-    """Learning rate when the share `done` (0 to 1) of the samples has been used: warm-up, cosine."""
+    """Learning rate when a share `done` (0 to 1) of the samples is used: warm-up, cosine."""
     if done < cfg.warmup:
         return cfg.lr * (done + 1e-3) / (cfg.warmup + 1e-3)
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * min(1, (done - cfg.warmup) / (1 - cfg.warmup))))
@@ -171,43 +161,41 @@ def stage_dir(cfg, stage):
 
 
 def read_state(folder):
-    """The train.json of a stage: its configuration and whether it is finished; None if not begun."""
+    """The train.json of a stage, its configuration and state; None if it was not begun."""
     file = folder / "train.json"
     return json.loads(file.read_text()) if file.is_file() else None
 
 
 def refuse_difference(cfg, state, folder):
-    """ValueError, naming the fields that differ, if `folder` was trained with another configuration."""
+    """ValueError that names the fields in which `folder`'s configuration differs from this one."""
     then, now = state["config"], json.loads(json.dumps(dataclasses.asdict(cfg)))
     differ = [k for k in now if k not in IRRELEVANT and now[k] != then.get(k)]
     if differ:
         shown = ", ".join(f"{k} was {then.get(k)!r}, now {now[k]!r}" for k in differ)
-        raise ValueError(f"{folder} was made with another configuration: {shown}. Use the same flags, "
-                         "another --out, or --overwrite")  # fmt: skip
+        raise ValueError(f"{folder} was made with another configuration: {shown}. Use the same "
+                         "flags, another --out, or --overwrite")  # fmt: skip
 
 
-def need_folder(path, flag, what):
+def need_folder(path, flag):
     if not pathlib.Path(path).is_dir():
-        raise ValueError(f"{what} weights: {path!r} is no local folder. Download them, for example with "
-                         f"`hf download {path} --local-dir weights/{pathlib.Path(path).name}`, "
-                         f"and pass --{flag} weights/{pathlib.Path(path).name}")  # fmt: skip
+        local = f"weights/{pathlib.Path(path).name}"
+        raise ValueError(
+            f"--{flag}: {path!r} is no local folder. Fetch the weights, for example with "
+            f"`hf download {path} --local-dir {local}`, and pass --{flag} {local}"
+        )
 
 
 def build(cfg):
-    """The model a stage starts from (float32, on the CPU), and its tokenizer."""
+    """The model a stage starts from (float32, on the CPU), and the folder of its tokenizer."""
+    source = cfg.init or (stage_dir(cfg, cfg.stage - 1) if cfg.stage > 1 else cfg.llm)
     if cfg.stage == 1 and not cfg.init:
-        need_folder(cfg.clip, "clip", "CLIP")
-        need_folder(cfg.llm, "llm", "language model")
-        vision, llm = (
-            CLIPVision.from_pretrained(cfg.clip, scales=cfg.scales),
-            LLM.from_pretrained(cfg.llm),
-        )
+        need_folder(cfg.clip, "clip")
+        need_folder(cfg.llm, "llm")
+        vision, llm = CLIPVision.from_pretrained(cfg.clip, cfg.scales), LLM.from_pretrained(cfg.llm)
         model = CuMo(CuMoConfig(vision.cfg, llm.cfg))
         model.vision, model.llm = vision, llm
-        tokenizer_dir = cfg.llm
     else:
-        tokenizer_dir = cfg.init or stage_dir(cfg, cfg.stage - 1)
-        model = CuMo.from_pretrained(tokenizer_dir)
+        model = CuMo.from_pretrained(source)
     if cfg.stage == 3 and cfg.upcycle != "none":
         parts = tuple(cfg.upcycle.split(","))
         model = upcycle(model, parts, cfg.num_experts, cfg.top_k, cfg.seed, cfg.scratch)
@@ -216,7 +204,7 @@ def build(cfg):
     model.cfg.balance_coef, model.cfg.z_coef = cfg.balance_coef, cfg.z_coef
     model.cfg.image_mode = cfg.image_mode
     model.cfg.template = cfg.template if cfg.template != "plain" else model.cfg.template
-    return model, pathlib.Path(tokenizer_dir)
+    return model, source
 
 
 def open_data(cfg):
@@ -230,6 +218,9 @@ def open_data(cfg):
 # ------------------------------------------------------------------------------ one stage
 
 
+PLACE = ("step", "used", "rejected", "seconds")  # how far a Trainer has come
+
+
 class Trainer:
     """Model, optimizer and place in the data of one stage, with everything needed to resume it."""
 
@@ -239,11 +230,10 @@ class Trainer:
         self.data = open_data(cfg)
         self.model, source = build(cfg)
         self.model.to(cfg.device)
-        self.tokenizer_file = source / "tokenizer.json"
         self.tokenizer = Tokenizer.from_pretrained(source)
         self.optimizer = torch.optim.AdamW(param_groups(self.model, cfg), lr=cfg.lr, fused=True)
         self.order = data_order(len(self.data), cfg.samples or len(self.data), cfg.seed)
-        self.step, self.used, self.stop = 0, 0, False
+        self.step, self.used, self.rejected, self.seconds, self.stop = 0, 0, 0, 0.0, False
         if cfg.compile:
             for block in [*self.model.vision.layers, *self.model.llm.model.layers]:
                 block.compile()
@@ -251,21 +241,25 @@ class Trainer:
     def batches(self):
         """Packed batches from where the last one ended."""
         cfg, model = self.cfg, self.model
+        image = (model.image_tokens, model.cfg.vision.image_size, cfg.image_mode)
 
         def encoded():
             for i in self.order[self.used :].tolist():
-                yield encode(self.data[i], self.tokenizer, cfg.template, model.image_tokens,
-                             model.cfg.vision.image_size, cfg.image_mode)  # fmt: skip
+                try:
+                    yield encode(self.data[i], self.tokenizer, cfg.template, *image, cfg.row_tokens)
+                except Rejected:
+                    self.rejected += 1
+                    yield [], [], []
 
         return pack(encoded(), cfg.rows, cfg.row_tokens)
 
     def train_step(self, batches):
-        """One optimizer step over up to `accumulate` batches -> metrics; None when the data is used up."""
+        """One optimizer step over `accumulate` batches -> metrics; None at the end of the data."""
         cfg, start = self.cfg, time.perf_counter()
         taken = [batch for _, batch in zip(range(cfg.accumulate), batches)]
         if not taken:
             return None
-        tokens, metrics = 0, {}
+        tokens = 0
         for batch in taken:
             images = torch.stack(batch["images"]).to(cfg.device) if batch["images"] else None
             rows = {k: batch[k].to(cfg.device) for k in ("tokens", "labels", "segments")}
@@ -274,24 +268,26 @@ class Trainer:
             (out.loss / len(taken)).backward()
             tokens += int((batch["segments"] > 0).sum())
             self.used += batch["samples"]
-            metrics = describe(out)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.clip_grad).item()
         if not math.isfinite(norm):
-            raise ValueError(f"the loss is not finite after {self.used} samples; lower --lr, or train with "
-                             f"--no-bf16. The last resume point in {self.folder} is good")  # fmt: skip
+            raise ValueError(
+                f"the loss is not finite after {self.used} samples; lower --lr or try --no-bf16. "
+                f"The last resume point in {self.folder} is good"
+            )
         lr = lr_at(self.used / len(self.order), cfg)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        speed = tokens / (time.perf_counter() - start)
-        return {"step": self.step, "samples": self.used, **metrics, "lr": lr, "grad_norm": norm,
-                "tokens_per_s": speed}  # fmt: skip
+        took = time.perf_counter() - start
+        self.seconds += took
+        return {"step": self.step, "samples": self.used, **describe(out), "lr": lr,
+                "grad_norm": norm, "tokens_per_s": round(tokens / took)}  # fmt: skip
 
     def save_resume(self):
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                 "step": self.step, "used": self.used, "rng": torch.get_rng_state()}  # fmt: skip
+                 "rng": torch.get_rng_state(), **{k: getattr(self, k) for k in PLACE}}  # fmt: skip
         partial = self.folder / "resume.pt.partial"
         with open(partial, "wb") as file:
             torch.save(state, file)
@@ -304,7 +300,8 @@ class Trainer:
         )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.used = state["step"], state["used"]
+        for name in PLACE:
+            setattr(self, name, state[name])
         torch.set_rng_state(state["rng"].cpu())
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()[: self.step]
         (self.folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
@@ -342,25 +339,23 @@ def describe(out):
 
 
 def train_stage(cfg):
-    """Train one stage, from its beginning or from its resume point. False: interrupted by the user."""
-    folder = stage_dir(cfg, cfg.stage)
+    """Train a stage, from its beginning or its resume point. False: interrupted by the user."""
+    folder, name = stage_dir(cfg, cfg.stage), f"stage {cfg.stage}"
     state = None if cfg.overwrite else read_state(folder)
     if state:
         refuse_difference(cfg, state, folder)
         if state["finished"]:
-            print(f"stage {cfg.stage}: finished in {folder}")
+            print(f"{name}: finished in {folder}")
             return True
     trainer = Trainer(cfg)
     shown = {k: v for k, v in dataclasses.asdict(cfg).items() if v != ""}
-    print(f"stage {cfg.stage}: " + " ".join(f"{k}={v}" for k, v in shown.items()))
-    counts = [sum(p.numel() for p in trainer.model.parameters() if p.requires_grad or not train)
-              for train in (True, False)]  # fmt: skip
-    print(
-        f"stage {cfg.stage}: trains {counts[0]:,} of {counts[1]:,} parameters on {len(trainer.order):,} samples"
-    )
+    print(f"{name}: " + " ".join(f"{k}={v}" for k, v in shown.items()))
+    every = sum(p.numel() for p in trainer.model.parameters())
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    print(f"{name}: trains {trained:,} of {every:,} parameters on {len(trainer.order):,} samples")
     if state and (folder / "resume.pt").is_file():
         trainer.load_resume()
-        print(f"stage {cfg.stage}: resumed after {trainer.used:,} samples")
+        print(f"{name}: resumed after {trainer.used:,} samples")
     else:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -370,7 +365,6 @@ def train_stage(cfg):
         trainer.stop = True
 
     handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    start, before = time.time(), trainer.used
     done = trainer.loop()
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -378,16 +372,25 @@ def train_stage(cfg):
         trainer.save_resume()
         print(f"stopped after {trainer.used:,} samples; the same command continues")
         return False
+    finish(trainer)
+    return True
+
+
+def finish(trainer):
+    """Turn a fully trained stage into a checkpoint, and draw its curves."""
+    folder, cfg = trainer.folder, trainer.cfg
     trainer.model.save_pretrained(folder)
-    shutil.copy(trainer.tokenizer_file, folder)
-    seconds = time.time() - start
-    write_json(folder / "train.json", {"finished": True, "seconds": round(seconds, 1),
-                                       "samples": trainer.used - before,
-                                       "config": dataclasses.asdict(cfg)})  # fmt: skip
+    for file in trainer.tokenizer.files:
+        shutil.copy(file, folder)
+    rejected = [*getattr(trainer.data, "rejected", []), *[""] * trainer.rejected]
+    if rejected:
+        print(f"stage {cfg.stage}: {len(rejected)} samples had nothing to learn and were left out")
+    seconds = round(trainer.seconds, 1)
+    state = {"finished": True, "seconds": seconds, "samples": trainer.used}
+    write_json(folder / "train.json", state | {"config": dataclasses.asdict(cfg)})
     (folder / "resume.pt").unlink(missing_ok=True)
     print(f"stage {cfg.stage}: finished in {seconds:.0f} s -> {folder}")
     draw_metrics(folder)
-    return True
 
 
 def draw_metrics(folder):

@@ -1,19 +1,19 @@
-"""Co-upcycling: a dense model becomes a sparse one that gives the same answers (paper, section 3.2).
+"""Co-upcycling: a dense model becomes a sparse one that gives the same answers (section 3.2).
 
-Experts that start from random weights have to learn everything at once; CuMo's CLIP-MoE trained from
-scratch did not converge at all. So each expert starts as a copy of the trained MLP it replaces:
+Experts that start from random weights have to learn everything at once; the paper's CLIP-MoE did
+not converge that way. So each expert starts as a copy of the trained MLP it replaces:
 
     dense          sparse, step 0                        after training
     x -> MLP       x -> router -> MLP, MLP, MLP, MLP     x -> router -> MLP1, MLP2, MLP3, MLP4
 
-With identical experts the router's weights, which sum to 1, cancel out: y = sum_k w_k MLP(x) = MLP(x),
-whatever the router says. So step 0 loses nothing, and because the router starts random, each expert
-then sees other tokens and grows apart from its copies. No noise is added.
+With identical experts the router's weights, which sum to 1, cancel out, whatever the router says:
+y = sum_k w_k MLP(x) = MLP(x). So step 0 loses nothing, and because the router starts random, each
+expert then sees other tokens and grows apart from its copies. No noise is added.
 
     python upcycle.py SRC DST --parts clip,mlp --experts 4 --top-k 2
 
-`--parts llm` upcycles the language model too (paper, Table 3c), `--scratch` leaves the experts random:
-the row of the ablation that shows why copies matter.
+`--parts llm` upcycles the language model too (paper, Table 3c), `--scratch` leaves the experts
+random: the row of the ablation that shows why copies matter.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def dense_source(name):
 
     model.vision_tower...layers.0.experts.3.fc1.weight         <- ...layers.0.mlp.fc1.weight
     model.mm_projector.experts.3.0.weight                      <- model.mm_projector.0.weight
-    model.layers.0.block_sparse_moe.experts.3.w1.weight        <- model.layers.0.mlp.gate_proj.weight
+    model.layers.0.block_sparse_moe.experts.3.w1.weight        <- ...layers.0.mlp.gate_proj.weight
     """
     if name.endswith(".gate.weight"):
         return None

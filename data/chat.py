@@ -1,83 +1,122 @@
 """Conversations to token ids and labels, segment by segment, in the templates of the original.
 
     plain              <s><image>ANSWER\\n
-    mistral_instruct   <s><s>[INST] <image>\\nQUESTION [/INST] ANSWER </s>[INST] NEXT [/INST] ANSWER </s>
+    mistral_instruct   <s><s>[INST] <image>\\nQUESTION [/INST] ANSWER </s>[INST] NEXT [/INST] ...
 
-Labels are made while tokenizing: what the assistant says (its closing `</s>` included) is learned,
-everything else is IGNORE. So no text, whatever it contains, can shift them.
+(`mistral_instruct_system` puts a system prompt before the first question.) Labels are made while
+tokenizing: what the assistant says, its closing `</s>` included, is learned, everything else is
+IGNORE. So no text, whatever it contains, can shift them.
+
+CuMo: the original finds its labels afterwards, by counting tokens between the `</s>` and `[/INST] `
+of the finished text. Where the text itself holds such a mark, or an answer is empty, it silently
+learns nothing from the sample. Here a mark is text like any other, and a sample with an empty turn
+is `Rejected`.
 """
 
 IGNORE = -100  # label of a token that is not learned
 IMAGE_TOKEN = -200  # one of these stands for each visual token of an image
 IMAGE_TAG = "<image>"
-SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives "
-          "helpful, detailed, and polite answers to the user's questions.")  # fmt: skip
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
 TEMPLATES = ("plain", "mistral_instruct", "mistral_instruct_system")
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
 
 
+class Rejected(ValueError):
+    """A sample from which nothing can be learned; a training leaves it out and counts it."""
+
+
 def check(conversation, n_images, where):
-    """Raise a ValueError that names the sample (`where`) unless turns and image tags are in order."""
-    if not conversation:
-        raise ValueError(f"{where}: the conversation is empty; it needs a question and an answer")
+    """The turns of a conversation, or a ValueError with the sample's name (`where`) and its fault.
+
+    CuMo: a first turn that is the assistant's is dropped (such samples are cut out of longer ones).
+    """
+    if not isinstance(conversation, list):
+        raise ValueError(f"{where}: a conversation is a list of turns, not {conversation!r:.60}")
     for k, turn in enumerate(conversation):
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or "from" not in turn:
+        if (
+            not isinstance(turn, dict)
+            or "from" not in turn
+            or not isinstance(turn.get("value"), str)
+        ):
             raise ValueError(f'{where}: turn {k} needs "from" and a text "value", got {turn!r:.80}')
-        if turn["from"] not in ROLES:
-            raise ValueError(f"{where}: turn {k} is from {turn['from']!r}; known roles are human and gpt")
+        if not isinstance(turn["from"], str) or turn["from"] not in ROLES:
+            raise ValueError(f"{where}: turn {k} is from {turn['from']!r:.40}, which is no role; "
+                             "turns are from human and gpt")  # fmt: skip
+    turns = conversation
+    if turns and ROLES[turns[0]["from"]] == "assistant":
+        turns = turns[1:]
+    for k, turn in enumerate(turns):
         if ROLES[turn["from"]] != ("user", "assistant")[k % 2]:
-            raise ValueError(f"{where}: turn {k} is from {turn['from']!r}; human and gpt must alternate")
+            raise ValueError(f"{where}: {turn['from']} speaks twice in a row, at "
+                             f"{turn['value']!r:.40}; human and gpt must alternate")  # fmt: skip
         if k % 2 and IMAGE_TAG in turn["value"]:
-            raise ValueError(f"{where}: turn {k} is an answer and cannot hold {IMAGE_TAG}")
-    tags = sum(turn["value"].count(IMAGE_TAG) for turn in conversation)
+            raise ValueError(f"{where}: answer {k // 2 + 1} holds {IMAGE_TAG}; only questions can")
+    tags = sum(turn["value"].count(IMAGE_TAG) for turn in turns)
     if tags != n_images:
-        raise ValueError(f"{where}: {tags} {IMAGE_TAG} tags for {n_images} images; each needs one tag")
+        raise ValueError(f"{where}: the number of images is {n_images}, of {IMAGE_TAG} tags in the "
+                         f"questions {tags}; each image needs one tag")  # fmt: skip
+    return turns
 
 
-def render(conversation, tokenizer, template="mistral_instruct", image_tokens=0, n_images=0, where="sample"):
+def lacks(turns):
+    """What keeps these turns from teaching anything, or None."""
+    for k, turn in enumerate(turns):
+        if not turn["value"].strip():
+            return f"{('question', 'answer')[k % 2]} {k // 2 + 1} is empty"
+    return None if len(turns) > 1 else "it has no answer" if turns else "it has no question"
+
+
+def place_tags(text):
+    """Image tags first, each followed by a line break, as the original orders them."""
+    n = text.count(IMAGE_TAG)
+    return (f"{IMAGE_TAG}\n" * n + text.replace(IMAGE_TAG, "").strip()).strip() if n else text
+
+
+def render(conversation, tokenizer, template="mistral_instruct", image_tokens=0, n_images=0,
+           where="sample"):  # fmt: skip
     """A conversation `[{"from", "value"}, ...]` as (ids, labels), two lists of equal length.
 
-    Each `<image>` becomes `image_tokens` IMAGE_TOKENs. A conversation that ends with a question is a
-    prompt: its ids end where the answer begins. Raises ValueError, naming `where`, for unknown roles,
-    tags that do not match `n_images`, empty questions and answers.
+    Each `<image>` becomes `image_tokens` IMAGE_TOKENs. A conversation that ends with a question is
+    a prompt: its ids end where the answer begins. Raises ValueError, naming `where`, for unknown
+    roles, tags that do not match `n_images`, empty questions and answers.
     """
-    check(conversation, n_images, where)
     if template not in TEMPLATES:
         raise ValueError(f"template {template!r} is unknown; choose from {', '.join(TEMPLATES)}")
+    turns = check(conversation, n_images, where)
+    fault = lacks(turns)
+    if fault and not (len(turns) == 1 and turns[0]["value"].strip()):
+        raise Rejected(f"{where}: {fault}")
     ids, labels = [tokenizer.bos], [IGNORE]
 
     def add(text, learn=False, start=True):
         for k, chunk in enumerate(text.split(IMAGE_TAG)):
-            new = [IMAGE_TOKEN] * image_tokens if k else []
-            labels.extend([IGNORE] * len(new))
-            chunk_ids = tokenizer.encode(chunk, start=start) if chunk else []
-            ids.extend(new + chunk_ids)
+            image = [IMAGE_TOKEN] * image_tokens if k else []
+            chunk_ids = tokenizer.encode(chunk, start=start)
+            ids.extend(image + chunk_ids)
+            labels.extend([IGNORE] * len(image))
             labels.extend(chunk_ids if learn else [IGNORE] * len(chunk_ids))
 
     if template == "plain":
-        if len(conversation) > 2:
-            raise ValueError(f"{where}: the template plain is for one caption, not {len(conversation)} turns")
+        if len(turns) > 2 or n_images == 0:
+            raise ValueError(f"{where}: template plain takes an image and its caption; here are "
+                             f"{len(turns)} turns and images: {n_images}")  # fmt: skip
         add(IMAGE_TAG * n_images)
-        if len(conversation) == 2:
-            add(conversation[1]["value"] + "\n", learn=True, start=False)
+        if len(turns) == 2:
+            add(turns[1]["value"] + "\n", learn=True)
         return ids, labels
 
-    ids, labels = ids + [tokenizer.bos], labels + [IGNORE]  # CuMo: the template's <s> makes a second bos
-    for k, turn in enumerate(conversation):
-        text = normalize_tags(turn["value"])
-        if not text.strip():
-            raise ValueError(f"{where}: turn {k} is empty; every question and answer needs text")
-        if ROLES[turn["from"]] == "user":
-            system = f"<<SYS>>\n{SYSTEM}\n<</SYS>>\n\n" if k == 0 and template.endswith("system") else ""
-            add(f"[INST] {system}{text} [/INST]")
+    ids.append(tokenizer.bos)  # CuMo: the tokenizer's <s>, and a second one from the template
+    labels.append(IGNORE)
+    for k, turn in enumerate(turns):
+        if k % 2 == 0:
+            system = k == 0 and template == "mistral_instruct_system"
+            system = f"<<SYS>>\n{SYSTEM}\n<</SYS>>\n\n" if system else ""
+            add(f"[INST] {system}{place_tags(turn['value'])} [/INST]")
         else:
-            add(f" {text} ", learn=True, start=False)
+            add(f" {turn['value']} ", learn=True, start=False)
             ids.append(tokenizer.eos)
             labels.append(tokenizer.eos)
     return ids, labels
-
-
-def normalize_tags(text):
-    """Image tags first, each followed by a line break, as the original orders them."""
-    n = text.count(IMAGE_TAG)
-    return f"{IMAGE_TAG}\n" * n + text.replace(IMAGE_TAG, "").strip() if n else text

@@ -7,7 +7,7 @@
 
     cfg, given = parse(Config)      # --lr 1e-4 --no-compile; `given` are the names set by the user
 
-A mistyped flag exits with the nearest name, a mistyped value with what is allowed.
+A mistyped flag exits with the nearest name, a mistyped value with what is expected.
 """
 
 import argparse
@@ -16,20 +16,48 @@ import difflib
 import inspect
 import re
 import sys
+import typing
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors that name the nearest flag."""
+    """argparse whose errors are one line with the way out; exit status 2."""
 
     def error(self, message):
-        unknown = re.search(r"unrecognized arguments: (--\S+)", message)
-        if unknown:
+        unknown = re.fullmatch(r"unrecognized arguments: (\S+).*", message, re.S)
+        flags = [f for action in self._actions for f in action.option_strings if f != "-h"]
+        if unknown and unknown[1].startswith("-"):
             flag = unknown[1].split("=")[0]
-            flags = [f for action in self._actions for f in action.option_strings if f.startswith("--")]
-            near = difflib.get_close_matches(flag, flags, 1)
+            near = difflib.get_close_matches(flag.replace("_", "-"), flags, 1)
             hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
             message = f"unknown flag {flag}; {hint}"
-        self.exit(2, f"{self.prog}: {message}\n")
+        elif unknown:
+            message = (f"{unknown[1]!r} belongs to no flag; a switch takes no value, it is written "
+                       "--name or --no-name")  # fmt: skip
+        message = re.sub(r": ignored explicit .*", " is a switch and takes no value", message)
+        self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}\n")
+
+
+def converter(convert, expected):
+    """A `type` for argparse that says what it expected."""
+
+    def read(text):
+        try:
+            value = convert(text)
+        except ValueError:
+            value = float("nan")
+        if value != value:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+        return value
+
+    return read
+
+
+READ = {
+    int: converter(int, "a whole number"),
+    float: converter(float, "a number"),
+    tuple: converter(lambda text: tuple(map(int, text.split(","))), "whole numbers, as in 1,3"),
+    str: str,
+}
 
 
 def help_lines(cls):
@@ -40,27 +68,23 @@ def help_lines(cls):
 def parse(cls, argv=None, description=""):
     """Read `argv` into (instance of the dataclass `cls`, set of the field names that were given).
 
-    Types come from the annotations: bool becomes `--x / --no-x`, a tuple takes comma-separated integers.
+    bool becomes `--x / --no-x`, int, float and str what they are, a tuple comma-separated integers.
     """
     parser = Parser(description=description, allow_abbrev=False)
-    comments = help_lines(cls)
+    comments, types = help_lines(cls), typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        flag = "--" + field.name.replace("_", "-")
-        shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        text = f"{comments.get(field.name, '')} [{shown}]".replace("%", "%%")
+        assert field.name in comments, f"{cls.__name__}.{field.name} has no comment to be its help"
+        flag, kind, default = "--" + field.name.replace("_", "-"), types[field.name], field.default
+        shown = ",".join(map(str, default)) if kind is tuple else default
+        text = f"{comments[field.name]} [{shown}]".replace("%", "%%")
         options = dict(dest=field.name, default=argparse.SUPPRESS, help=text)
-        if field.type is bool:
+        if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
-        elif field.type is tuple:
-            parser.add_argument(flag, type=integers, metavar="N,N", **options)
         else:
-            parser.add_argument(flag, type=field.type, metavar=field.type.__name__.upper(), **options)
+            metavar = "N,N" if kind is tuple else kind.__name__.upper()
+            parser.add_argument(flag, type=READ[kind], metavar=metavar, **options)
     given = vars(parser.parse_args(argv))
     return cls(**given), set(given)
-
-
-def integers(text):
-    return tuple(int(n) for n in text.split(","))
 
 
 def run(main):
@@ -68,4 +92,6 @@ def run(main):
     try:
         main()
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit("error: " + " ".join(str(error).split("\n")))
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -4,14 +4,17 @@
       "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
                         {"from": "gpt", "value": "a cat"}]}, ...]
 
-`image` may be missing (a text-only sample) or a list (one `<image>` tag for each). The whole file is
-checked before the first step of a training; a picture is opened when its turn comes.
+`image` may be missing (a text-only sample) or a list (one `<image>` tag for each). The whole file
+is checked before the first step of a training: a faulty record is an error, and so is an image
+that is not there; a record that teaches nothing (an empty answer) is left out and its reason kept
+in `rejected`. A picture itself is opened when its turn comes.
 """
 
 import json
+import os
 import pathlib
 
-from data.chat import check, render
+from data.chat import IGNORE, IMAGE_TOKEN, Rejected, check, lacks, render
 from data.images import open_image, preprocess
 
 
@@ -19,46 +22,72 @@ def read_records(path):
     """The records of a .json list or a .jsonl file. ValueError with the line if it is neither."""
     path = pathlib.Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); --data wants a JSON or JSONL file") from None
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); --data wants a JSON or JSONL "
+                         "file") from None  # fmt: skip
     except UnicodeDecodeError:
         raise ValueError(f"{path}: is not UTF-8 text; --data wants a JSON or JSONL file") from None
-    try:
-        if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        records = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: is not valid JSON ({error})") from None
+    if path.suffix == ".jsonl":
+        lines = enumerate(text.split("\n"), start=1)  # splitlines would also cut at U+2028
+        return [parse(line, f"{path}, line {n}") for n, line in lines if line.strip()]
+    records = parse(text, path)
     if not isinstance(records, list):
-        raise ValueError(f"{path}: holds a {type(records).__name__}; LLaVA data is a list of samples")
+        raise ValueError(f"{path}: holds a {type(records).__name__}, not a list of samples")
     return records
 
 
+def parse(text, where):
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{where}: is nested too deeply to be a list of samples") from None
+    except json.JSONDecodeError as error:
+        hint = "; name it .jsonl if each line is a sample" if error.msg == "Extra data" else ""
+        raise ValueError(f"{where}: is not valid JSON ({error}){hint}") from None
+
+
 class LlavaData:
-    """Samples `{"id", "images": [PIL], "conversations"}` of a LLaVA file; the same interface as World."""
+    """Samples `{"id", "images": [PIL], "conversations"}` of a LLaVA file; used like World."""
 
     def __init__(self, path, image_folder=""):
         self.folder = pathlib.Path(image_folder)
-        self.records = read_records(path)
-        if not self.records:
-            raise ValueError(f"{path}: holds no samples")
-        for k, record in enumerate(self.records):
-            if not isinstance(record, dict) or "conversations" not in record:
+        self.records, self.rejected, faults = [], [], []
+        for k, record in enumerate(read_records(path)):
+            try:
                 name = record.get("id") if isinstance(record, dict) else None
-                raise ValueError(f'{path}: record {k} (id {name!r}) has no field "conversations"')
-            where = f"{path}: record {k} (id {record.get('id')!r})"
-            if not isinstance(record["conversations"], list):
-                raise ValueError(f'{where}: "conversations" must be a list of turns')
-            check(record["conversations"], len(self.paths(record, where)), where)
+                where = f"{path}: record {k} (id {name!r:.60})"
+                paths = self.image_paths(record, where)
+                fault = lacks(check(record["conversations"], len(paths), where))
+                absent = [image for image in paths if not os.path.isfile(image)]
+                if absent:
+                    raise ValueError(
+                        f"{where}: no image {str(absent[0])!r:.300}; see --image-folder"
+                    )
+            except ValueError as error:
+                faults.append(error)
+                continue
+            if fault:
+                self.rejected.append(f"{where}: {fault}")
+            else:
+                self.records.append(record | {"id": str(record.get("id", k))})
+        if faults:
+            more = f" ({len(faults) - 1} more records have faults)" if len(faults) > 1 else ""
+            raise ValueError(f"{faults[0]}{more}")
+        if not self.records:
+            first = f"; the first: {self.rejected[0]}" if self.rejected else ""
+            raise ValueError(f"{path}: holds no sample to learn from{first}")
 
-    def paths(self, record, where):
+    def image_paths(self, record, where):
         """Image paths of a record, all of them inside the image folder."""
+        if not isinstance(record, dict) or "conversations" not in record:
+            raise ValueError(f'{where}: has no field "conversations"')
         names = record.get("image") or []
-        names = [names] if isinstance(names, str) else names
+        names = names if isinstance(names, list) else [names]
         for name in names:
-            if not isinstance(name, str) or pathlib.Path(name).is_absolute() or ".." in pathlib.Path(name).parts:
-                raise ValueError(f"{where}: image {name!r} must be a path inside --image-folder")
+            path = pathlib.Path(name) if isinstance(name, str) else None
+            if path is None or path.is_absolute() or ".." in path.parts:
+                raise ValueError(f"{where}: image {name!r:.80} is no path inside --image-folder")
         return [self.folder / name for name in names]
 
     def __len__(self):
@@ -66,14 +95,29 @@ class LlavaData:
 
     def __getitem__(self, i):
         record = self.records[i]
-        name = str(record.get("id", i))
-        images = [open_image(path) for path in self.paths(record, name)]
-        return {"id": name, "images": images, "conversations": record["conversations"]}
+        images = [open_image(path) for path in self.image_paths(record, record["id"])]
+        return {"id": record["id"], "images": images, "conversations": record["conversations"]}
 
 
-def encode(sample, tokenizer, template, image_tokens, image_size, image_mode="pad"):
-    """A sample -> (ids, labels, [image tensors [3, S, S]]), ready to be packed."""
-    images = [preprocess(image, image_size, image_mode) for image in sample["images"]]
-    where = f"sample {sample['id']}"
-    ids, labels = render(sample["conversations"], tokenizer, template, image_tokens, len(images), where)
-    return ids, labels, images
+def encode(sample, tokenizer, template, image_tokens, image_size, image_mode="pad",
+           max_tokens=None):  # fmt: skip
+    """A sample -> (ids, labels, [image tensors [3, S, S]]), ready to be packed.
+
+    What goes past `max_tokens` is cut off, as in the original; but an image that would be cut goes
+    as a whole. Raises `Rejected` when nothing is left to learn.
+    """
+    where, images = f"sample {sample['id']}", sample["images"]
+    turns = sample["conversations"]
+    ids, labels = render(turns, tokenizer, template, image_tokens, len(images), where)
+    if max_tokens and len(ids) > max_tokens:
+        ids, labels = ids[:max_tokens], labels[:max_tokens]
+        if images:
+            whole, rest = divmod(ids.count(IMAGE_TOKEN), image_tokens)
+            keep = len(ids) - rest
+            ids, labels, images = ids[:keep], labels[:keep], images[:whole]
+    if all(label == IGNORE for label in labels):
+        raise Rejected(f"{where}: there is no answer to learn in its first {len(ids)} tokens")
+    try:
+        return ids, labels, [preprocess(image, image_size, image_mode) for image in images]
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None

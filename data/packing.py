@@ -3,8 +3,9 @@
     row      | sample 1          | sample 2     | sample 3       |..|
     segments | 1 1 1 1 1 1 1 1 1 | 2 2 2 2 2 2  | 3 3 3 3 3 3 3  |00|
 
-`segments` tells attention who belongs together (0 is padding) and where positions restart, so a packed
-row gives the same numbers as its samples alone, shapes never change, and little is spent on padding.
+`segments` tells attention who belongs together (0 is padding) and where positions restart, so a
+packed row gives the same numbers as its samples alone, shapes never change, and little is spent on
+padding.
 """
 
 import torch
@@ -19,14 +20,15 @@ def pack(samples, rows, length):
 
     Yields batches `{"tokens", "labels", "segments": [rows, length] int64, "images": list in reading
     order, "samples": how many}`. A sample goes into the first row with room; one that fits nowhere
-    closes the batch and opens the next, so batch after batch uses the samples in their order.
+    closes the batch and opens the next, so batch after batch uses the samples in their order. An
+    empty sample takes no room but is counted: the place of one that was rejected.
     ValueError for a sample longer than a row.
     """
-    batch = [[] for _ in range(rows)]
-    used = [0] * rows
+    batch, used = [[] for _ in range(rows)], [0] * rows
     for ids, labels, images in samples:
         if len(ids) > length:
-            raise ValueError(f"a sample of {len(ids)} tokens does not fit a row of {length}; use longer rows")
+            raise ValueError(f"a sample of {len(ids)} tokens does not fit in a row of {length}; "
+                             f"use longer rows: --row-tokens {len(ids)}")  # fmt: skip
         row = next((r for r in range(rows) if used[r] + len(ids) <= length), None)
         if row is None:
             yield assemble(batch, length)
@@ -48,7 +50,7 @@ def assemble(batch, length):
         for k, (ids, targets, pictures) in enumerate(row):
             here = slice(at, at + len(ids))
             tokens[r, here], labels[r, here] = torch.tensor(ids), torch.tensor(targets)
-            labels[r, at] = IGNORE  # nobody predicts the first token of a conversation
+            labels[r, at : at + 1] = IGNORE  # nobody predicts the first token of a conversation
             segments[r, here] = k + 1
             images.extend(pictures)
             at += len(ids)

@@ -47,7 +47,7 @@ def corpus(n=6000):
         scene = world.sample_scene(rng, "train")
         yield from (world.caption(scene) + "\n", world.short_caption(scene) + "\n")
         yield from (f"[INST] {q} [/INST] {a} " for _, q, a in world.questions(scene, rng, 4))
-        yield "".join(turn["value"] for turn in drill(rng))
+        yield "\n".join(turn["value"] for turn in drill(rng))
         yield " ".join(["", world.DESCRIBE, *(o.name for o in scene.objects), scene.background])
 
 
@@ -182,43 +182,95 @@ def export_clip(model):
     )
 
 
-def pretrain_llm(steps, lr, seed):
+class Probes(torch.nn.Module):
+    """What early layers should know, asked for directly, in training only.
 
+    To look something up, a model must first know at each token which tokens stood before it, and where
+    in the sequence it is; a later layer then searches for that. Waiting until both halves appear by
+    chance takes thousands of steps: repeating a list of 8 to 32 words is at a loss of 3.7 after 300
+    steps, and of 1.2 when the first layer is asked for the 4 tokens before each.
+    """
+
+    def __init__(self, llm, offsets=4, places=80):
+        super().__init__()
+        dim = llm.cfg.dim
+        self.before = torch.nn.ModuleList(
+            torch.nn.Linear(dim, dim, bias=False) for _ in range(offsets)
+        )
+        self.place = torch.nn.Linear(dim, places, bias=False)
+        self.seen = {}
+        for k in (0, 1):
+            llm.model.layers[k].register_forward_hook(
+                lambda _, __, out, k=k: self.seen.update({k: out[0]})
+            )
+
+    def loss(self, llm, batch):
+        tokens, real = batch["tokens"], batch["segments"] > 0
+        cross_entropy = torch.nn.functional.cross_entropy
+        x0, x1 = (
+            torch.nn.functional.rms_norm(self.seen[k], self.seen[k].shape[-1:]) for k in (0, 1)
+        )
+        total = 0.0
+        for offset, linear in enumerate(self.before, 1):
+            same = (batch["segments"][:, offset:] == batch["segments"][:, :-offset]) & real[
+                :, offset:
+            ]
+            guess = llm.logits(linear(x0[:, offset:][same]))
+            total = total + cross_entropy(guess.float(), tokens[:, :-offset][same]) / len(
+                self.before
+            )
+        places = self.place.out_features
+        start = (batch["segments"][:, :places] == 1).nonzero(as_tuple=True)
+        return total + cross_entropy(self.place(x1[start]).float(), start[1])
+
+
+def pretrain_llm(steps, lr, seed):
     torch.manual_seed(seed)
     tokenizer = Tokenizer.from_pretrained(MINI / "llm")
-    cfg = LLMConfig(vocab_size=tokenizer.vocab_size, dim=256, hidden_dim=512, n_layers=5, n_heads=4,
-                    n_kv_heads=2, tie_embeddings=True, max_positions=2048)  # fmt: skip
+    cfg = LLMConfig(vocab_size=tokenizer.vocab_size, dim=256, hidden_dim=512, n_layers=5, n_heads=8,
+                    n_kv_heads=4, tie_embeddings=True, max_positions=2048)  # fmt: skip
     llm = LLM(cfg)
-    decay = [p for p in llm.parameters() if p.dim() > 1]
-    others = [p for p in llm.parameters() if p.dim() <= 1]
-    groups = [{"params": decay, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+    torch.nn.init.normal_(llm.model.embed_tokens.weight, std=0.1)  # else the first layers drown it
+    probes = Probes(llm)
+    trained = [*llm.parameters(), *probes.parameters()]
+    optimizer = adamw(trained, lr)
     start = time.time()
     bar = tqdm(range(steps), desc="llm")
     for step in bar:
-        warm, left = min(1, (step + 1) / 100), 1 - step / steps
-        for group in optimizer.param_groups:
-            group["lr"] = lr * warm * min(1, left / 0.4)
-        drills = max(0.05, 1 - 2 * step / (0.4 * steps))  # lists first
-        batch, _ = text_batch(tokenizer, "train", seed, step, drills, min(32, 6 + step // 20))
+        set_lr(optimizer, lr, step, steps)
+        drills = min(1.0, max(0.05, 1.25 - step / (0.2 * steps)))  # lists first
+        batch, _ = text_batch(tokenizer, "train", seed, step, drills)
         with torch.autocast("cpu", torch.bfloat16):
             x, _ = llm.hidden(llm.embed(batch["tokens"]), batch["segments"])
             loss = llm.loss(x, batch["labels"])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(llm.parameters(), 1.0)
+            probe = probes.loss(llm, batch)
+        (loss + probe * max(0.0, 1 - step / (0.5 * steps))).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        bar.set_postfix(loss=f"{loss.item():.3f}")
-        if (step + 1) % 500 == 0 or step + 1 == steps:
+        bar.set_postfix(loss=f"{loss.item():.3f}", probe=f"{probe.item():.2f}")
+        if (step + 1) % 250 == 0 or step + 1 == steps:
             for split in ("seen", "pairs"):
                 acc = text_accuracy(llm, tokenizer, split)
                 mean = np.mean([v for k, v in acc.items() if k != "describe"])
                 row = " ".join(f"{k} {v:.0%}" for k, v in acc.items())
-                print(
-                    f"step {step + 1} {time.time() - start:.0f} s loss {loss.item():.3f} {split} {mean:.1%}: {row}",
-                    flush=True,
+                tqdm.write(
+                    f"step {step + 1}, {time.time() - start:.0f} s, {split} {mean:.1%}: {row}"
                 )
             export_llm(llm)
+
+
+def adamw(parameters, lr):
+    """AdamW whose weight decay leaves vectors alone."""
+    groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1},
+              {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}]  # fmt: skip
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+
+
+def set_lr(optimizer, lr, step, steps):
+    """100 steps up, then level, and over the second half down to zero."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * min(1, (step + 1) / 100) * min(1, 2 * (1 - step / steps))
 
 
 # ------------------------------------------------------------------------------------- the eye
@@ -319,16 +371,11 @@ def pretrain_clip(steps, lr, seed, batch=96):
     vision = CLIPVision(CLIPVisionConfig(image_size=world.SIDE, patch_size=PATCH, dim=192, hidden_dim=768,
                                          n_layers=6, n_heads=3))  # fmt: skip
     model = Contrast(vision, Tokenizer.from_pretrained(MINI / "llm"))
-    decay = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": decay, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+    optimizer = adamw(list(model.parameters()), lr)
     start = time.time()
     bar = tqdm(range(steps), desc="clip")
     for step in bar:
-        warm, left = min(1, (step + 1) / 100), 1 - step / steps
-        for group in optimizer.param_groups:
-            group["lr"] = lr * warm * min(1, left / 0.5)
+        set_lr(optimizer, lr, step, steps)
         p_single = max(0.0, 1 - step / (0.2 * steps))  # one object first
         images, targets, truths = picture_batch("train", seed, step, batch, p_single)
         with torch.autocast("cpu", torch.bfloat16):
@@ -341,8 +388,8 @@ def pretrain_clip(steps, lr, seed, batch=96):
         if (step + 1) % 250 == 0 or step + 1 == steps:
             for split in ("seen", "pairs", "style"):
                 alone, crowd = picture_accuracy(model, split)
-                print(f"step {step + 1} {time.time() - start:.0f} s loss {loss.item():.3f} {split}: "
-                      f"alone {alone:.1%}, in a crowd {crowd:.1%}", flush=True)  # fmt: skip
+                tqdm.write(f"step {step + 1}, {time.time() - start:.0f} s, {split}: "
+                           f"alone {alone:.1%}, in a crowd {crowd:.1%}")  # fmt: skip
             export_clip(model)
 
 

@@ -83,9 +83,9 @@ class Tokenizer:
         config = path / "tokenizer_config.json"
         files = [file, config] if config.is_file() else [file]
         named = read_json(config) if config.is_file() else {}
-        names = [named.get("bos_token") or "<s>", named.get("eos_token") or "</s>"]
-        names = [name["content"] if isinstance(name, dict) else name for name in names]
         try:
+            names = [named.get("bos_token") or "<s>", named.get("eos_token") or "</s>"]
+            names = [name["content"] if isinstance(name, dict) else name for name in names]
             return cls(*read[file.name](file), names=names, files=files)
         except (LookupError, TypeError, AttributeError, struct.error, UnicodeError) as error:
             raise ValueError(f"{file}: is damaged or not a {file.name} ({error!r:.80})") from None
@@ -119,7 +119,8 @@ def read_tokenizer_json(file):
     special = {t["content"]: t["id"] for t in spec["added_tokens"] if t["special"]}
 
     if spec["model"].get("byte_fallback"):  # SentencePiece in the clothes of `tokenizers`
-        if not any(step in str(spec) for step in ("'Prepend'", "'Metaspace'")):
+        steps = str([spec["normalizer"], spec["pre_tokenizer"]])
+        if "Prepend" not in steps and "Metaspace" not in steps:
             raise ValueError(f"{file}: writes no {MARK} before a text, which is not known here")
         characters = [piece for piece in vocab if len(piece) == 1]
         fallback = [vocab[f"<0x{b:02X}>"] for b in range(256)]

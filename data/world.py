@@ -1,7 +1,7 @@
 """The emoji world: pictures, captions and questions without a download, drawn from a seed.
 
-A scene is a plain background with one object in the middle, or two to four objects in the cells of a
-2x2 grid, each an emoji from `data/emoji/` with a little jitter, rotation and mirroring:
+A scene is a plain background with one object in the middle, or two to four objects in the cells of
+a 2x2 grid, each an emoji from `data/emoji/` with a little jitter, rotation and mirroring:
 
     +--------+     "on a blue background: a cat at the top left, a bus at the bottom right."
     | cat .  |     "Is there a dog?"            "no"
@@ -16,7 +16,7 @@ never a folder. What is held out, and what it tests:
     pairs   every scene has two concepts that never meet in training (a tenth of all pairs)
     style   Fluent 3D drawings, a style never trained on
 
-Samples are LLaVA's: `{"id", "images", "conversations": [{"from": "human", "value": ...}, ...]}`, here
+Samples are LLaVA's, `{"id", "images", "conversations": [{"from": "human", "value": ...}, ...]}`,
 with pictures in place of paths, and the `types` of the questions for the evaluation.
 """
 
@@ -31,16 +31,16 @@ from PIL import Image, ImageFilter
 HERE = pathlib.Path(__file__).parent / "emoji"
 SIDE, GLYPH = 64, 64  # pixels: a scene, a glyph in the atlas
 SPLITS = ("train", "seen", "pairs", "style")
-STYLES = {"train": ("noto", "twemoji"), "seen": ("noto", "twemoji")}
-STYLES |= {"pairs": ("noto", "twemoji"), "style": ("fluent",)}
+STYLES = {"train": ("noto", "twemoji"), "seen": ("noto", "twemoji"),
+          "pairs": ("noto", "twemoji"), "style": ("fluent",)}  # fmt: skip
 PLACES = ("at the top left", "at the top right", "at the bottom left", "at the bottom right")
 MIDDLE = "in the middle"
 NUMBERS = ("zero", "one", "two", "three", "four")
-COLORS = {
-    "white": (250, 250, 250), "gray": (150, 150, 150), "black": (20, 20, 20), "red": (220, 50, 50),
-    "green": (60, 170, 80), "blue": (70, 110, 230), "yellow": (250, 220, 80), "purple": (150, 80, 190),
-}  # fmt: skip
-CATEGORIES = {name: c["category"] for name, c in json.loads((HERE / "concepts.json").read_text()).items()}
+COLORS = {"white": (250, 250, 250), "gray": (150, 150, 150), "black": (20, 20, 20),
+          "red": (220, 50, 50), "green": (60, 170, 80), "blue": (70, 110, 230),
+          "yellow": (250, 220, 80), "purple": (150, 80, 190)}  # fmt: skip
+CONCEPTS_JSON = json.loads((HERE / "concepts.json").read_text())
+CATEGORIES = {name: concept["category"] for name, concept in CONCEPTS_JSON.items()}
 CONCEPTS = tuple(CATEGORIES)
 QUESTION_TYPES = ("what", "existence", "count", "where", "kind", "background", "side", "list")
 
@@ -107,7 +107,8 @@ def held_out_pairs():
 @functools.cache
 def partners():
     """concept -> the concepts it meets only in the `pairs` split."""
-    return {c: sorted(d for d in CONCEPTS if frozenset((c, d)) in held_out_pairs()) for c in CONCEPTS}
+    held_out = held_out_pairs()
+    return {c: sorted(d for d in CONCEPTS if frozenset((c, d)) in held_out) for c in CONCEPTS}
 
 
 @functools.cache
@@ -144,7 +145,9 @@ def pick_names(rng, split, n):
 
 
 def sample_scene(rng, split, n_objects=None):
-    """A random scene of `split` (ValueError for an unknown one) with 1 to 4 objects."""
+    """A random scene of `split` (ValueError for an unknown one) with 1 to 4 objects, or as many as
+    asked for; in the split `pairs` there are always two at least."""
+    assert n_objects in (None, 1, 2, 3, 4), "one object in each cell of a 2x2 grid"
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is unknown; the emoji world has {', '.join(SPLITS)}")
     style = STYLES[split][rng.integers(len(STYLES[split]))]
@@ -164,12 +167,13 @@ def sample_scene(rng, split, n_objects=None):
         x0, y0 = (0, 0) if len(names) == 1 else (cell % 2 * SIDE // 2, cell // 2 * SIDE // 2)
         place = MIDDLE if len(names) == 1 else PLACES[cell]
         box = (int(x0 + dx), int(y0 + dy), size)
-        objects.append(Object(name, place, box, float(rng.uniform(-12, 12)), bool(rng.random() < 0.5)))
+        angle, mirrored = float(rng.uniform(-12, 12)), bool(rng.random() < 0.5)
+        objects.append(Object(name, place, box, angle, mirrored))
     return Scene(color, tuple(objects), style)
 
 
 def recolor(glyph, rng):
-    """The same drawing in other paint: mixed channels, light from one side, a soft or sharp line."""
+    """The same drawing in other paint: channels mixed, colours paler or richer, lit from a side."""
     rgb = glyph[..., :3].astype(np.float32)
     mix = np.eye(3, dtype=np.float32) + rng.normal(0, 0.1, (3, 3)).astype(np.float32)
     mix /= mix.sum(1, keepdims=True)
@@ -177,7 +181,8 @@ def recolor(glyph, rng):
     rgb = gray + (rgb @ mix.T - gray) * rng.uniform(0.5, 1.3)
     slope = rng.normal(0, 0.25, 2)
     y, x = np.mgrid[-0.5 : 0.5 : GLYPH * 1j, -0.5 : 0.5 : GLYPH * 1j]
-    rgb = rgb * (rng.uniform(0.8, 1.15) + slope[0] * y + slope[1] * x)[..., None] + rng.normal(0, 12)
+    light = rng.uniform(0.8, 1.15) + slope[0] * y + slope[1] * x
+    rgb = rgb * light[..., None] + rng.normal(0, 12)
     return np.concatenate([rgb.clip(0, 255).astype(np.uint8), glyph[..., 3:]], -1)
 
 
@@ -192,7 +197,8 @@ def draw(scene, rng=None):
         if o.mirrored:
             glyph = glyph.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         x, y, size = o.box
-        glyph = glyph.rotate(o.angle, Image.BICUBIC).resize((size, size), Image.BILINEAR, reducing_gap=2)
+        glyph = glyph.rotate(o.angle, Image.BICUBIC)
+        glyph = glyph.resize((size, size), Image.BILINEAR, reducing_gap=2)
         canvas.paste(glyph, (x, y), glyph)
     return canvas
 
@@ -211,7 +217,8 @@ def ask_what(scene, rng):
     taken = {o.place: a(o.name) for o in scene.objects}
     free = [p for p in PLACES if p not in taken]
     place = choose(rng, *free) if free and rng.random() < 0.1 else choose(rng, *taken)
-    return choose(rng, f"What is {place}?", f"What do you see {place}?"), taken.get(place, "nothing")
+    q = choose(rng, f"What is {place}?", f"What do you see {place}?")
+    return q, taken.get(place, "nothing")
 
 
 def ask_existence(scene, rng):
@@ -220,15 +227,17 @@ def ask_existence(scene, rng):
         name, answer = choose(rng, *present), "yes"
     else:
         kinds = {CATEGORIES[n] for n in present} if rng.random() < 0.5 else set(CATEGORIES.values())
-        others = [c for c in CONCEPTS if c not in present and CATEGORIES[c] in kinds]
-        name, answer = choose(rng, *others), "no"
+        absent = [c for c in CONCEPTS if c not in present]
+        alike = [c for c in absent if CATEGORIES[c] in kinds]  # empty if a category is all there
+        name, answer = choose(rng, *(alike or absent)), "no"
     return choose(rng, f"Is there {a(name)}?", f"Do you see {a(name)}?"), answer
 
 
 def ask_count(scene, rng):
     names = [o.name for o in scene.objects]
     if rng.random() < 0.5:
-        return choose(rng, "How many things are there?", "How many objects do you see?"), NUMBERS[len(names)]
+        q = choose(rng, "How many things are there?", "How many objects do you see?")
+        return q, NUMBERS[len(names)]
     twice = [n for n in names if names.count(n) > 1]
     name = choose(rng, *(twice or names))
     return f"How many {plural(name)} are there?", NUMBERS[names.count(name)]
@@ -243,12 +252,21 @@ def ask_where(scene, rng):
 
 
 def ask_kind(scene, rng):
+    """Only where one answer is right: a duck beside a cat leaves open which animal is meant."""
     kinds = [CATEGORIES[o.name] for o in scene.objects]
-    alone = [o for o in scene.objects if kinds.count(CATEGORIES[o.name]) == 1]
-    if alone:
-        o = choose(rng, *alone)
+    asked = []
+    for o in scene.objects:
         kind = CATEGORIES[o.name]
-        return choose(rng, f"Which {kind} is in the picture?", f"Which {kind} do you see?"), a(o.name)
+        alike = {"animal": ("animal", "bird"), "food": ("food", "fruit", "vegetable")}.get(
+            kind, (kind,)
+        )
+        if kind not in ("object", "sky") and sum(k in alike for k in kinds) == 1:
+            asked.append((kind, o))
+    if asked:
+        kind, o = choose(rng, *asked)
+        kind = "garment" if kind == "clothing" else kind
+        q = choose(rng, f"Which {kind} is in the picture?", f"Which {kind} do you see?")
+        return q, a(o.name)
 
 
 def ask_background(scene, rng):
@@ -271,13 +289,14 @@ def ask_list(scene, rng):
     return q, join([a(o.name) for o in scene.objects])
 
 
-ASK = dict(zip(QUESTION_TYPES, (ask_what, ask_existence, ask_count, ask_where, ask_kind, ask_background,
-                                ask_side, ask_list)))  # fmt: skip
+ASK = {"what": ask_what, "existence": ask_existence, "count": ask_count,
+       "where": ask_where, "kind": ask_kind, "background": ask_background,
+       "side": ask_side, "list": ask_list}  # fmt: skip
 DESCRIBE = "Describe the picture."
 
 
 def questions(scene, rng, n):
-    """`n` different questions about a scene, every type equally likely: [(type, question, answer)]."""
+    """`n` different questions about a scene, types drawn alike: [(type, question, answer)]."""
     asked = []
     while len(asked) < n:
         kind = QUESTION_TYPES[rng.integers(len(QUESTION_TYPES))]
@@ -291,7 +310,7 @@ def questions(scene, rng, n):
 
 
 class World:
-    """`size` samples of one split: `task` is "name" (stage 1), "describe" (stage 2) or "ask" (stage 3).
+    """`size` samples of a split. `task`: "name" (stage 1), "describe" (stage 2) or "ask" (stage 3).
 
     Sample `i` depends on `(seed, split, task, i)` alone. `augment` recolours the drawings.
     """
@@ -300,13 +319,17 @@ class World:
 
     def __init__(self, split, task, size, seed=0, augment=False):
         if task not in self.tasks:
-            raise ValueError(f"task {task!r} is unknown; the emoji world has {', '.join(self.tasks)}")
+            raise ValueError(f"task {task!r} is unknown; choose from {', '.join(self.tasks)}")
+        if split not in SPLITS:
+            raise ValueError(f"split {split!r} is unknown; choose from {', '.join(SPLITS)}")
         self.split, self.task, self.size, self.seed, self.augment = split, task, size, seed, augment
 
     def __len__(self):
         return self.size
 
     def __getitem__(self, i):
+        if not 0 <= i < self.size:
+            raise IndexError(f"sample {i} of {self.size}")
         key = (self.seed, SPLITS.index(self.split), self.tasks.index(self.task), i)
         rng = np.random.default_rng(key)
         scene = sample_scene(rng, self.split, n_objects=1 if self.task == "name" else None)
@@ -318,8 +341,10 @@ class World:
             turns = questions(scene, rng, int(rng.integers(1, 4)))
         conversation = []
         for k, (_, question, answer) in enumerate(turns):
-            tag = "<image>\n" if k == 0 else ""
-            conversation += [{"from": "human", "value": tag + question}, {"from": "gpt", "value": answer}]
-        image = draw(scene, rng if self.augment else None)
-        name = f"{self.split}-{self.task}-{self.seed}-{i}"
-        return {"id": name, "images": [image], "conversations": conversation, "types": [t for t, *_ in turns]}
+            question = ("" if k else "<image>\n") + question
+            conversation.append({"from": "human", "value": question})
+            conversation.append({"from": "gpt", "value": answer})
+        return {"id": f"{self.split}-{self.task}-{self.seed}-{i}",
+                "images": [draw(scene, rng if self.augment else None)],
+                "conversations": conversation,
+                "types": [kind for kind, *_ in turns]}  # fmt: skip

@@ -138,7 +138,7 @@ def whole(name):
 
 
 def spliced(model, gold, case):
-    """The golden batch (one -200 an image, right-padded) as ours: runs of IMAGE_TOKENs, segments."""
+    """The golden batch (one -200 an image, right-padded) as ours: runs of IMAGE_TOKENs."""
     rows = []
     for ids, labels, mask in zip(
         *(gold[f"{case}.{k}"].tolist() for k in ("input_ids", "labels", "attention_mask"))

@@ -53,7 +53,9 @@ def finished(weights, tmp_path_factory):
 
 
 def command(weights, out, *more):
-    flags = [f for k, v in (weights | {"out": out}).items() for f in (f"--{k.replace('_', '-')}", v)]
+    flags = [
+        f for k, v in (weights | {"out": out}).items() for f in (f"--{k.replace('_', '-')}", v)
+    ]
     return [sys.executable, str(ROOT / "train.py"), *map(str, flags), *more]
 
 
@@ -69,7 +71,9 @@ def test_every_epoch_is_a_new_permutation_of_all_samples():
     order = train.data_order(50, 120, seed=3).tolist()
     assert sorted(order[:50]) == sorted(order[50:100]) == list(range(50))
     assert order[:50] != order[50:100] and len(order) == 120
-    assert order == train.data_order(50, 120, seed=3).tolist() != train.data_order(50, 120, 4).tolist()
+    assert (
+        order == train.data_order(50, 120, seed=3).tolist() != train.data_order(50, 120, 4).tolist()
+    )
 
 
 def test_only_matrices_decay():
@@ -82,7 +86,9 @@ def test_only_matrices_decay():
 def test_flags_win_over_the_stage_table_and_the_table_over_defaults():
     assert train.resolve({}, 1).template == "plain" and train.resolve({}, 3).template != "plain"
     assert train.resolve({"lr": 5.0}, 2).lr == 5.0
-    assert train.resolve({"lr": 5.0}, 2, target=False).lr != 5.0, "lr belongs to the stage asked for"
+    assert train.resolve({"lr": 5.0}, 2, target=False).lr != 5.0, (
+        "lr belongs to the stage asked for"
+    )
     assert train.resolve({"seed": 5}, 2, target=False).seed == 5, "the seed belongs to all stages"
     assert train.resolve({"preset": "mistral-7b"}, 3).lr == 4e-6  # paper, Table 6
 
@@ -97,7 +103,9 @@ def test_stage_1_trains_the_connector_alone(weights, finished):
     llm = load_file(Path(weights["llm"]) / "model.safetensors")
     clip = load_file(Path(weights["clip"]) / "model.safetensors")
     assert all(torch.equal(one[name], tensor) for name, tensor in llm.items())
-    assert all(torch.equal(one[f"model.vision_tower.{name}"], tensor) for name, tensor in clip.items())
+    assert all(
+        torch.equal(one[f"model.vision_tower.{name}"], tensor) for name, tensor in clip.items()
+    )
 
 
 def test_stage_2_trains_everything_that_has_a_gradient(finished):
@@ -119,7 +127,9 @@ def test_stage_3_is_sparse_and_trains_every_expert(finished):
 def test_metrics_and_configuration_are_kept(finished):
     rows = [json.loads(x) for x in (finished / "stage3" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
-    assert rows[-1]["samples"] == 40 and {"lm_loss", "clip_balance", "mlp_z", "lr"} <= rows[0].keys()
+    assert (
+        rows[-1]["samples"] == 40 and {"lm_loss", "clip_balance", "mlp_z", "lr"} <= rows[0].keys()
+    )
     state = json.loads((finished / "stage3" / "train.json").read_text())
     assert state["finished"] and state["config"]["upcycle"] == "clip,mlp"
     assert not (finished / "stage3" / "resume.pt").exists()
@@ -159,7 +169,10 @@ def test_resume_is_bit_exact(weights, finished, tmp_path):
     moved, names, others = changed(finished / "stage3", tmp_path / "stage3")
     assert names == others and not moved
     losses = [
-        [json.loads(line)["loss"] for line in (out / "stage3/metrics.jsonl").read_text().splitlines()]
+        [
+            json.loads(line)["loss"]
+            for line in (out / "stage3/metrics.jsonl").read_text().splitlines()
+        ]
         for out in (finished, tmp_path)
     ]
     assert losses[0] == losses[1]
@@ -212,7 +225,10 @@ def test_own_data_goes_the_same_way(weights, finished, tmp_path):
         (["--stage", "4"], "choose 1, 2, 3"),
         (["--clip", "nowhere"], "hf download"),
         (["--data", "nowhere.json"], "nowhere.json"),
-        (["--upcycle", "clip,mpl", "--stage", "3", "--init", "STAGE2"], "choose from clip, mlp, llm"),
+        (
+            ["--upcycle", "clip,mpl", "--stage", "3", "--init", "STAGE2"],
+            "choose from clip, mlp, llm",
+        ),
         (["--rows", "0"], "--rows 0"),
     ],
 )

@@ -1,0 +1,135 @@
+"""The command line: every field a flag with help, every mistake one line with the way out."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import pytest
+
+from data.flags import help_lines, parse, run
+
+
+@dataclass
+class Config:
+    lr: float = 1e-3  # peak learning rate, after 3% of warm-up
+    row_tokens: int = 512  # tokens a row
+    compile: bool = True  # torch.compile the blocks
+    overwrite: bool = False  # train again: {x} %s %(prog)s
+    scales: tuple = (1, 3)  # S2 scales
+    out: str = "out"  # folder
+
+
+def fails(capsys, *argv):
+    """The one line on stderr with which `argv` exits; the exit status is 2, stdout stays empty."""
+    with pytest.raises(SystemExit) as caught:
+        parse(Config, argv)
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2 and out == "" and err.count("\n") == 1 and err.endswith("\n")
+    return err.split(": ", 1)[1].rstrip()
+
+
+def test_no_flags_give_the_defaults():
+    assert parse(Config, []) == (Config(), set())
+
+
+@pytest.mark.parametrize("argv, name, value", [
+    (["--lr", "1e-4"], "lr", 1e-4), (["--lr=2"], "lr", 2.0), (["--lr", "-1"], "lr", -1.0),
+    (["--lr", "inf"], "lr", float("inf")), (["--row-tokens", "64"], "row_tokens", 64),
+    (["--no-compile"], "compile", False), (["--compile"], "compile", True),
+    (["--overwrite"], "overwrite", True), (["--scales", "1,2,3"], "scales", (1, 2, 3)),
+    (["--scales", "1"], "scales", (1,)), (["--out", ""], "out", ""),
+    (["--out", "a b"], "out", "a b"),
+])  # fmt: skip
+def test_flag_sets_its_field_and_is_reported_as_given(argv, name, value):
+    assert parse(Config, argv) == (dataclasses.replace(Config(), **{name: value}), {name})
+
+
+def test_flag_given_with_its_default_counts_as_given():
+    assert parse(Config, ["--row-tokens", "512"]) == (Config(), {"row_tokens"})
+
+
+@pytest.mark.parametrize("typed, meant", [
+    ("--lrr", "--lr"), ("-lr", "--lr"), ("--row_tokens", "--row-tokens"), ("--scale", "--scales"),
+    ("--row-token", "--row-tokens"), ("--no-compil", "--no-compile"),
+    ("--overwrit=1", "--overwrite"),
+])  # fmt: skip
+def test_typo_names_the_nearest_flag(typed, meant, capsys):
+    shown = typed.split("=")[0]
+    assert fails(capsys, typed, "3") == f"unknown flag {shown}; did you mean {meant}?"
+
+
+def test_flag_like_no_other_points_to_help(capsys):
+    assert fails(capsys, "--xyzzy") == "unknown flag --xyzzy; --help lists the flags"
+
+
+@pytest.mark.parametrize("argv, complaint", [
+    (["--lr", "fast"], "--lr: 'fast' is not a number"),
+    (["--lr", "nan"], "--lr: 'nan' is not a number"),
+    (["--lr"], "--lr: expected one argument"),
+    (["--row-tokens", "1.5"], "--row-tokens: '1.5' is not a whole number"),
+    (["--row-tokens", ""], "--row-tokens: '' is not a whole number"),
+    (["--scales", "1;3"], "--scales: '1;3' is not whole numbers, as in 1,3"),
+    (["--scales", "1,"], "--scales: '1,' is not whole numbers, as in 1,3"),
+    (["--compile=False"], "--compile/--no-compile is a switch and takes no value"),
+    (["--compile", "False"], "'False' belongs to no flag; a switch takes no value, it is written "
+                             "--name or --no-name"),
+    (["cat.jpg"], "'cat.jpg' belongs to no flag; a switch takes no value, it is written --name or "
+                  "--no-name"),
+])  # fmt: skip
+def test_wrong_value_is_one_line_that_says_what_is_expected(argv, complaint, capsys):
+    assert fails(capsys, *argv) == complaint
+
+
+def test_help_shows_every_field_its_line_and_its_default_percent_signs_too(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(Config, ["--help"], description="Learns 100 % of it.")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert caught.value.code == 0 and "Learns 100 % of it." in shown
+    for name, line in help_lines(Config).items():
+        default = getattr(Config(), name)
+        default = "1,3" if name == "scales" else default
+        assert f"--{name.replace('_', '-')}" in shown and f"{line} [{default}]" in shown
+
+
+def test_every_field_of_every_script_has_a_help_line():
+    import eval as eval_script
+    import sample
+    import train
+
+    for cls in (train.TrainConfig, sample.SampleConfig, eval_script.EvalConfig):
+        lines = help_lines(cls)
+        assert [f.name for f in dataclasses.fields(cls) if not lines.get(f.name)] == []
+        assert parse(cls, []) == (cls(), set())
+
+
+def test_field_without_a_comment_is_the_authors_mistake():
+    @dataclass
+    class Bare:
+        depth: int = 3
+
+    with pytest.raises(AssertionError, match="Bare.depth has no comment"):
+        parse(Bare, [])
+
+
+def test_value_error_ends_in_one_line_and_status_1(capsys):
+    def main():
+        raise ValueError("no such image\n; check the path")
+
+    with pytest.raises(SystemExit) as caught:
+        run(main)
+    assert (
+        caught.value.code == "error: no such image ; check the path"
+    )  # sys.exit(text) is status 1
+
+
+def test_ctrl_c_ends_without_a_traceback():
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        run(main)
+    assert caught.value.code == 130
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run(lambda: 1 / 0)

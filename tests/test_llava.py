@@ -1,0 +1,263 @@
+"""Your own data: what is well formed is read, what is not is named by file, record and fault."""
+
+import json
+import pathlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data.chat import IGNORE, IMAGE_TOKEN, Rejected
+from data.images import preprocess
+from data.llava import LlavaData, encode, read_records
+from data.tokenizer import Tokenizer
+from data.world import World
+
+MINI = pathlib.Path(__file__).parents[1] / "data" / "mini" / "llm"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.from_pretrained(MINI)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of two pictures, pics/red.png and pics/sub/blue.jpg."""
+    (tmp_path / "pics" / "sub").mkdir(parents=True)
+    Image.new("RGB", (20, 10), "red").save(tmp_path / "pics" / "red.png")
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "pics" / "sub" / "blue.jpg")
+    return tmp_path
+
+
+def talk(*texts):
+    return [{"from": ("human", "gpt")[k % 2], "value": text} for k, text in enumerate(texts)]
+
+
+def record(*texts, **fields):
+    return {"id": "r1", "conversations": talk(*(texts or ("Q", "A")))} | fields
+
+
+def load(folder, records, name="data.json"):
+    text = records if isinstance(records, str) else json.dumps(records)
+    (folder / name).write_text(text, encoding="utf-8")
+    return LlavaData(folder / name, folder / "pics")
+
+
+# ------------------------------------------------------------------------------------ what is read
+
+
+def test_records_become_samples_like_the_worlds(folder):
+    data = load(
+        folder, [record("<image>\nWhat?", "red", image="red.png"), record("Hi", "Ho", id=7)]
+    )
+    assert len(data) == 2
+    assert data[0].keys() == World("seen", "ask", 1)[0].keys() - {"types"}
+    assert data[0]["images"][0].size == (20, 10) and data[0]["images"][0].mode == "RGB"
+    assert data[1] == {"id": "7", "images": [], "conversations": talk("Hi", "Ho")}
+
+
+def test_json_lines_are_read_too_whatever_is_in_the_text(folder):
+    lines = [json.dumps(record(f"Q{mark}", "A"), ensure_ascii=False) for mark in "\u2028\u0085x"]
+    data = load(folder, "\n".join(lines) + "\n\n", "data.jsonl")
+    assert [s["conversations"][0]["value"] for s in data.records] == ["Q\u2028", "Q\u0085", "Qx"]
+
+
+def test_byte_order_mark_of_windows_is_skipped(folder):
+    assert len(load(folder, "\ufeff" + json.dumps([record()]))) == 1
+
+
+def test_record_without_id_is_called_by_its_number(folder):
+    data = load(folder, [record(), {"conversations": talk("Q", "A")}])
+    assert [data[i]["id"] for i in range(2)] == ["r1", "1"]
+
+
+@pytest.mark.parametrize("image", [None, "", []])
+def test_no_image_is_written_in_several_ways(image, folder):
+    assert load(folder, [record(image=image)])[0]["images"] == []
+
+
+def test_several_images_come_in_the_order_of_their_tags(folder):
+    question = "Compare <image> and <image>."
+    data = load(folder, [record(question, "A", image=["sub/blue.jpg", "red.png"])])
+    assert [image.size for image in data[0]["images"]] == [(8, 8), (20, 10)]
+
+
+@pytest.mark.parametrize("texts", [
+    ("What is this?\n<image>", "red"),
+    ("<image>\nWhat?", "red", "Is it blue?", "no"),
+    ("Hello", "Hi", "<image> What?", "red"),
+])  # fmt: skip
+def test_tag_may_stand_anywhere_in_the_questions(texts, folder):
+    assert len(load(folder, [record(*texts, image="red.png")])[0]["images"]) == 1
+
+
+def test_sample_that_teaches_nothing_is_left_out_with_its_reason(folder):
+    data = load(
+        folder, [record("Q", ""), record("Q", "A", id=2), record("Q", id=3), record("", "A")]
+    )
+    assert [sample["id"] for sample in data.records] == ["2"]
+    reasons = [reason.split("data.json: ")[1] for reason in data.rejected]
+    assert reasons == ["record 0 (id 'r1'): answer 1 is empty", "record 2 (id 3): it has no answer",
+                       "record 3 (id 'r1'): question 1 is empty"]  # fmt: skip
+
+
+def test_first_turn_from_gpt_is_dropped_as_in_the_original(folder, tokenizer):
+    late = {"id": 1, "conversations": [{"from": "gpt", "value": "Ready."}, *talk("Q", "A")]}
+    data = load(folder, [late, record("Q", "A")])
+    one, two = (encode(data[k], tokenizer, "mistral_instruct", 4, 8) for k in range(2))
+    assert one == two
+
+
+# ------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("faulty, complaint", [
+    ({"id": "r1", "image": "red.png"}, 'has no field "conversations"'),
+    (["not", "a", "dict"], 'record 1 .id None.: has no field "conversations"'),
+    (record(conversations="Q"), "a conversation is a list of turns, not 'Q'"),
+    (record(conversations=[{"from": "human"}]), 'turn 0 needs "from" and a text "value"'),
+    (record(conversations=[{"from": "robot", "value": "Q"}]), "turn 0 is from 'robot'"),
+    (record("<image> Q", "A"), "number of images is 0, of <image> tags in the questions 1"),
+    (record("Q", "A", image="red.png"), "number of images is 1, of <image> tags .* 0"),
+    (record("<image>", "A", image="gone.png"), "no image '.*gone.png'; see --image-folder"),
+    (record("<image>", "A", image="sub"), "no image '.*sub'; see"),
+    (record("<image>", "A", image="x" * 5000), "no image '"),
+    (record("<image>", "A", image="nul\0.png"), "no image '"),
+    (record("<image>", "A", image="../x.png"), "'../x.png' is no path inside --image-folder"),
+    (record("<image>", "A", image="sub/../../data.json"), "is no path inside --image-folder"),
+    (record("<image>", "A", image="/etc/passwd"), "'/etc/passwd' is no path inside --image-folder"),
+    (record("<image>", "A", image=5), "image 5 is no path inside"),
+    (record("<image>", "A", image=[{"url": "x"}]), "image {'url': 'x'} is no path inside"),
+])  # fmt: skip
+def test_faulty_record_is_named_with_file_number_id_and_fault(faulty, complaint, folder):
+    with pytest.raises(ValueError, match=complaint) as caught:
+        load(folder, [record(), faulty, record()])
+    message = str(caught.value)
+    shown = "None" if isinstance(faulty, list) else "'r1'"
+    assert message.startswith(f"{folder / 'data.json'}: record 1 (id {shown}): ")
+    assert "\n" not in message and "more records" not in message
+
+
+def test_all_faulty_records_are_counted_at_once(folder):
+    faulty = record("<image> Q", "A")
+    with pytest.raises(ValueError, match=r"record 0 \(id 'r1'\).*\(2 more records have faults\)"):
+        load(folder, [faulty, record(), faulty, faulty])
+
+
+@pytest.mark.parametrize("content, complaint", [
+    ("", "is not valid JSON"),
+    ('[{"id": 1,]', "is not valid JSON .*line 1 column 11"),
+    ('{"id": 1}', "holds a dict, not a list of samples"),
+    ("3", "holds a int, not a list"),
+    ("[]", "holds no sample to learn from"),
+    ("[" * 100_000, "is nested too deeply"),
+    ('{"id": 1}\n{"id": 2}', "name it .jsonl if each line is a sample"),
+    (json.dumps([record("Q", " ")]), "holds no sample to learn from; the first: .* 1 is empty"),
+])  # fmt: skip
+def test_file_that_is_no_llava_json_is_one_clear_line(content, complaint, folder):
+    with pytest.raises(ValueError, match="data.json: .*" + complaint) as caught:
+        load(folder, content)
+    assert "\n" not in str(caught.value)
+
+
+def test_broken_line_of_a_jsonl_file_is_named_by_its_number(folder):
+    good = json.dumps(record())
+    for broken in ('{"id": ', "{'id': 1}", "[" * 100_000):
+        with pytest.raises(ValueError, match="line 3: is n(ot valid JSON|ested too)"):
+            load(folder, f"{good}\n\n{broken}\n{good}", "data.jsonl")
+
+
+def test_missing_file_folder_and_binary_are_one_clear_line(folder):
+    with pytest.raises(ValueError, match="none.json: cannot be read .No such file.*--data wants"):
+        LlavaData(folder / "none.json")
+    with pytest.raises(ValueError, match="pics: cannot be read .Is a directory"):
+        read_records(folder / "pics")
+    with pytest.raises(ValueError, match="red.png: is not UTF-8 text; --data wants"):
+        read_records(folder / "pics" / "red.png")
+
+
+def test_image_that_is_no_image_is_named_when_its_turn_comes(folder):
+    (folder / "pics" / "text.jpg").write_text("I am no picture")
+    data = load(folder, [record("<image>", "A", image="text.jpg")])
+    with pytest.raises(ValueError, match="text.jpg: is no image Pillow can read"):
+        data[0]
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+fields = {"id": values, "image": values, "conversations": values}
+roles = st.sampled_from(["human", "gpt"])
+turns = st.fixed_dictionaries({}, optional={"from": values | roles, "value": values})
+records = st.fixed_dictionaries({}, optional=fields)
+records |= st.fixed_dictionaries({"conversations": st.lists(turns, max_size=3)})
+
+
+@settings(max_examples=150, deadline=None)
+@given(records=st.lists(values | records, max_size=3))
+def test_any_json_is_samples_or_one_clear_line(tmp_path_factory, records):
+    file = tmp_path_factory.getbasetemp() / "any.json"
+    file.write_text(json.dumps(records))
+    try:
+        data = LlavaData(file, "no-such-folder")
+    except ValueError as error:
+        assert str(error).startswith(str(file)) and "\n" not in str(error)
+    else:
+        assert len(data) + len(data.rejected) == len(records)
+
+
+# ------------------------------------------------------------------------------------- encoding
+
+
+def picture_sample(*texts, n_images=1):
+    images = [Image.new("RGB", (10 + k, 10), "green") for k in range(n_images)]
+    return {"id": "s", "images": images, "conversations": talk(*texts)}
+
+
+def test_encoded_sample_has_ids_labels_and_pixels(tokenizer):
+    sample = picture_sample("<image>\nWhat?", "a cat")
+    ids, labels, images = encode(sample, tokenizer, "mistral_instruct", 4, 16, "square")
+    assert len(ids) == len(labels) and ids.count(IMAGE_TOKEN) == 4
+    assert torch.equal(images[0], preprocess(sample["images"][0], 16, "square"))
+    assert tokenizer.decode([i for i in labels if i != IGNORE]) == " a cat "
+
+
+def test_long_sample_is_cut_but_never_within_an_image(tokenizer):
+    sample = picture_sample("<image> Q", "A", "And <image>?", "B", n_images=2)
+    whole_ids, whole_labels, _ = encode(sample, tokenizer, "mistral_instruct", 5, 8)
+    for n in range(len(whole_ids) - 1, 0, -1):
+        try:
+            ids, labels, images = encode(sample, tokenizer, "mistral_instruct", 5, 8, max_tokens=n)
+        except Rejected as error:
+            assert all(label == IGNORE for label in whole_labels[:n])
+            assert "sample s: there is no answer to learn" in str(error)
+            continue
+        assert ids == whole_ids[: len(ids)] and labels == whole_labels[: len(ids)]
+        assert ids.count(IMAGE_TOKEN) == 5 * len(images)
+        assert n - 5 < len(ids) <= n
+        assert len(ids) == n or whole_ids[len(ids)] == whole_ids[n - 1] == IMAGE_TOKEN
+
+
+def test_sample_that_fits_is_not_touched(tokenizer):
+    sample = picture_sample("<image> Q", "A")
+    free = encode(sample, tokenizer, "mistral_instruct", 5, 8)
+    bound = encode(sample, tokenizer, "mistral_instruct", 5, 8, max_tokens=len(free[0]))
+    assert free[:2] == bound[:2] and len(bound[2]) == 1
+
+
+def test_prompt_teaches_nothing_and_is_rejected_with_its_id(tokenizer):
+    with pytest.raises(Rejected, match="sample s: there is no answer to learn"):
+        encode(picture_sample("<image> Q"), tokenizer, "mistral_instruct", 5, 8)
+
+
+def test_fault_of_a_picture_names_the_sample(tokenizer):
+    sample = picture_sample("<image> Q", "A") | {"images": [Image.new("L", (20_000, 1))]}
+    with pytest.raises(ValueError, match="sample s: a picture of 20000x1 is too narrow"):
+        encode(sample, tokenizer, "mistral_instruct", 5, 8)

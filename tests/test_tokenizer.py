@@ -1,0 +1,321 @@
+"""Tokenizers: the very ids of the libraries they stand for, text that comes back, no hidden tokens.
+
+Independent references: Hugging Face's `tokenizers`, and `sentencepiece` on Mistral's own model.
+"""
+
+import copy
+import json
+import pathlib
+import random
+import shutil
+
+import mistral_common
+import pytest
+import sentencepiece
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.tokenizer import Tokenizer, byte_alphabet, merge_pair, protobuf, train_bpe
+
+MINI = pathlib.Path(__file__).parents[1] / "data" / "mini" / "llm"
+MINI_JSON = json.loads((MINI / "tokenizer.json").read_text())
+MISTRAL = pathlib.Path(mistral_common.__file__).parent / "data"
+
+# Words, digits, runs of blanks, marks, joined emoji, scripts with and without pieces.
+ALPHABETS = [
+    "abcdefghij THE 's 're ", "0123456789½²٣Ⅷ ", "   \t\n\r\u00a0\u3000", "<s></s>[INST]<0x41>",
+    "éüñß\u0301\u0308", "привет Ελλάδα", "你好世界　が한국어", "😀👩\u200d🚀\ufe0f𐍈𓀀",
+    "▁\u2581 -_=.,#*/",
+]  # fmt: skip
+text = st.one_of(st.text(max_size=40), st.text(st.sampled_from("".join(ALPHABETS)), max_size=60))
+
+
+def some_texts(n, seed=0):
+    """The same kind of text, quickly and by the thousand."""
+    rng = random.Random(seed)
+    for _ in range(n):
+        letters = "".join(rng.choices(ALPHABETS, k=3))
+        yield "".join(rng.choices(letters, k=rng.randrange(60)))
+
+
+def write(folder, spec, **config):
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    if config:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return Tokenizer.from_pretrained(MINI)
+
+
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mistral")
+    shutil.copy(MISTRAL / "tokenizer.model.v1", folder / "tokenizer.model")
+    return Tokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def sp():
+    return sentencepiece.SentencePieceProcessor(model_file=str(MISTRAL / "tokenizer.model.v1"))
+
+
+def reference_of(spec):
+    """The ids by `tokenizers`, which is kept from finding special tokens in the text."""
+    library = tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": []}))
+    return lambda text: library.encode(text, add_special_tokens=False).ids
+
+
+MINI_REFERENCE = reference_of(MINI_JSON)
+
+
+# -------------------------------------------------------------------------------- byte-level BPE
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=text)
+def test_miniature_ids_equal_tokenizers_and_text_comes_back(mini, text):
+    ids = mini.encode(text)
+    assert ids == MINI_REFERENCE(text)
+    assert mini.decode(ids) == text
+    assert mini.encode(text, start=False) == ids
+
+
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+          r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["smollm2 (single digits)", "llama 3 (its own pattern)"])
+def test_other_ways_to_cut_words_equal_tokenizers(kind, tmp_path):
+    blanks = [
+        "a  b   c    d\n\n\n  e\t\tf",
+        "12  345   6",
+        "x \n y\r\n",
+    ] * 9  # tokens of many blanks
+    spec, last = train_bpe(blanks, vocab_size=300), MINI_JSON["pre_tokenizer"]
+    first = {"type": "Digits", "individual_digits": True}
+    if kind.startswith("llama"):
+        first = {
+            "type": "Split",
+            "pattern": {"Regex": LLAMA3},
+            "behavior": "Isolated",
+            "invert": False,
+        }
+        last = last | {"use_regex": False}
+    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [first, last]}
+    ours = Tokenizer.from_pretrained(write(tmp_path, spec))
+    reference = reference_of(spec)
+    for text in some_texts(1500):
+        ids = ours.encode(text)
+        assert ids == reference(text), text
+        assert ours.decode(ids) == text
+
+
+def test_byte_without_a_token_is_left_out_as_tokenizers_does(tmp_path):
+    spec = copy.deepcopy(MINI_JSON)
+    gone = spec["model"]["vocab"].pop(byte_alphabet()[0x8D])  # the second byte of "č"
+    ours, reference = Tokenizer.from_pretrained(write(tmp_path, spec)), reference_of(spec)
+    for text in ("č", "čas a čaj", "cat"):
+        assert ours.encode(text) == reference(text)
+        assert gone not in ours.encode(text)
+
+
+def test_training_learns_the_commonest_pair_first():
+    spec = train_bpe(["aab aab aab ab"] * 3, vocab_size=3 + 256 + 3)
+    assert spec["model"]["merges"][0] == ["a", "b"]
+    assert [len(pair) for pair in spec["model"]["merges"]] == [2, 2, 2]
+    assert list(spec["model"]["vocab"])[:3] == ["<unk>", "<s>", "</s>"]
+    assert merge_pair(("a", "a", "b", "a", "b"), ("a", "b")) == ("a", "ab", "ab")
+    few = train_bpe(["ab"], vocab_size=10_000)  # stops when every word is one piece
+    assert len(few["model"]["vocab"]) == 3 + 256 + 1
+
+
+def test_training_on_text_gives_what_tokenizers_reads_the_same(tmp_path):
+    corpus = ["the cat sat on the mat", "the dog sat on the log", "12 cats, 3 dogs"] * 5
+    spec = train_bpe(corpus, vocab_size=300)
+    ours, reference = Tokenizer.from_pretrained(write(tmp_path, spec)), reference_of(spec)
+    for text in [*corpus, *some_texts(200)]:
+        assert ours.encode(text) == reference(text)
+
+
+# --------------------------------------------------------------------------------- SentencePiece
+
+
+def test_sentencepiece_ids_equal_sentencepiece(mistral, sp):
+    for text in some_texts(6000, seed=1):
+        ids = mistral.encode(text)
+        assert ids == sp.encode(text), text
+        assert mistral.decode(ids) == sp.decode(ids) == text.replace("▁", " ")
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=text)
+def test_sentencepiece_ids_equal_sentencepiece_on_any_unicode(mistral, sp, text):
+    assert mistral.encode(text) == sp.encode(text)
+
+
+def test_sentencepiece_runs_of_one_character(mistral, sp):
+    for character in " \n\tae0-=.█é你😀":
+        for n in (*range(1, 40), 63, 64, 65, 150):
+            for text in (character * n, "a" + character * n + "b", character * n + " " + character):
+                assert mistral.encode(text) == sp.encode(text), (character, n)
+
+
+def test_sentencepiece_of_a_whole_book(mistral, sp):
+    book = pathlib.Path(__file__).parents[1].joinpath("LICENSE").read_text()
+    assert mistral.encode(book) == sp.encode(book)
+    assert mistral.decode(mistral.encode(book)) == book
+
+
+def test_text_that_goes_on_gets_no_space_before_it(mistral):
+    whole = mistral.encode("What is this? a cat ")
+    assert mistral.encode("What is this?") + mistral.encode(" a cat ", start=False) == whole
+    assert mistral.encode("cat")[0] != mistral.encode("cat", start=False)[0]
+    assert mistral.encode("") == mistral.encode("", start=False) == []
+
+
+def test_any_text_can_be_cut_before_a_space(mistral, sp):
+    for text in some_texts(1500, seed=2):
+        head, space, tail = text.replace("▁", " ").partition(" ")
+        if head and space:
+            ids = mistral.encode(head) + mistral.encode(space + tail, start=False)
+            assert ids == sp.encode(text)
+
+
+def test_bytes_decode_and_broken_bytes_become_the_replacement_character(mistral):
+    euro = [3 + byte for byte in "€".encode()]  # after <unk>, <s> and </s> come the bytes
+    assert mistral.decode(euro) == "€"
+    assert mistral.decode(euro[:2] + mistral.encode("cat", start=False)) == "\ufffdcat"
+    assert mistral.decode([3 + ord("A")]) == "A"  # though "A" has a piece of its own
+    assert mistral.decode([10**6, *mistral.encode("cat")]) == "cat"  # an id that does not exist
+
+
+def test_later_models_of_mistral_read_too(tmp_path):
+    file = MISTRAL / "mistral_instruct_tokenizer_240323.model.v3"
+    shutil.copy(file, tmp_path / "tokenizer.model")
+    ours = Tokenizer.from_pretrained(tmp_path)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    assert ours.vocab_size == 32768 and ours.special["[INST]"] == 3
+    for text in some_texts(500):
+        if "[INST]" not in text:  # which sentencepiece finds in text, and we do not
+            assert ours.encode(text) == reference.encode(text)
+
+
+def sentencepiece_json(sp):
+    """Mistral's tokenizer.json, made from its tokenizer.model as Hugging Face's converter does."""
+    vocab = {sp.id_to_piece(i): i for i in range(len(sp))}
+    merges = []
+    for piece, i in vocab.items():
+        cuts = ((piece[:k], piece[k:]) for k in range(1, len(piece)) if i > 258)
+        cuts = sorted((vocab[a], vocab[b], a, b) for a, b in cuts if a in vocab and b in vocab)
+        merges += [(sp.get_score(i), [a, b]) for _, _, a, b in cuts]
+    merges.sort(key=lambda merge: -merge[0])
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    model = {"type": "BPE", "dropout": None, "unk_token": "<unk>", "fuse_unk": True,
+             "continuing_subword_prefix": None, "end_of_word_suffix": None, "byte_fallback": True,
+             "vocab": vocab, "merges": [pair for _, pair in merges]}  # fmt: skip
+    prepend = {"type": "Prepend", "prepend": "▁"}
+    normalizer = {"type": "Sequence", "normalizers": [prepend, replace]}
+    return MINI_JSON | {
+        "normalizer": normalizer,
+        "pre_tokenizer": None,
+        "decoder": None,
+        "model": model,
+    }
+
+
+def test_sentencepiece_in_a_tokenizer_json_gives_the_same_ids(mistral, sp, tmp_path):
+    spec = sentencepiece_json(sp)
+    ours, reference = Tokenizer.from_pretrained(write(tmp_path, spec)), reference_of(spec)
+    assert ours.vocab_size == mistral.vocab_size == 32000
+    for text in some_texts(1000, seed=3):
+        assert ours.encode(text) == mistral.encode(text) == reference(text)
+        assert ours.encode(text, start=False) == mistral.encode(text, start=False)
+
+
+# --------------------------------------------------------------------------------- special tokens
+
+
+@pytest.mark.parametrize("which", ["mini", "mistral"])
+def test_special_tokens_are_got_by_name_and_never_from_text(which, request):
+    tokenizer = request.getfixturevalue(which)
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.special["<unk>"]) == (1, 2, 0)
+    for typed in ("</s>", "<s>", "<unk>", "[INST] x [/INST]", "<0x0A>", "a</s><s>b"):
+        ids = tokenizer.encode(typed)
+        assert not set(ids) & set(tokenizer.special.values())
+        assert tokenizer.decode(ids) == typed
+    assert tokenizer.decode([1, *tokenizer.encode("a cat"), 2, 0]) == "a cat"
+
+
+def test_names_of_bos_and_eos_come_from_the_models_own_config(tmp_path):
+    added = MINI_JSON["added_tokens"]
+    names = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    spec = MINI_JSON | {"added_tokens": [t | {"content": n} for t, n in zip(added, names)]}
+    with pytest.raises(ValueError, match="no special token '<s>'.*tokenizer_config.json"):
+        Tokenizer.from_pretrained(write(tmp_path, spec))
+    config = dict(bos_token="<|im_start|>", eos_token={"content": "<|im_end|>"})
+    tokenizer = Tokenizer.from_pretrained(write(tmp_path, spec, **config))
+    assert (tokenizer.bos, tokenizer.eos) == (1, 2)
+    assert [file.name for file in tokenizer.files] == ["tokenizer.json", "tokenizer_config.json"]
+
+
+# ------------------------------------------------------------------------------------- bad files
+
+
+def test_folder_without_tokenizer_says_what_it_looked_for(tmp_path):
+    with pytest.raises(ValueError, match="holds no tokenizer.model or tokenizer.json"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"not a model", b"\xff" * 100, b"\x0a\x7fshort", b"\x12\x00"]
+)
+def test_damaged_tokenizer_model_is_one_clear_error(content, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(ValueError, match="tokenizer.model: is "):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_cut_off_tokenizer_model_is_refused(tmp_path):
+    whole = (MISTRAL / "tokenizer.model.v1").read_bytes()
+    for size in (1000, 200_000, len(whole) - 1):
+        (tmp_path / "tokenizer.model").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="damaged"):
+            Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("change, complaint", [
+    ({"model": {"type": "Unigram"}}, "is a Unigram tokenizer"),
+    ({"model": {}}, "damaged"),
+    ({"normalizer": {"type": "NFC"}}, "not known here .*after a normalizer"),
+    ({"pre_tokenizer": {"type": "Whitespace"}}, "not known here .Whitespace"),
+    ({"pre_tokenizer": None}, "damaged"),
+    ({"added_tokens": []}, "no special token '<s>'"),
+])  # fmt: skip
+def test_tokenizer_json_of_an_unknown_kind_is_refused(change, complaint, tmp_path):
+    with pytest.raises(ValueError, match=complaint):
+        Tokenizer.from_pretrained(write(tmp_path, MINI_JSON | change))
+
+
+def test_invalid_json_is_one_clear_error(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="tokenizer.json: is not valid JSON"):
+        Tokenizer.from_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("[]")
+    with pytest.raises(ValueError, match="damaged"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_protobuf_reads_all_wire_types():
+    message = b"\x08\x96\x01" + b"\x12\x03abc" + b"\x1d\x00\x00\x80\x3f" + b"\x21" + b"\x01" * 8
+    assert list(protobuf(message)) == [
+        (1, 150),
+        (2, b"abc"),
+        (3, b"\x00\x00\x80\x3f"),
+        (4, b"\x01" * 8),
+    ]
+    with pytest.raises(IndexError):
+        list(protobuf(b"\x12\x05abc"))  # five bytes are promised
