@@ -217,7 +217,7 @@ def draw_answers(model, tokenizer, file, seed=7):
             asked = [(k, *pair) for k, pair in asked if pair]
             picture = world.draw(scene)
             said = answer(model, tokenizer, [q for _, q, _ in asked], [picture] * len(asked))
-            axis.imshow(picture, extent=(0, 1, 0, 1))
+            axis.imshow(world.draw(scene, scale=4), extent=(0, 1, 0, 1))
             axis.set(xlim=(0, 2.5), ylim=(0, 1), title=split if row == 0 else "")
             axis.axis("off")
             for k, ((_, question, right), text) in enumerate(zip(asked, said)):

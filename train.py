@@ -26,6 +26,7 @@ import os
 import pathlib
 import shutil
 import signal
+import sys
 import time
 from dataclasses import dataclass
 
@@ -43,6 +44,11 @@ from data.weights import write_json
 from data.world import World
 from llm import LLM
 from upcycle import upcycle
+
+try:
+    import resource
+except ImportError:  # Windows does not tell how much memory a process took
+    resource = None
 
 
 @dataclass
@@ -67,8 +73,8 @@ class TrainConfig:
     init: str = ""  # start from this checkpoint instead of the stage before
     template: str = "mistral_instruct_system"  # how conversations are written
     image_mode: str = "pad"  # how pictures become square: pad or square
-    rows: int = 8  # packed rows a step
-    row_tokens: int = 512  # tokens a row
+    rows: int = 16  # packed rows a step
+    row_tokens: int = 256  # tokens a row
     accumulate: int = 1  # batches a step
     lr: float = 1e-3  # peak learning rate
     warmup: float = 0.03  # share of the samples with a rising learning rate
@@ -387,6 +393,11 @@ def finish(trainer):
         print(f"stage {cfg.stage}: {len(rejected)} samples had nothing to learn and were left out")
     seconds = round(trainer.seconds, 1)
     state = {"finished": True, "seconds": seconds, "samples": trainer.used}
+    if resource:
+        unit = 2**30 if sys.platform == "darwin" else 2**20
+        state["peak_memory_gb"] = round(
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2
+        )
     write_json(folder / "train.json", state | {"config": dataclasses.asdict(cfg)})
     (folder / "resume.pt").unlink(missing_ok=True)
     print(f"stage {cfg.stage}: finished in {seconds:.0f} s -> {folder}")

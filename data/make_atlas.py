@@ -5,8 +5,8 @@ The pictures come from three npm packages, fetched by `npm pack` or given as fol
     python data/make_atlas.py                 # fetch and rebuild data/emoji/*.webp
     python data/make_atlas.py --packages DIR  # the same from .tgz files that are already in DIR
 
-An atlas is a lossless WebP, 12 glyphs a row, in the order of `concepts.json`; `ATTRIBUTION.md` beside
-it names the authors and licences.
+An atlas is a lossless WebP, 12 glyphs a row, in the order of `concepts.json`; `ATTRIBUTION.md`
+beside it names the authors and licences. `cat.jpg`, the README's picture, is drawn from them too.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import io
 import json
 import pathlib
 import subprocess
+import sys
 import tarfile
 import tempfile
 
@@ -46,6 +47,20 @@ def read_glyph(tar, pattern, codepoint):
     raise ValueError(f"{codepoint} is not in {tar.name}; take it out of concepts.json")
 
 
+def draw_cat():
+    """cat.jpg at the root: a cat, a tree and the sun, four times as large as the model sees."""
+    sys.path.insert(0, str(HERE.parents[1]))
+    from data.world import Object, Scene, draw
+
+    objects = (
+        Object("sun", "at the top left", (2, 1, 29), 0.0, False),
+        Object("tree", "at the bottom left", (1, 33, 30), 0.0, False),
+        Object("cat", "at the bottom right", (33, 33, 30), 0.0, False),
+    )
+    picture = draw(Scene("blue", objects, "noto"), scale=4)
+    picture.save(HERE.parents[1] / "cat.jpg", quality=92)
+
+
 def main():
     parser = argparse.ArgumentParser(description="rebuild data/emoji/*.webp", allow_abbrev=False)
     parser.add_argument("--packages", help="folder with the .tgz files (default: npm pack)")
@@ -63,9 +78,9 @@ def main():
                     place = (i % COLUMNS * GLYPH, i // COLUMNS * GLYPH)
                     atlas.paste(read_glyph(tar, pattern, concept["codepoint"]), place)
             atlas.save(HERE / f"{style}.webp", lossless=True, quality=100, method=6)
-            print(
-                f"{style}: {len(concepts)} glyphs, {(HERE / f'{style}.webp').stat().st_size:,} bytes"
-            )
+            size = (HERE / f"{style}.webp").stat().st_size
+            print(f"{style}: {len(concepts)} glyphs, {size:,} bytes")
+    draw_cat()
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ CuMo starts from a language model that can read and an image encoder that can se
 both at the size of a laptop, from the emoji world alone:
 
     python data/pretrain_mini.py tokenizer    # byte-level BPE, seconds
-    python data/pretrain_mini.py llm          # a language model that answers questions about text scenes
-    python data/pretrain_mini.py clip         # an image tower, trained against captions (contrastive)
+    python data/pretrain_mini.py llm          # a language model that answers about text scenes
+    python data/pretrain_mini.py clip         # an image tower, trained against phrases
 
-The language model reads scenes in two written forms, and never sees a picture: as a caption, and as a
-*text picture*, 64 words for the 8x8 patches of the image, "blue blue cat cat blue ...". The second is how
-it learns what a large language model already knows: that what stands early in a sequence of patches is at
-the top, how to look a name up by its place and a place by its name.
+The language model never sees a picture. It reads scenes in two written forms: as a caption, and as
+a *text picture*, 64 words for the 8x8 patches of an image, "blue blue cat cat blue ...". From the
+second it learns what a large language model knows already: that what stands early in a sequence of
+patches is at the top, how to find a name by its place and a place by its name.
 
 Neither ever meets a pair of concepts that the split `pairs` holds out, nor a Fluent drawing.
 """
@@ -161,7 +161,7 @@ def text_accuracy(llm, tokenizer, split, batches=32):
 
 
 def export(folder, tensors, config):
-    """An ordinary Hugging Face directory, in bfloat16: half the size, and public weights are bf16 too."""
+    """An ordinary Hugging Face directory, in bfloat16 as public weights are."""
     write_tensors(folder, {name: t.to(torch.bfloat16) for name, t in tensors.items()})
     write_json(folder / "config.json", config | {"dtype": "bfloat16"})
 
@@ -172,7 +172,7 @@ def export_llm(llm):
 
 
 def export_clip(model):
-    """The vision tower and the norm behind its class token, without the text tower and projections."""
+    """The vision tower and the norm behind its class token; the rest has done its work."""
     norm = {f"vision_model.post_layernorm.{name}": t for name, t in model.norm.state_dict().items()}
     architecture = {"architectures": ["CLIPVisionModel"]}
     export(
@@ -185,43 +185,42 @@ def export_clip(model):
 class Probes(torch.nn.Module):
     """What early layers should know, asked for directly, in training only.
 
-    To look something up, a model must first know at each token which tokens stood before it, and where
-    in the sequence it is; a later layer then searches for that. Waiting until both halves appear by
-    chance takes thousands of steps: repeating a list of 8 to 32 words is at a loss of 3.7 after 300
-    steps, and of 1.2 when the first layer is asked for the 4 tokens before each.
+    To look something up, a model must know at each token which tokens stood before it (layer 1),
+    its place in the text (layer 2) and where the same token stood the last time (layer 3); later
+    layers then combine these. Waiting until the pieces appear by chance takes thousands of steps:
+    repeating a list of 8 to 32 words is at a loss of 3.7 after 300 steps, and of 1.2 when the first
+    layer is asked for the 4 tokens before each.
     """
 
     def __init__(self, llm, offsets=4, places=80):
         super().__init__()
-        dim = llm.cfg.dim
-        self.before = torch.nn.ModuleList(
-            torch.nn.Linear(dim, dim, bias=False) for _ in range(offsets)
-        )
+        dim, self.places, self.seen = llm.cfg.dim, places, {}
+        before = (torch.nn.Linear(dim, dim, bias=False) for _ in range(offsets))
+        self.before = torch.nn.ModuleList(before)
         self.place = torch.nn.Linear(dim, places, bias=False)
-        self.seen = {}
-        for k in (0, 1):
-            llm.model.layers[k].register_forward_hook(
-                lambda _, __, out, k=k: self.seen.update({k: out[0]})
-            )
+        self.last = torch.nn.Linear(dim, places + 2, bias=False)
+        for k in range(3):
+            layer = llm.model.layers[k]
+            layer.register_forward_hook(lambda _, __, out, k=k: self.seen.update({k: out[0]}))
 
     def loss(self, llm, batch):
-        tokens, real = batch["tokens"], batch["segments"] > 0
+        tokens, segments = batch["tokens"], batch["segments"]
         cross_entropy = torch.nn.functional.cross_entropy
-        x0, x1 = (
-            torch.nn.functional.rms_norm(self.seen[k], self.seen[k].shape[-1:]) for k in (0, 1)
-        )
+        x = [torch.nn.functional.rms_norm(self.seen[k], self.seen[k].shape[-1:]) for k in range(3)]
         total = 0.0
         for offset, linear in enumerate(self.before, 1):
-            same = (batch["segments"][:, offset:] == batch["segments"][:, :-offset]) & real[
-                :, offset:
-            ]
-            guess = llm.logits(linear(x0[:, offset:][same]))
+            same = (segments[:, offset:] == segments[:, :-offset]) & (segments[:, offset:] > 0)
+            guess = llm.logits(linear(x[0][:, offset:][same]))
             total = total + cross_entropy(guess.float(), tokens[:, :-offset][same]) / len(
                 self.before
             )
-        places = self.place.out_features
-        start = (batch["segments"][:, :places] == 1).nonzero(as_tuple=True)
-        return total + cross_entropy(self.place(x1[start]).float(), start[1])
+        start = (segments[:, : self.places] == 1).nonzero(as_tuple=True)
+        total = total + cross_entropy(self.place(x[1][start]).float(), start[1])
+        first = segments == 1  # 0: never before; 1 to places: there; places + 1: further on
+        column = torch.arange(1, tokens.shape[1] + 1)
+        alike = (tokens[:, :, None] == tokens[:, None]) & (column[:, None] > column)
+        last = (alike * column).amax(-1).clamp(max=self.places + 1)
+        return total + cross_entropy(self.last(x[2][first]).float(), last[first])
 
 
 def pretrain_llm(steps, lr, seed):
@@ -282,7 +281,7 @@ def phrases():
 
 
 def patch_targets(scene):
-    """For each of the 64 patches the index of its phrase, or IGNORE at the rim of an object, [64]."""
+    """For each of the 64 patches the index of its phrase; IGNORE at the rim of an object."""
     target = np.full((GRID, GRID), len(world.CONCEPTS) + list(world.COLORS).index(scene.background))
     y, x = np.mgrid[:GRID, :GRID] * PATCH + PATCH / 2
     for o in scene.objects:
@@ -294,7 +293,7 @@ def patch_targets(scene):
 
 
 def picture_batch(split, seed, step, n, p_single, augment=True):
-    """`n` scenes: images [n, 3, 64, 64], patch targets [n, 64], true phrases of each image [n, phrases]."""
+    """`n` scenes -> images [n, 3, 64, 64], patch targets [n, 64], true phrases [n, phrases]."""
     images, targets, truths = [], [], np.zeros((n, len(phrases())), dtype=bool)
     for i in range(n):
         rng = np.random.default_rng((seed, world.SPLITS.index(split), step, i))
@@ -306,10 +305,11 @@ def picture_batch(split, seed, step, n, p_single, augment=True):
 
 
 class Contrast(torch.nn.Module):
-    """CLIP's two towers meeting in one space of 128 numbers; everything but `vision` is thrown away.
+    """CLIP's two towers meeting in one space of 128 numbers; only `vision` is kept.
 
-    The class token (after the last layer) is drawn to all phrases that are true of the picture; each
-    patch, as the language model will see it (after the last but one), to the phrase of its region.
+    The class token (after the last layer) is drawn to all phrases that are true of the picture;
+    each patch, as the language model will see it (after the last layer but one), to the phrase of
+    its region.
     """
 
     def __init__(self, vision, tokenizer):
@@ -318,7 +318,7 @@ class Contrast(torch.nn.Module):
         self.vision, self.norm = vision, torch.nn.LayerNorm(dim, vision.cfg.layer_norm_eps)
         self.class_proj = torch.nn.Linear(dim, 128, bias=False)
         self.patch_proj = torch.nn.Linear(dim, 128, bias=False)
-        self.text = LLM(LLMConfig(vocab_size=tokenizer.vocab_size, dim=128, hidden_dim=256, n_layers=2,
+        self.text = LLM(LLMConfig(tokenizer.vocab_size, dim=128, hidden_dim=256, n_layers=2,
                                   n_heads=2, n_kv_heads=2, tie_embeddings=True))  # fmt: skip
         self.scale = torch.nn.Parameter(torch.tensor(2.3))
         ids = [tokenizer.encode(" " + phrase) for phrase in phrases()]
@@ -327,7 +327,7 @@ class Contrast(torch.nn.Module):
         self.phrases = torch.tensor([i + [0] * (width - len(i)) for i in ids])
 
     def forward(self, images):
-        """-> logits over the phrases for the class token [n, phrases] and the patches [n, 64, phrases]."""
+        """-> logits over the phrases, of class tokens [n, phrases] and patches [n, 64, phrases]."""
         text = self.text.hidden(self.text.embed(self.phrases))[0][
             torch.arange(len(self.last)), self.last
         ]
@@ -351,7 +351,7 @@ def contrastive_loss(whole, patches, targets, truths):
 
 @torch.no_grad()
 def picture_accuracy(model, split, n=256):
-    """Share of the objects whose patches, averaged, name them: (alone in the picture, in a crowd)."""
+    """Share of the objects that their patches, averaged, name: (alone in a picture, in a crowd)."""
     hits = {1: [], 0: []}
     names = len(world.CONCEPTS)
     for step in range(2):
@@ -368,9 +368,8 @@ def picture_accuracy(model, split, n=256):
 
 def pretrain_clip(steps, lr, seed, batch=96):
     torch.manual_seed(seed)
-    vision = CLIPVision(CLIPVisionConfig(image_size=world.SIDE, patch_size=PATCH, dim=192, hidden_dim=768,
-                                         n_layers=6, n_heads=3))  # fmt: skip
-    model = Contrast(vision, Tokenizer.from_pretrained(MINI / "llm"))
+    cfg = CLIPVisionConfig(world.SIDE, PATCH, dim=192, hidden_dim=768, n_layers=6, n_heads=3)
+    model = Contrast(CLIPVision(cfg), Tokenizer.from_pretrained(MINI / "llm"))
     optimizer = adamw(list(model.parameters()), lr)
     start = time.time()
     bar = tqdm(range(steps), desc="clip")

@@ -186,9 +186,10 @@ def recolor(glyph, rng):
     return np.concatenate([rgb.clip(0, 255).astype(np.uint8), glyph[..., 3:]], -1)
 
 
-def draw(scene, rng=None):
-    """The picture of a scene, 64x64 RGB. With `rng`, each glyph is recoloured (augmentation)."""
-    canvas = Image.new("RGB", (SIDE, SIDE), COLORS[scene.background])
+def draw(scene, rng=None, scale=1):
+    """The picture of a scene, 64x64 RGB, or `scale` times that for people to look at. With `rng`,
+    each glyph is recoloured (augmentation)."""
+    canvas = Image.new("RGB", (SIDE * scale, SIDE * scale), COLORS[scene.background])
     for o in scene.objects:
         glyph = atlas(scene.style)[CONCEPTS.index(o.name)]
         glyph = Image.fromarray(glyph if rng is None else recolor(glyph, rng))
@@ -196,7 +197,7 @@ def draw(scene, rng=None):
             glyph = glyph.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 1.5)))
         if o.mirrored:
             glyph = glyph.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        x, y, size = o.box
+        x, y, size = (scale * n for n in o.box)
         glyph = glyph.rotate(o.angle, Image.BICUBIC)
         glyph = glyph.resize((size, size), Image.BILINEAR, reducing_gap=2)
         canvas.paste(glyph, (x, y), glyph)

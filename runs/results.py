@@ -1,0 +1,147 @@
+"""Write the README's tables from the results in bench/, and its line counts from the files.
+
+    python runs/results.py                  # rewrite the README's blocks
+    python runs/results.py --collect out    # first take a finished demo (runs/demo.sh) into bench/
+
+A block stands between `<!-- name -->` and `<!-- /name -->`; tests/test_readme.py checks that every
+block is what this script would write.
+"""
+
+import argparse
+import json
+import pathlib
+import platform
+import re
+import shutil
+import subprocess
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TYPES = ("what", "existence", "count", "where", "kind", "background", "side", "list", "all")
+ASKED = {
+    "what": "What is at the top left?",
+    "existence": "Is there a cat?",
+    "count": "How many things are there?",
+    "where": "Where is the cat?",
+    "kind": "Which fruit do you see?",
+    "background": "What color is the background?",
+    "side": "Is the cat left or right of the dog?",
+    "list": "List all objects.",
+    "all": "**all types**",
+}
+READING = [
+    ("mlp_moe.py", "Top-K routing, its two losses, experts as one grouped matrix product"),
+    ("clip_moe.py", "CLIP's vision transformer, dense or sparse, at several scales"),
+    ("llm.py", "a Mistral: RoPE, grouped queries, sliding window, cache, generation"),
+    ("cumo.py", "how a picture becomes words of a sentence; the losses; checkpoints"),
+    ("upcycle.py", "dense to sparse without losing anything at step 0"),
+    ("train.py", "the three stages, their table, resuming"),
+    ("sample.py", "asking about a picture"),
+    ("eval.py", "exact answers by type and split, and which expert does what"),
+    ("data/world.py", "pictures, captions and questions drawn from a seed"),
+    ("data/chat.py", "conversations to ids and labels, segment by segment"),
+    ("data/tokenizer.py", "SentencePiece and byte-level BPE, both on tiktoken"),
+    ("data/packing.py", "conversations laid end to end in rows"),
+    ("data/weights.py", "reading, checking and writing checkpoints"),
+    ("data/pretrain_mini.py", "how the miniature CLIP and LLM were made"),
+]
+
+
+def percent(x):
+    return f"{100 * x:.0f}"
+
+
+def reading_block():
+    lines = ["| file | lines | what you learn |", "|---|---|---|"]
+    for name, lesson in READING:
+        lines.append(f"| [`{name}`]({name}) | {count_lines(name)} | {lesson} |")
+    return "\n".join(lines)
+
+
+def count_lines(name):
+    return len((ROOT / name).read_text(encoding="utf-8").splitlines())
+
+
+def results_block():
+    run = json.loads((ROOT / "bench" / "mini.json").read_text())
+    head = "| | example | seen | pairs | style | seen, blank picture | seen, fixed answers |"
+    lines = [head, "|---|---|---|---|---|---|---|"]
+    accuracy = run["accuracy"]
+    for kind in TYPES:
+        cells = [percent(accuracy[s]["model"][kind]) for s in ("seen", "pairs", "style")]
+        cells += [percent(accuracy["seen"][row][kind]) for row in ("blank", "chance")]
+        lines.append(f"| {kind} | {ASKED[kind]} | " + " | ".join(cells) + " |")
+    seconds = run["seconds"]
+    load = [share for shares in run["expert_load"].values() for share in shares]
+    lines += [
+        "",
+        f"Percent of {run['questions']} questions a split answered exactly, after "
+        f"{seconds['1']:.0f} + {seconds['2']:.0f} + {seconds['3']:.0f} seconds of training "
+        f"({sum(seconds.values()) / 60:.1f} minutes) with at most {run['peak_memory_gb']:.1f} GB, on "
+        f"{run['machine']}. Over the pictures of `seen` each expert of each sparse block gets between "
+        f"{percent(min(load))} % and {percent(max(load))} % of the tokens.",
+    ]
+    return "\n".join(lines)
+
+
+def sparse_block():
+    rows = json.loads((ROOT / "bench" / "sparse_vs_dense.json").read_text())["rows"]
+    lines = ["| stage 3 | seen | pairs | style | seconds |", "|---|---|---|---|---|"]
+    for name in ("dense", "sparse"):
+        mine = [row for row in rows if row["name"] == name]
+        cells = []
+        for split in ("seen", "pairs", "style"):
+            values = [100 * row[split] for row in mine]
+            cells.append(
+                f"{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+            )
+        seconds = sum(row["seconds"] for row in mine) / len(mine)
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {seconds:.0f} |")
+    return "\n".join(lines)
+
+
+BLOCKS = {"reading": reading_block, "results": results_block, "sparse": sparse_block}
+
+
+def rewrite(text):
+    """The README with every block written anew."""
+    for name, write in BLOCKS.items():
+        block = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.S)
+        if block.search(text):
+            text = block.sub(lambda m, w=write: m[1] + w() + m[2], text)
+    return text
+
+
+def collect(out):
+    """bench/mini.json and the README's pictures, from a finished demo."""
+    out = pathlib.Path(out)
+    run = json.loads((out / "eval.json").read_text())
+    states = {k: json.loads((out / f"stage{k}" / "train.json").read_text()) for k in (1, 2, 3)}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, cwd=ROOT)
+    cpu = re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())
+    run |= {
+        "command": "runs/demo.sh",
+        "commit": commit.stdout.decode().strip(),
+        "machine": f"2 cores of {cpu[1] if cpu else platform.processor()}",
+        "seconds": {str(k): state["seconds"] for k, state in states.items()},
+        "peak_memory_gb": max(state["peak_memory_gb"] for state in states.values()),
+    }
+    (ROOT / "bench" / "mini.json").write_text(json.dumps(run, indent=1) + "\n")
+    for name in ("answers.png", "experts.png"):
+        shutil.copy(out / name, ROOT / "bench")
+    shutil.copy(out / "stage3" / "loss.png", ROOT / "bench")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="write the README's tables", allow_abbrev=False)
+    parser.add_argument(
+        "--collect", metavar="OUT", help="take this finished demo into bench/ first"
+    )
+    args = parser.parse_args()
+    if args.collect:
+        collect(args.collect)
+    readme = ROOT / "README.md"
+    readme.write_text(rewrite(readme.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""The miniature pretrained weights: ordinary Hugging Face directories, small, and good enough."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, CLIPVisionModel, PreTrainedTokenizerFast
+
+from clip_moe import CLIPVision
+from data import world
+from data.images import preprocess
+from data.pretrain_mini import text_accuracy
+from data.tokenizer import Tokenizer
+from llm import LLM
+
+MINI = Path(__file__).resolve().parents[1] / "data" / "mini"
+
+
+def pictures(n):
+    scenes = (world.sample_scene(np.random.default_rng(s), "seen") for s in range(n))
+    return torch.stack([preprocess(world.draw(scene), 64) for scene in scenes])
+
+
+def test_both_together_take_at_most_12_megabytes():
+    assert sum(file.stat().st_size for file in MINI.rglob("*") if file.is_file()) <= 12_000_000
+
+
+def test_transformers_sees_the_same_through_the_miniature_clip():
+    images = pictures(4)
+    theirs = CLIPVisionModel.from_pretrained(MINI / "clip", dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = theirs(images, output_hidden_states=True).hidden_states[-2][:, 1:]
+        features, aux = CLIPVision.from_pretrained(MINI / "clip")(images)
+    assert aux is None
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_transformers_reads_the_same_in_the_miniature_llm():
+    tokens = torch.tensor([Tokenizer.from_pretrained(MINI / "llm").encode(" a cat and a dog.") * 9])
+    theirs = AutoModelForCausalLM.from_pretrained(MINI / "llm", dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        logits = LLM.from_pretrained(MINI / "llm")(tokens)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_transformers_splits_text_like_our_tokenizer():
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(MINI / "llm" / "tokenizer.json"))
+    ours = Tokenizer.from_pretrained(MINI / "llm")
+    for text in ("[INST] Where is the cat? [/INST] in the middle ", "Grüße, 猫 😀!", ""):
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
+
+
+def test_language_model_answers_scenes_given_as_text():
+    llm, tokenizer = LLM.from_pretrained(MINI / "llm").eval(), Tokenizer.from_pretrained(MINI / "llm")
+    for split in ("seen", "pairs"):
+        answers = text_accuracy(llm, tokenizer, split, batches=12)
+        asked = [share for kind, share in answers.items() if kind != "describe"]
+        assert np.mean(asked) > 0.95, (split, answers)

@@ -1,0 +1,88 @@
+"""Asking about a picture from the command line: the answer streams, mistakes get one line."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_cumo
+
+from data.tokenizer import Tokenizer
+from sample import Printer, prompt
+
+ROOT = Path(__file__).parents[1]
+MINI = ROOT / "data" / "mini" / "llm"
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_cumo(experts=4, vocab=1024).save_pretrained(folder)
+    shutil.copy(MINI / "tokenizer.json", folder)
+    return folder
+
+
+def ask(folder, *flags):
+    command = [sys.executable, ROOT / "sample.py", *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
+
+
+def test_answers_about_a_picture_and_without_one(model_dir):
+    for flags in (["--image", ROOT / "cat.jpg"], ["--ask", "What is a cat?"]):
+        done = ask(model_dir, "--model", model_dir, "--max-new-tokens", 4, *flags)
+        assert done.returncode == 0 and done.stdout.endswith("\n"), done.stderr
+
+
+def test_the_same_seed_gives_the_same_answer(model_dir):
+    flags = ["--model", model_dir, "--ask", "What?", "--temperature", 1, "--max-new-tokens", 8]
+    answers = [ask(model_dir, *flags, "--seed", seed).stdout for seed in (1, 1, 2)]
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_prompt_holds_the_image_before_the_question():
+    model, tokenizer = tiny_cumo(vocab=1024), Tokenizer.from_pretrained(MINI)
+    tokens, pixels = prompt(model, tokenizer, "What is <image> this?", [Image.new("RGB", (9, 5))])
+    assert (tokens == -200).sum() == model.image_tokens and pixels.shape == (1, 3, 24, 24)
+    text = tokenizer.decode([i for i in tokens[0].tolist() if i >= 0])
+    assert text.endswith("What is  this? [/INST]"), "a tag in the question is no second image"
+
+
+def test_printer_streams_whole_characters(capsys):
+    tokenizer = Tokenizer.from_pretrained(MINI)
+    printer = Printer(tokenizer)
+    shown = []
+    for i in tokenizer.encode(" café 🐱 end"):
+        printer(torch.tensor([[i]]))
+        shown.append(capsys.readouterr().out)
+    assert "".join(shown) == "café 🐱 end" and "\ufffd" not in "".join(shown)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--image", "nowhere.jpg"], "nowhere.jpg"),
+        (["--image", "text.jpg"], "text.jpg"),
+        (["--image", "."], "folder"),
+        (["--ask", "  "], "question is empty"),
+        ([], "--image FILE"),
+        (["--imgae", "cat.jpg"], "did you mean --image?"),
+        (["--ask", "What?", "--temperature", "-1"], "temperature"),
+        (["--ask", "What?", "--top-p", "0"], "top_p"),
+        (["--ask", "What?", "--max-new-tokens", "0"], "max_new_tokens"),
+        (["--ask", "What?", "--model", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_gets_one_line(model_dir, tmp_path, flags, message):
+    (tmp_path / "text.jpg").write_text("this is no picture")
+    model = [] if "--model" in flags else ["--model", model_dir]
+    done = ask(tmp_path, *model, *flags)
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode != 0 and len(lines) == 1 and message in lines[0], done.stderr
+
+
+def test_without_a_trained_model_it_says_which_command_makes_one(tmp_path):
+    done = ask(tmp_path, "--image", ROOT / "cat.jpg")
+    assert done.returncode == 1 and "`python train.py` makes one" in done.stderr
