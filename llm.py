@@ -46,10 +46,10 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from data.chat import IGNORE
 from data.weights import load_into, read_config, read_tensors, write_json, write_tensors
 from mlp_moe import Aux, SparseMoE, recomputed
 
-IGNORE = -100  # label of a token from which nothing is learned
 LOGITS_AT_ONCE = 2**25  # entries of the largest [tokens, V] block in the loss: 128 MiB in float32
 
 

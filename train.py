@@ -129,10 +129,11 @@ def resolve(given, stage, target=True):
     own = {k: v for k, v in given.items() if target or k in shared}
     cfg = TrainConfig(**(PRESETS[preset] | STAGES[preset][stage] | own))
     cfg.stage = stage
-    for name in ("rows", "row_tokens", "accumulate", "save_every", "top_k"):
-        if getattr(cfg, name) < 1:
+    for name in ("samples", "rows", "row_tokens", "accumulate", "save_every"):
+        value, least = getattr(cfg, name), int(name != "samples")
+        if value < least:
             flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} {getattr(cfg, name)} is too small; it must be at least 1")
+            raise ValueError(f"{flag} {value} is too small, take {least} or more")
     return cfg
 
 

@@ -296,11 +296,11 @@ ASK = {"what": ask_what, "existence": ask_existence, "count": ask_count,
 DESCRIBE = "Describe the picture."
 
 
-def questions(scene, rng, n):
+def questions(scene, rng, n, types=QUESTION_TYPES):
     """`n` different questions about a scene, types drawn alike: [(type, question, answer)]."""
     asked = []
     while len(asked) < n:
-        kind = QUESTION_TYPES[rng.integers(len(QUESTION_TYPES))]
+        kind = types[rng.integers(len(types))]
         pair = ASK[kind](scene, rng)
         if pair and pair[0] not in [q for _, q, _ in asked]:
             asked.append((kind, *pair))

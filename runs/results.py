@@ -76,9 +76,9 @@ def results_block():
         "",
         f"Percent of {run['questions']} questions a split answered exactly, after "
         f"{seconds['1']:.0f} + {seconds['2']:.0f} + {seconds['3']:.0f} seconds of training "
-        f"({sum(seconds.values()) / 60:.1f} minutes) with at most {run['peak_memory_gb']:.1f} GB, on "
-        f"{run['machine']}. Over the pictures of `seen` each expert of each sparse block gets between "
-        f"{percent(min(load))} % and {percent(max(load))} % of the tokens.",
+        f"({sum(seconds.values()) / 60:.1f} minutes) with at most {run['peak_memory_gb']:.1f} GB, "
+        f"on {run['machine']}. Over the pictures of `seen` each expert of each sparse block gets "
+        f"between {percent(min(load))} % and {percent(max(load))} % of the tokens.",
     ]
     return "\n".join(lines)
 
@@ -91,9 +91,8 @@ def sparse_block():
         cells = []
         for split in ("seen", "pairs", "style"):
             values = [100 * row[split] for row in mine]
-            cells.append(
-                f"{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f})"
-            )
+            mean = sum(values) / len(values)
+            cells.append(f"{mean:.1f} ({min(values):.1f} to {max(values):.1f})")
         seconds = sum(row["seconds"] for row in mine) / len(mine)
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {seconds:.0f} |")
     return "\n".join(lines)
@@ -131,14 +130,31 @@ def collect(out):
     shutil.copy(out / "stage3" / "loss.png", ROOT / "bench")
 
 
+def collect_sparse(out):
+    """bench/sparse_vs_dense.json, from a finished runs/sparse_vs_dense.sh."""
+    rows = []
+    for folder in sorted(pathlib.Path(out).iterdir()):
+        name, seed = folder.name.split("-")
+        accuracy = json.loads((folder / "eval.json").read_text())["accuracy"]
+        state = json.loads((folder / "stage3" / "train.json").read_text())
+        shares = {split: accuracy[split]["model"]["all"] for split in ("seen", "pairs", "style")}
+        row = {"name": name, "seed": int(seed), "seconds": state["seconds"]} | shares
+        rows.append(row | {"samples": state["samples"]})
+    content = {"command": "runs/sparse_vs_dense.sh", "rows": rows}
+    (ROOT / "bench" / "sparse_vs_dense.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description="write the README's tables", allow_abbrev=False)
     parser.add_argument(
         "--collect", metavar="OUT", help="take this finished demo into bench/ first"
     )
+    parser.add_argument("--collect-sparse", metavar="DIR", help="the same of sparse_vs_dense.sh")
     args = parser.parse_args()
     if args.collect:
         collect(args.collect)
+    if args.collect_sparse:
+        collect_sparse(args.collect_sparse)
     readme = ROOT / "README.md"
     readme.write_text(rewrite(readme.read_text(encoding="utf-8")), encoding="utf-8")
 

@@ -52,7 +52,8 @@ def test_transformers_splits_text_like_our_tokenizer():
 
 
 def test_language_model_answers_scenes_given_as_text():
-    llm, tokenizer = LLM.from_pretrained(MINI / "llm").eval(), Tokenizer.from_pretrained(MINI / "llm")
+    llm = LLM.from_pretrained(MINI / "llm").eval()
+    tokenizer = Tokenizer.from_pretrained(MINI / "llm")
     for split in ("seen", "pairs"):
         answers = text_accuracy(llm, tokenizer, split, batches=12)
         asked = [share for kind, share in answers.items() if kind != "describe"]
