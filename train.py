@@ -103,7 +103,7 @@ PAPER = {
     3: dict(template="mistral_instruct_system", lr=4e-6, rows=4, accumulate=7, row_tokens=4096),
 }
 MINI = {
-    1: dict(template="plain", lr=2e-3, samples=6_000),
+    1: dict(template="plain", lr=2e-3, samples=5_000),
     2: dict(template="mistral_instruct", lr=5e-4, samples=8_000),
     3: dict(template="mistral_instruct", lr=5e-4, samples=12_000),
 }

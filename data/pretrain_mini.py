@@ -237,19 +237,19 @@ class Probes(torch.nn.Module):
     """What early layers should know, asked for directly, in training only.
 
     To look something up, a model must know at each token which tokens stood before it (layer 1),
-    its place in the text (layer 2) and where the same token stood the last time (layer 3); later
+    its place in the text (layer 2) and where the same token stands in the scene (layer 3); later
     layers then combine these. Waiting until the pieces appear by chance takes thousands of steps:
     repeating a list of 8 to 32 words is at a loss of 3.7 after 300 steps, and of 1.2 when the first
     layer is asked for the 4 tokens before each.
     """
 
-    def __init__(self, llm, tokenizer, offsets=4, places=80):
+    def __init__(self, llm, tokenizer, offsets=4, places=70):
         super().__init__()
         dim, self.places, self.seen = llm.cfg.dim, places, {}
         before = (torch.nn.Linear(dim, dim, bias=False) for _ in range(offsets))
         self.before = torch.nn.ModuleList(before)
         self.place = torch.nn.Linear(dim, places, bias=False)
-        self.last = torch.nn.Linear(dim, places + 2, bias=False)
+        self.last = torch.nn.Linear(dim, places + 1, bias=False)
         self.names = torch.tensor([tokenizer.encode(" " + name)[0] for name in world.CONCEPTS])
         for k in range(3):
             layer = llm.model.layers[k]
@@ -268,11 +268,12 @@ class Probes(torch.nn.Module):
             )
         start = (segments[:, : self.places] == 1).nonzero(as_tuple=True)
         total = total + cross_entropy(self.place(x[1][start]).float(), start[1])
-        # names in questions; 0: never before, 1 to places: there, places + 1: further on
+        # names in questions; 0: not in the scene, else the place where it stands there
         column = torch.arange(1, tokens.shape[1] + 1)
         asked = (segments == 1) & torch.isin(tokens, self.names) & (column > 70)
-        alike = (tokens[:, :, None] == tokens[:, None]) & (column[:, None] > column)
-        last = (alike * column).amax(-1).clamp(max=self.places + 1)
+        scene = column[: self.places]
+        alike = tokens[:, :, None] == tokens[:, None, : self.places]
+        last = (alike * (column[:, None] > scene) * scene).amax(-1)
         return total + cross_entropy(self.last(x[2][asked]).float(), last[asked])
 
 
