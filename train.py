@@ -30,6 +30,7 @@ import sys
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -73,9 +74,9 @@ class TrainConfig:
     init: str = ""  # start from this checkpoint instead of the stage before
     template: str = "mistral_instruct_system"  # how conversations are written
     image_mode: str = "pad"  # how pictures become square: pad or square
-    rows: int = 16  # packed rows a step
+    rows: int = 8  # packed rows a batch
     row_tokens: int = 256  # tokens a row
-    accumulate: int = 1  # batches a step
+    accumulate: int = 2  # batches a step
     lr: float = 1e-3  # peak learning rate
     warmup: float = 0.03  # share of the samples with a rising learning rate
     weight_decay: float = 0.0  # of the matrices
@@ -104,7 +105,7 @@ PAPER = {
 }
 MINI = {
     1: dict(template="plain", lr=2e-3, samples=5_000),
-    2: dict(template="mistral_instruct", lr=5e-4, samples=8_000),
+    2: dict(template="mistral_instruct", lr=5e-4, samples=7_000),
     3: dict(template="mistral_instruct", lr=5e-4, samples=12_000),
 }
 STAGES = {"mini": MINI, "smol": PAPER, "mistral-7b": PAPER, "mixtral-8x7b": PAPER}
@@ -129,6 +130,8 @@ def resolve(given, stage, target=True):
     own = {k: v for k, v in given.items() if target or k in shared}
     cfg = TrainConfig(**(PRESETS[preset] | STAGES[preset][stage] | own))
     cfg.stage = stage
+    if cfg.data and "samples" not in own:
+        cfg.samples = 0  # one's own data is seen once
     for name in ("samples", "rows", "row_tokens", "accumulate", "save_every"):
         value, least = getattr(cfg, name), int(name != "samples")
         if value < least:
@@ -145,11 +148,14 @@ def lr_at(done, cfg):
 
 
 def param_groups(model, cfg):
-    """Trainable parameters for AdamW: matrices decay, vectors (norms, biases) do not."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    """Trainable parameters for AdamW: matrices decay; norms and biases, stacked too, do not."""
+    groups = {True: [], False: []}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups[p.dim() > 1 and not name.endswith((".b1", ".b2"))].append(p)
     return [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": groups[True], "weight_decay": cfg.weight_decay},
+        {"params": groups[False], "weight_decay": 0.0},
     ]
 
 
@@ -262,17 +268,19 @@ class Trainer:
 
     def train_step(self, batches):
         """One optimizer step over `accumulate` batches -> metrics; None at the end of the data."""
-        cfg, start = self.cfg, time.perf_counter()
+        cfg, start, before = self.cfg, time.perf_counter(), self.used
         taken = [batch for _, batch in zip(range(cfg.accumulate), batches)]
         if not taken:
             return None
-        tokens = 0
+        tokens, metrics = 0, []
         for batch in taken:
             images = torch.stack(batch["images"]).to(cfg.device) if batch["images"] else None
             rows = {k: batch[k].to(cfg.device) for k in ("tokens", "labels", "segments")}
             with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
                 out = self.model(images=images, **rows)
-            (out.loss / len(taken)).backward()
+            if out.loss.requires_grad:  # else the connector alone learns, and there is no image
+                (out.loss / len(taken)).backward()
+            metrics.append(describe(out))
             tokens += int((batch["segments"] > 0).sum())
             self.used += batch["samples"]
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.clip_grad).item()
@@ -281,7 +289,7 @@ class Trainer:
                 f"the loss is not finite after {self.used} samples; lower --lr or try --no-bf16. "
                 f"The last resume point in {self.folder} is good"
             )
-        lr = lr_at(self.used / len(self.order), cfg)
+        lr = lr_at((before + self.used) / 2 / len(self.order), cfg)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -289,7 +297,7 @@ class Trainer:
         self.step += 1
         took = time.perf_counter() - start
         self.seconds += took
-        return {"step": self.step, "samples": self.used, **describe(out), "lr": lr,
+        return {"step": self.step, "samples": self.used, **mean(metrics), "lr": lr,
                 "grad_norm": norm, "tokens_per_s": round(tokens / took)}  # fmt: skip
 
     def save_resume(self):
@@ -341,8 +349,15 @@ def describe(out):
     for part, losses in out.aux.items():
         if losses:
             metrics |= {f"{part}_balance": losses[0].item(), f"{part}_z": losses[1].item()}
-            metrics[f"{part}_load"] = [round(v, 4) for v in out.load[part].flatten().tolist()]
+            metrics[f"{part}_load"] = out.load[part].tolist()
     return metrics
+
+
+def mean(rows):
+    """Mean of each number, or list of numbers, over the rows that have it."""
+    names = {name: None for row in rows for name in row}
+    columns = {name: np.array([row[name] for row in rows if name in row]) for name in names}
+    return {name: values.mean(0).round(6).tolist() for name, values in columns.items()}
 
 
 def train_stage(cfg):

@@ -228,7 +228,9 @@ def ask_existence(scene, rng):
         name, answer = choose(rng, *present), "yes"
     else:
         kinds = {CATEGORIES[n] for n in present} if rng.random() < 0.5 else set(CATEGORIES.values())
-        absent = [c for c in CONCEPTS if c not in present]
+        # never a held-out partner of what is there: training would teach that they do not meet
+        partner = {p for name in present for p in partners()[name]}
+        absent = [c for c in CONCEPTS if c not in present and c not in partner]
         alike = [c for c in absent if CATEGORIES[c] in kinds]  # empty if a category is all there
         name, answer = choose(rng, *(alike or absent)), "no"
     return choose(rng, f"Is there {a(name)}?", f"Do you see {a(name)}?"), answer

@@ -36,7 +36,7 @@ def weights(tmp_path_factory):
         write_tensors(folder / name, model.original_state_dict())
         write_json(folder / name / "config.json", config.to_hf())
     shutil.copy(TOKENIZER, folder / "llm")
-    sizes = dict(samples=40, rows=2, row_tokens=256, save_every=3)
+    sizes = dict(samples=40, rows=2, row_tokens=256, accumulate=1, save_every=3)
     return dict(clip=str(folder / "clip"), llm=str(folder / "llm"), **sizes)
 
 
