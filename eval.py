@@ -7,7 +7,7 @@ Three splits (data/world.py): `seen` (fresh scenes), `pairs` (pairs of things th
 training), `style` (a drawing style never trained on). Beside each accuracy stand two baselines:
 
     blank    the same model and question, the picture painted over with one colour
-    chance   the best fixed answer to each form of question, learned from 4,000 training questions
+    chance   the best fixed answer to each form of question, learned from 8,000 training questions
 
 A model whose accuracy is not far above both is not looking. Results are printed as a table and
 written to `out/eval.json`; `out/answers.png` shows some answers, `out/experts.png` how evenly the
@@ -150,7 +150,7 @@ def pyplot():
     try:
         import matplotlib.pyplot as plt
     except ImportError:
-        print("no pictures without matplotlib: pip install 'nanocumo[plot]'")
+        print("no pictures without matplotlib: pip install matplotlib")
         return None
     return plt
 
@@ -243,6 +243,9 @@ def print_table(results):
 
 def main():
     cfg, _ = parse(EvalConfig, description=__doc__.split("\n")[0])
+    if cfg.n < len(world.QUESTION_TYPES) or cfg.batch < 1:
+        raise ValueError(f"--n {cfg.n} must be {len(world.QUESTION_TYPES)} or more, --batch "
+                         f"{cfg.batch} 1 or more")  # fmt: skip
     path = pathlib.Path(cfg.model or find_model(cfg.out))
     model = CuMo.from_pretrained(path, device=cfg.device).eval()
     tokenizer = Tokenizer.from_pretrained(path)

@@ -61,9 +61,9 @@ class Printer:
 
     def __call__(self, ids):
         self.ids += ids.flatten().tolist() if hasattr(ids, "flatten") else list(ids)
-        text = self.tokenizer.decode(self.ids).lstrip()
+        text = self.tokenizer.decode(self.ids).strip()  # blanks wait for what follows them
         if not text.endswith("\ufffd"):
-            print(text[len(self.text) :].rstrip("\n"), end="", flush=True)
+            print(text[len(self.text) :], end="", flush=True)
             self.text = text
 
 

@@ -2,7 +2,7 @@
 
     python train.py                 # all three stages of the miniature, minutes on a laptop CPU
     python train.py --stage 3       # stage 3; runs stages 1 and 2 first if they are not there
-    python train.py --preset mistral-7b --stage 1 --data captions.json --image-folder pics
+    python train.py --stage 3 --init out/stage2 --data mine.json --image-folder pics --out mine
 
     stage                    trains           learns from                   starts from
     1 connector pre-training the connector    captions                      CLIP + LLM weights
@@ -36,13 +36,15 @@ from tqdm import tqdm
 
 from clip_moe import CLIPVision
 from cumo import CuMo, CuMoConfig
-from data.chat import Rejected
+from data.chat import TEMPLATES, Rejected
 from data.flags import parse, run
+from data.images import MODES
 from data.llava import LlavaData, encode
 from data.packing import pack
 from data.tokenizer import Tokenizer
 from data.weights import write_json
 from data.world import World
+from eval import draw_load, pyplot
 from llm import LLM
 from upcycle import upcycle
 
@@ -110,6 +112,7 @@ MINI = {
 }
 STAGES = {"mini": MINI, "smol": PAPER, "mistral-7b": PAPER, "mixtral-8x7b": PAPER}
 WORLD_TASK = {1: "name", 2: "describe", 3: "ask"}  # what the emoji world teaches in each stage
+SHARED = ("preset", "clip", "llm", "scales", "seed")  # the same in all stages of one model
 IRRELEVANT = ("stage", "out", "device", "compile", "overwrite", "save_every")  # to what is learned
 
 
@@ -123,8 +126,7 @@ def resolve(given, stage, target=True):
     (`target=False`), the stage's own fields keep their table's values.
     """
     preset = given.get("preset", "mini")
-    if preset not in PRESETS:
-        raise ValueError(f"preset {preset!r} is unknown; choose from {', '.join(PRESETS)}")
+    check_choice("preset", preset, PRESETS)
     names = [f.name for f in dataclasses.fields(TrainConfig)]
     shared = set(names[: names.index("data")])
     own = {k: v for k, v in given.items() if target or k in shared}
@@ -132,12 +134,21 @@ def resolve(given, stage, target=True):
     cfg.stage = stage
     if cfg.data and "samples" not in own:
         cfg.samples = 0  # one's own data is seen once
+    check_choice("template", cfg.template, TEMPLATES)
+    check_choice("image-mode", cfg.image_mode, MODES)
+    if not 0 <= cfg.warmup < 1 or cfg.lr <= 0:
+        raise ValueError(f"--warmup {cfg.warmup} must be from 0 to below 1, --lr {cfg.lr} above 0")
     for name in ("samples", "rows", "row_tokens", "accumulate", "save_every"):
         value, least = getattr(cfg, name), int(name != "samples")
         if value < least:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} {value} is too small, take {least} or more")
     return cfg
+
+
+def check_choice(flag, value, choices):
+    if value not in choices:
+        raise ValueError(f"--{flag} {value!r} is unknown; choose from {', '.join(choices)}")
 
 
 def lr_at(done, cfg):
@@ -179,10 +190,10 @@ def read_state(folder):
     return json.loads(file.read_text()) if file.is_file() else None
 
 
-def refuse_difference(cfg, state, folder):
-    """ValueError that names the fields in which `folder`'s configuration differs from this one."""
+def refuse_difference(cfg, state, folder, fields=None):
+    """ValueError that names the `fields` (None: all) in which `folder`'s configuration differs."""
     then, now = state["config"], json.loads(json.dumps(dataclasses.asdict(cfg)))
-    differ = [k for k in now if k not in IRRELEVANT and now[k] != then.get(k)]
+    differ = [k for k in fields or now if k not in IRRELEVANT and now[k] != then.get(k)]
     if differ:
         shown = ", ".join(f"{k} was {then.get(k)!r}, now {now[k]!r}" for k in differ)
         raise ValueError(f"{folder} was made with another configuration: {shown}. Use the same "
@@ -216,7 +227,7 @@ def build(cfg):
     model.connector.requires_grad_(True)
     model.cfg.balance_coef, model.cfg.z_coef = cfg.balance_coef, cfg.z_coef
     model.cfg.image_mode = cfg.image_mode
-    model.cfg.template = cfg.template if cfg.template != "plain" else model.cfg.template
+    model.cfg.template = cfg.template if cfg.template != "plain" else "mistral_instruct"
     return model, source
 
 
@@ -224,7 +235,12 @@ def open_data(cfg):
     if cfg.data:
         return LlavaData(cfg.data, cfg.image_folder)
     if cfg.preset != "mini":
-        raise ValueError(f"preset {cfg.preset} needs --data FILE.json --image-folder DIR")
+        raise ValueError(
+            f"stage {cfg.stage} of {cfg.preset} needs data of its own: run it by itself, with "
+            f"--stage {cfg.stage} --data FILE.json --image-folder DIR"
+        )
+    if not cfg.samples:
+        raise ValueError("--samples 0 means all of --data; the emoji world needs a number")
     return World("train", WORLD_TASK[cfg.stage], cfg.samples, cfg.seed, cfg.augment)
 
 
@@ -260,8 +276,10 @@ class Trainer:
             for i in self.order[self.used :].tolist():
                 try:
                     yield encode(self.data[i], self.tokenizer, cfg.template, *image, cfg.row_tokens)
-                except Rejected:
+                except Rejected as reason:
                     self.rejected += 1
+                    if self.rejected <= 3:
+                        tqdm.write(f"left out: {reason}")
                     yield [], [], []
 
         return pack(encoded(), cfg.rows, cfg.row_tokens)
@@ -379,6 +397,8 @@ def train_stage(cfg):
         trainer.load_resume()
         print(f"{name}: resumed after {trainer.used:,} samples")
     else:
+        if folder.exists() and any(folder.iterdir()) and not read_state(folder):
+            raise ValueError(f"{folder} holds files that no training made; name another --out")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     write_json(folder / "train.json", {"finished": False, "config": dataclasses.asdict(cfg)})
@@ -401,6 +421,9 @@ def train_stage(cfg):
 def finish(trainer):
     """Turn a fully trained stage into a checkpoint, and draw its curves."""
     folder, cfg = trainer.folder, trainer.cfg
+    if trainer.rejected == len(trainer.order):
+        raise ValueError(f"none of the {trainer.rejected} samples holds an answer to learn within "
+                         f"--row-tokens {cfg.row_tokens}")  # fmt: skip
     trainer.model.save_pretrained(folder)
     for file in trainer.tokenizer.files:
         shutil.copy(file, folder)
@@ -421,23 +444,28 @@ def finish(trainer):
 
 
 def draw_metrics(folder):
-    """loss.png and experts.png from metrics.jsonl, if matplotlib is there."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("no pictures without matplotlib: pip install 'nanocumo[plot]'")
+    """loss.png, and for a sparse stage experts.png: the load over the last fifth of the steps."""
+    plt = pyplot()
+    if not plt:
         return
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    samples = [row["samples"] for row in rows]
-    names = [k for k in rows[0] if k == "lm_loss" or k.endswith(("_balance", "_z"))]
+    every = dict.fromkeys(name for row in rows for name in row)
+    names = [k for k in every if k == "lm_loss" or k.endswith(("_balance", "_z"))]
     figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), squeeze=False)
     for axis, name in zip(axes[0], names):
-        axis.plot(samples, [row[name] for row in rows], linewidth=0.8)
+        points = [(row["samples"], row[name]) for row in rows if name in row]
+        axis.plot(*zip(*points), linewidth=0.8)
         axis.set(title=name, xlabel="samples", yscale="log" if name == "lm_loss" else "linear")
     figure.tight_layout()
     figure.savefig(folder / "loss.png", dpi=100)
     plt.close(figure)
     print(f"wrote {folder / 'loss.png'}")
+    late, load = mean(rows[-(len(rows) // 5 + 1) :]), {}
+    for part in ("clip", "mlp", "llm"):
+        shares = np.atleast_2d(late.get(f"{part}_load", [[]]))
+        load |= {f"{part} {layer}": row.tolist() for layer, row in enumerate(shares) if len(row)}
+    if load:
+        draw_load(load, folder / "experts.png")
 
 
 def main():
@@ -453,6 +481,7 @@ def main():
         if not target:
             state = read_state(stage_dir(stage_cfg, stage))
             if state and state["finished"]:
+                refuse_difference(stage_cfg, state, stage_dir(stage_cfg, stage), SHARED)
                 continue
             print(f"stage {last} needs stage {stage}, which is not there yet")
         if not train_stage(stage_cfg):

@@ -44,6 +44,8 @@ def sparse_config(cfg, parts, num_experts, top_k):
     sparse = [part for part in parts if experts_now[part]]
     if sparse:
         raise ValueError(f"{', '.join(sparse)} is sparse already; upcycle a dense (stage 2) model")
+    if num_experts < 1:
+        raise ValueError(f"num_experts={num_experts}: a sparse block needs at least one expert")
     cfg = copy.deepcopy(cfg)
     if "clip" in parts:
         cfg.vision = replace(cfg.vision, num_experts=num_experts, top_k=top_k)
@@ -92,9 +94,8 @@ def upcycle(model, parts=("clip", "mlp"), num_experts=4, top_k=2, seed=0, scratc
     targets = sparse.original_state_dict()
     copied = {name: view for name, view in targets.items()
               if name in dense or (dense_source(name) and not scratch)}  # fmt: skip
-    load_into(
-        copied, {name: dense[dense_source(name)] for name in copied}, source="the dense model"
-    )
+    source = {name: dense[name if name in dense else dense_source(name)] for name in copied}
+    load_into(copied, source, source="the dense model")
     return sparse
 
 

@@ -12,7 +12,8 @@ a *text picture*, 64 words for the 8x8 patches of an image, "blue blue cat cat b
 second it learns what a large language model knows already: that what stands early in a sequence of
 patches is at the top, how to find a name by its place and a place by its name.
 
-Neither ever meets a pair of concepts that the split `pairs` holds out, nor a Fluent drawing.
+Neither ever meets a scene with a pair of concepts that the split `pairs` holds out, nor a Fluent
+drawing. (The lists of the first lesson are of random words and say nothing about scenes.)
 """
 
 import argparse

@@ -84,7 +84,10 @@ def results_block():
 
 
 def sparse_block():
-    rows = json.loads((ROOT / "bench" / "sparse_vs_dense.json").read_text())["rows"]
+    file = ROOT / "bench" / "sparse_vs_dense.json"
+    if not file.is_file():
+        return "Not measured yet."
+    rows = json.loads(file.read_text())["rows"]
     lines = ["| stage 3 | seen | pairs | style | seconds |", "|---|---|---|---|---|"]
     for name in ("dense", "sparse"):
         mine = [row for row in rows if row["name"] == name]

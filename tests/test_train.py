@@ -76,6 +76,26 @@ def test_every_epoch_is_a_new_permutation_of_all_samples():
     )
 
 
+def test_a_stage_of_one_step_still_learns(weights, finished, tmp_path):
+    small = dict(samples=2, save_every=9, init=str(finished / "stage1"))
+    run_stages(weights, tmp_path, 2, **small)
+    moved, _, _ = changed(finished / "stage1", tmp_path / "stage2")
+    assert moved
+
+
+def test_nothing_to_learn_is_said_and_not_called_finished(weights, tmp_path):
+    with pytest.raises(ValueError, match="none of the 3 samples holds an answer"):
+        run_stages(weights, tmp_path, 1, samples=3, row_tokens=10)
+    assert not json.loads((tmp_path / "stage1" / "train.json").read_text())["finished"]
+
+
+def test_prerequisites_of_another_model_are_refused(weights, finished, monkeypatch):
+    go = command(weights | dict(seed=9), finished, "--stage", "3")
+    monkeypatch.setattr(sys, "argv", go[1:])
+    with pytest.raises(ValueError, match="stage1 was made with another.* seed was 0, now 9"):
+        train.main()
+
+
 def test_only_matrices_decay():
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
     decay, rest = train.param_groups(model, train.TrainConfig(weight_decay=0.1))

@@ -54,6 +54,13 @@ def test_scratch_keeps_everything_but_the_experts():
     assert not torch.allclose(scratch(TOKENS, IMAGE).logits, dense(TOKENS, IMAGE).logits, atol=1e-3)
 
 
+def test_a_mixtral_keeps_its_own_experts():
+    dense = tiny_cumo(llm_experts=4).eval()
+    sparse = upcycle(dense).eval()
+    expected = dense(TOKENS, IMAGE).logits
+    torch.testing.assert_close(sparse(TOKENS, IMAGE).logits, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_impossible_requests_are_refused():
     dense = tiny_cumo()
     with pytest.raises(ValueError, match="choose from clip, mlp, llm"):
