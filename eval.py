@@ -208,26 +208,26 @@ def draw_answers(model, tokenizer, file, seed=7):
     plt = pyplot()
     if not plt:
         return
-    figure, axes = plt.subplots(2, 3, figsize=(11, 7.2))
-    for column, split in zip(axes.T, SPLITS):
-        for row, axis in enumerate(column):
-            rng = np.random.default_rng((seed, row))
-            scene = world.sample_scene(rng, split, n_objects=2 + row)
-            asked = [(k, ask(scene, rng)) for k, ask in world.ASK.items()]
-            asked = [(k, *pair) for k, pair in asked if pair]
-            picture = world.draw(scene)
-            said = answer(model, tokenizer, [q for _, q, _ in asked], [picture] * len(asked))
-            axis.imshow(world.draw(scene, scale=4), extent=(0, 1, 0, 1))
-            axis.set(xlim=(0, 2.5), ylim=(0, 1), title=split if row == 0 else "")
-            axis.axis("off")
-            for k, ((_, question, right), text) in enumerate(zip(asked, said)):
-                shown = text if text == right else f"{text}  (no: {right})"
-                color = "#007A53" if text == right else "#B3261E"
-                y = 0.97 - 0.125 * k
-                axis.text(1.05, y, question, va="top", fontsize=7.5, color="#555555")
-                axis.text(1.05, y - 0.052, shown, va="top", fontsize=8.5, color=color)
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
+    figure = plt.figure(figsize=(13, 7))
+    for cell in range(6):
+        row, column = divmod(cell, 3)
+        rng = np.random.default_rng((seed, cell))
+        scene = world.sample_scene(rng, SPLITS[column], n_objects=2 + row)
+        asked = [pair for ask in world.ASK.values() if (pair := ask(scene, rng))]
+        pictures = [world.draw(scene)] * len(asked)
+        said = answer(model, tokenizer, [question for question, _ in asked], pictures)
+        left, top = column / 3 + 0.01, 0.95 - 0.49 * row
+        axis = figure.add_axes((left, top - 0.25, 0.135, 0.25))
+        axis.imshow(world.draw(scene, scale=4))
+        axis.axis("off")
+        axis.set_title(SPLITS[column], fontsize=11)
+        for k, ((question, right), text) in enumerate(zip(asked, said)):
+            shown = text if text == right else f"{text}  (no: {right})"
+            color = "#007A53" if text == right else "#B3261E"
+            at = top - 0.055 * k
+            figure.text(left + 0.142, at, question, fontsize=7.5, color="#666666")
+            figure.text(left + 0.142, at - 0.025, shown, fontsize=8.5, color=color)
+    figure.savefig(file, dpi=100)
     plt.close(figure)
     print(f"wrote {file}")
 

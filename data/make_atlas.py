@@ -48,14 +48,14 @@ def read_glyph(tar, pattern, codepoint):
 
 
 def draw_cat():
-    """cat.jpg at the root: a cat, a tree and the sun, four times as large as the model sees."""
+    """cat.jpg at the root: a cat, a tree and a book, four times as large as the model sees."""
     sys.path.insert(0, str(HERE.parents[1]))
     from data.world import Object, Scene, draw
 
     objects = (
-        Object("sun", "at the top left", (2, 1, 29), 0.0, False),
-        Object("tree", "at the bottom left", (1, 33, 30), 0.0, False),
-        Object("cat", "at the bottom right", (33, 33, 30), 0.0, False),
+        Object("tree", "at the top right", (34, 2, 29), 0.0, False),
+        Object("cat", "at the bottom left", (2, 34, 29), 0.0, False),
+        Object("book", "at the bottom right", (34, 34, 29), 0.0, False),
     )
     picture = draw(Scene("blue", objects, "noto"), scale=4)
     picture.save(HERE.parents[1] / "cat.jpg", quality=92)

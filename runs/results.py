@@ -107,15 +107,16 @@ BLOCKS = {"reading": reading_block, "results": results_block, "sparse": sparse_b
 def rewrite(text):
     """The README with every block written anew."""
     for name, write in BLOCKS.items():
-        block = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.S)
+        block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
         if block.search(text):
-            text = block.sub(lambda m, w=write: m[1] + w() + m[2], text)
+            text = block.sub(lambda m, w=write: f"{m[1]}{w()}\n{m[2]}", text)
     return text
 
 
 def collect(out):
     """bench/mini.json and the README's pictures, from a finished demo."""
     out = pathlib.Path(out)
+    (ROOT / "bench").mkdir(exist_ok=True)
     run = json.loads((out / "eval.json").read_text())
     states = {k: json.loads((out / f"stage{k}" / "train.json").read_text()) for k in (1, 2, 3)}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, cwd=ROOT)
