@@ -108,7 +108,7 @@ PAPER = {
 MINI = {
     1: dict(template="plain", lr=2e-3, samples=5_000),
     2: dict(template="mistral_instruct", lr=5e-4, samples=7_000),
-    3: dict(template="mistral_instruct", lr=5e-4, samples=12_000),
+    3: dict(template="mistral_instruct", lr=1.5e-4, samples=12_000),
 }
 STAGES = {"mini": MINI, "smol": PAPER, "mistral-7b": PAPER, "mixtral-8x7b": PAPER}
 WORLD_TASK = {1: "name", 2: "describe", 3: "ask"}  # what the emoji world teaches in each stage
