@@ -105,6 +105,14 @@ class CuMoConfig:
         )
 
 
+def check_device(name):
+    """ValueError unless this machine has the device called `name`."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {name}: this machine has no such device; try cpu") from None
+
+
 class Output(NamedTuple):
     logits: Tensor | None  # [B, T, V]; None in training, where the loss is computed in chunks
     loss: Tensor | None  # lm_loss and the weighted auxiliary losses; None without labels

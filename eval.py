@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cumo import CuMo
+from cumo import CuMo, check_device
 from data import world
 from data.chat import render
 from data.flags import parse, run
@@ -246,6 +246,7 @@ def main():
     if cfg.n < len(world.QUESTION_TYPES) or cfg.batch < 1:
         raise ValueError(f"--n {cfg.n} must be {len(world.QUESTION_TYPES)} or more, --batch "
                          f"{cfg.batch} 1 or more")  # fmt: skip
+    check_device(cfg.device)
     path = pathlib.Path(cfg.model or find_model(cfg.out))
     model = CuMo.from_pretrained(path, device=cfg.device).eval()
     tokenizer = Tokenizer.from_pretrained(path)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cumo import CuMo
+from cumo import CuMo, check_device
 from data.chat import IMAGE_TAG, render
 from data.flags import parse, run
 from data.images import open_image, preprocess
@@ -73,6 +73,7 @@ def main():
     if not cfg.image and "ask" not in given:
         raise ValueError("nothing to do; give --image FILE, --ask QUESTION, or both")
     images = [open_image(cfg.image)] if cfg.image else []
+    check_device(cfg.device)
     path = cfg.model or find_model()
     model = CuMo.from_pretrained(path, device=cfg.device).eval()
     tokenizer = Tokenizer.from_pretrained(path)

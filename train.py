@@ -35,7 +35,7 @@ import torch
 from tqdm import tqdm
 
 from clip_moe import CLIPVision
-from cumo import CuMo, CuMoConfig
+from cumo import CuMo, CuMoConfig, check_device
 from data.chat import TEMPLATES, Rejected
 from data.flags import parse, run
 from data.images import MODES
@@ -254,6 +254,7 @@ class Trainer:
     """Model, optimizer and place in the data of one stage, with everything needed to resume it."""
 
     def __init__(self, cfg):
+        check_device(cfg.device)
         torch.manual_seed(cfg.seed)
         self.cfg, self.folder = cfg, stage_dir(cfg, cfg.stage)
         self.data = open_data(cfg)

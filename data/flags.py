@@ -88,10 +88,10 @@ def parse(cls, argv=None, description=""):
 
 
 def run(main):
-    """Call `main()`; a ValueError is the user's to mend: one line, exit status 1, no traceback."""
+    """Call `main()`; ValueError and OSError get one line and exit status 1, no traceback."""
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit("error: " + " ".join(str(error).split("\n")))
     except KeyboardInterrupt:
         sys.exit(130)

@@ -73,6 +73,7 @@ def test_printer_streams_whole_characters(capsys):
         (["--ask", "What?", "--top-p", "0"], "top_p"),
         (["--ask", "What?", "--max-new-tokens", "0"], "max_new_tokens"),
         (["--ask", "What?", "--model", "nowhere"], "nowhere"),
+        (["--ask", "What?", "--device", "cuda:99"], "--device cuda:99"),
     ],
 )
 def test_bad_input_gets_one_line(model_dir, tmp_path, flags, message):

@@ -250,6 +250,8 @@ def test_own_data_goes_the_same_way(weights, finished, tmp_path):
             "choose from clip, mlp, llm",
         ),
         (["--rows", "0"], "--rows 0"),
+        (["--device", "nowhere"], "--device nowhere"),
+        (["--template", "foo"], "choose from plain"),
     ],
 )
 def test_bad_flags_get_one_line(flags, message, weights, finished, tmp_path):
