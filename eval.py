@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cumo import CuMo, check_device
+from cumo import CuMo, check_device, has_fast_bf16
 from data import world
 from data.chat import render
 from data.flags import parse, run
@@ -92,7 +92,7 @@ def answer(model, tokenizer, questions, pictures, max_new_tokens=48):
     )
     size, mode = model.cfg.vision.image_size, model.cfg.image_mode
     pixels = torch.stack([preprocess(p, size, mode) for p in pictures]).to(model.device)
-    with torch.autocast(model.device.type, torch.bfloat16):
+    with torch.autocast(model.device.type, torch.bfloat16, has_fast_bf16(model.device)):
         ids = model.generate(tokens, pixels, segments, max_new_tokens=max_new_tokens,
                              eos_token_id=tokenizer.eos)  # fmt: skip
     return [tokenizer.decode(row).strip() for row in ids.tolist()]

@@ -35,7 +35,7 @@ import torch
 from tqdm import tqdm
 
 from clip_moe import CLIPVision
-from cumo import CuMo, CuMoConfig, check_device
+from cumo import CuMo, CuMoConfig, check_device, has_fast_bf16
 from data.chat import TEMPLATES, Rejected
 from data.flags import parse, run
 from data.images import MODES
@@ -64,7 +64,7 @@ class TrainConfig:
     scales: tuple = (1,)  # S2 scales of the image features
     seed: int = 0  # of weights, data order and routers
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to train
-    bf16: bool = True  # bf16 matrix products (autocast) over float32 weights
+    bf16: bool = True  # bf16 products over float32 weights, where the hardware has them
     compile: bool = False  # torch.compile the blocks
     overwrite: bool = False  # train a finished stage again
     save_every: int = 200  # steps between two resume points
@@ -132,6 +132,8 @@ def resolve(given, stage, target=True):
     own = {k: v for k, v in given.items() if target or k in shared}
     cfg = TrainConfig(**(PRESETS[preset] | STAGES[preset][stage] | own))
     cfg.stage = stage
+    if "bf16" not in own:
+        cfg.bf16 = has_fast_bf16(cfg.device)
     if cfg.data and "samples" not in own:
         cfg.samples = 0  # one's own data is seen once
     check_choice("template", cfg.template, TEMPLATES)
