@@ -261,3 +261,11 @@ def test_bad_flags_get_one_line(flags, message, weights, finished, tmp_path):
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert done.returncode != 0 and len(lines) == 1 and message in lines[0], done.stderr
     assert not any(tmp_path.iterdir()), "nothing may be left behind"
+
+
+def test_bf16_is_the_default_only_where_the_cpu_has_it(monkeypatch):
+    for ability, expected in (({"avx512_bf16": True}, True), ({"avx2": True}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda a=ability: a, raising=False)
+        assert train.resolve({"device": "cpu"}, 1).bf16 is expected
+        assert train.resolve({"device": "cpu", "bf16": not expected}, 1).bf16 is not expected
+    assert train.resolve({"device": "cuda"}, 1).bf16

@@ -1,0 +1,81 @@
+"""Attention as the two models compute it, beside PyTorch's fused one: forward and backward.
+
+    python bench/attention.py
+
+Prints milliseconds and the ratio fused / ours for the shapes of a training batch, and writes
+bench/attention.json. Why `attend` in llm.py and clip_moe.py has two ways.
+"""
+
+import json
+import pathlib
+import platform
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import clip_moe
+import llm
+
+SHAPES = {  # rows, query heads, key/value heads, tokens, head size
+    "mini CLIP": (32, 3, 3, 65, 64),
+    "CLIP-L/14-336": (2, 16, 16, 577, 64),
+    "mini LLM": (8, 8, 4, 256, 32),
+    "SmolLM2-135M": (4, 9, 3, 512, 64),
+    "SmolLM2-135M, one query": (1, 9, 3, 1024, 64),
+}
+
+
+def plain(q, k, v, mask):
+    (B, H, T, A), G = q.shape, k.shape[1]
+    scores = (q.reshape(B, G, -1, A) * A**-0.5 @ k.mT).view(B, H, T, -1) + mask
+    return (scores.softmax(-1).to(v.dtype).view(B, G, -1, k.shape[2]) @ v).view(B, H, T, A)
+
+
+def fused(q, k, v, mask):
+    k, v = (y.repeat_interleave(q.shape[1] // y.shape[1], 1) for y in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def ours(q, k, v, mask):
+    if q.shape[1] == k.shape[1]:
+        return clip_moe.attend(q * q.shape[-1] ** -0.5, k, v)
+    return llm.attend(q, k, v, mask)
+
+
+def milliseconds(attend, q, k, v, mask, repeat=10):
+    """The fastest of `repeat` passes."""
+    best = float("inf")
+    for _ in range(repeat):
+        start = time.perf_counter()
+        attend(q, k, v, mask).sum().backward()
+        best = min(best, time.perf_counter() - start)
+    return 1e3 * best
+
+
+def main():
+    rows = []
+    print(f"{'':24} {'dtype':9} {'plain':>8} {'fused':>8} {'ours':>8}  ms")
+    for name, (B, H, G, K, A) in SHAPES.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            T = 1 if "one query" in name else K
+            q, k, v = (torch.randn(B, h, t, A, dtype=dtype, requires_grad=True)
+                       for h, t in ((H, T), (G, K), (G, K)))  # fmt: skip
+            seen = torch.ones(T, K, dtype=torch.bool)
+            seen = seen.tril(K - T) if G < H else seen
+            mask = torch.zeros(B, 1, T, K, dtype=dtype).masked_fill(~seen, -torch.inf)
+            row = {way.__name__: milliseconds(way, q, k, v, mask) for way in (plain, fused, ours)}
+            rows.append({"shape": name, "dtype": str(dtype)[6:]} | row)
+            print(f"{name:24} {str(dtype)[6:]:9} " + " ".join(f"{t:8.2f}" for t in row.values()))
+    content = {"command": "python bench/attention.py", "torch": torch.__version__,
+               "machine": platform.processor() or platform.machine(),
+               "cpu": torch.backends.cpu.get_cpu_capability(),
+               "threads": torch.get_num_threads(), "rows": rows}  # fmt: skip
+    (ROOT / "bench" / "attention.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
