@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+import transformers
 from tiny import question, tiny_cumo
 
 from cumo import IGNORE, CuMo
 from data.packing import assemble
 from data.weights import write_json, write_tensors
+from upcycle import upcycle
 
 IMAGES = torch.randn(4, 3, 24, 24, generator=torch.Generator().manual_seed(1))
 
@@ -226,3 +228,34 @@ def test_the_originals_config_names_its_clip(tmp_path, experts):
         patch.setenv("HF_HUB_OFFLINE", "1")
         with pytest.raises(ValueError, match="hf download openai/nowhere config.json"):
             CuMo.from_pretrained(tmp_path / "cumo")
+
+
+@pytest.mark.parametrize("llm", ["Mistral", "Mixtral"])
+@torch.no_grad()
+def test_transformers_answers_the_same_from_our_checkpoint(tmp_path, llm):
+    """Its CLIP and its language model, straight from the folder, around our connector."""
+    model = tiny_cumo(window=8).eval()
+    if llm == "Mixtral":  # with routers that do choose, and experts that differ
+        model = upcycle(model, ("mlp", "llm"), num_experts=4).eval()
+        for block in model.llm.model.layers:
+            for p in block.block_sparse_moe.parameters():
+                p.add_(torch.randn_like(p) * p.std())
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    clip = transformers.CLIPVisionModel.from_pretrained(
+        tmp_path,
+        config=transformers.CLIPVisionConfig(**config["vision_config"]),
+        key_mapping={r"^model\.vision_tower\.(vision_model\.)?": ""},
+    )
+    states = clip.eval()(IMAGES[:1], output_hidden_states=True).hidden_states
+    features, _ = model.vision(IMAGES[:1])
+    torch.testing.assert_close(states[-2][:, 1:], features, rtol=1e-5, atol=1e-5)
+    config |= {"model_type": llm.lower()}  # llava_mistral: the original's own name for it
+    config = getattr(transformers, f"{llm}Config").from_dict(config)
+    family = getattr(transformers, f"{llm}ForCausalLM")
+    theirs = family.from_pretrained(tmp_path, config=config).eval()
+    x = theirs.get_input_embeddings()(torch.tensor([[1, 5, 6, 7, 8, 9, 2]]))
+    image, _ = model.connector(states[-2][:, 1:])
+    x = torch.cat([x[:, :2], image, x[:, 2:]], dim=1)
+    ours = model(torch.tensor([question(1, 5, "i", 6, 7, 8, 9, 2)]), IMAGES[:1]).logits
+    torch.testing.assert_close(theirs(inputs_embeds=x).logits, ours, rtol=1e-5, atol=1e-5)
