@@ -220,7 +220,7 @@ def _existing(path: str | Path) -> Path:
 def _read_json(file: Path) -> dict:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a {type(content).__name__}, expected an object")
@@ -251,8 +251,9 @@ def _map_file(file: Path) -> dict[str, Tensor]:
         reason = str(error).split("\n")[0] or type(error).__name__
         raise ValueError(f"{file} cannot be read as weights ({reason})") from None
     if not isinstance(content, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
-    ):
+        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
+        and tensor.device.type == "cpu" for name, tensor in content.items()
+    ):  # fmt: skip
         raise ValueError(f"{file} cannot be read as weights (it holds no tensors by name)")
     return content
 
