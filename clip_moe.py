@@ -38,7 +38,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.weights import load_into, read_config, read_tensors
+from data.hub import resolve
+from data.weights import check_fields, load_into, read_config, read_tensors
 from mlp_moe import ACTIVATIONS, Aux, SparseMoE, recomputed
 
 # our field: the name in public configs (the last three are ours; transformers ignores them)
@@ -64,10 +65,13 @@ class CLIPVisionConfig:
     top_k: int = 2  # experts a token
 
     def __post_init__(self):
-        self.scales = tuple(self.scales)
-        if not self.scales or any(scale < 1 or scale != int(scale) for scale in self.scales):
+        check_fields(self)
+        self.scales = tuple(self.scales) if isinstance(self.scales, list | tuple) else ()
+        if not self.scales or any(type(scale) is not int or scale < 1 for scale in self.scales):
             raise ValueError(f"scales={self.scales}: choose whole numbers from 1 up, such as "
                              f"(1, 3); every tile is {self.image_size} pixels wide")  # fmt: skip
+        if str(self.act) not in ACTIVATIONS:
+            raise ValueError(f"hidden_act {self.act!r}: choose from {', '.join(ACTIVATIONS)}")
         if self.dim % self.n_heads:
             raise ValueError(f"dim={self.dim} cannot be split among n_heads={self.n_heads}")
 
@@ -75,9 +79,9 @@ class CLIPVisionConfig:
     def from_hf(cls, config: dict) -> "CLIPVisionConfig":
         """From the config.json of CLIP or of its vision tower alone."""
         config = config.get("vision_config", config)
-        if "image_size" not in config or "patch_size" not in config:
+        if not isinstance(config, dict) or not {"image_size", "patch_size"} <= config.keys():
             raise ValueError("this is no CLIP vision config: it has no image_size and patch_size, "
-                             f"only {', '.join(config)}")  # fmt: skip
+                             f"only {config!r:.99}")  # fmt: skip
         # what public configs leave out has transformers' default, the size of ViT-B
         vit_b = {"dim": 768, "hidden_dim": 3072, "n_layers": 12, "n_heads": 12}
         known = {field: config[name] for field, name in HF_NAMES.items() if name in config}
@@ -254,14 +258,17 @@ class CLIPVision(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str | Path, scales: tuple[int, ...] | None = None,
                         dtype: torch.dtype | None = None) -> "CLIPVision":  # fmt: skip
-        """From a directory like openai/clip-vit-large-patch14-336, with or without its text half.
+        """From a directory, or by the name of one on the hub, such as
+        openai/clip-vit-large-patch14-336, with or without its text half.
 
         `scales` None means what the config says, (1,) in public ones; `dtype` None means float32.
         """
+        path = resolve(path)
         cfg = CLIPVisionConfig.from_hf(read_config(path))
         cfg = replace(cfg, scales=scales or cfg.scales)
         with torch.device("meta"):
             model = cls(cfg).to(dtype or torch.float32)
+        model.load_original(read_tensors(path), str(path))  # a rehearsal: does everything fit?
         model = model.to_empty(device="cpu")
         model.load_original(read_tensors(path), str(path))
         return model

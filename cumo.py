@@ -24,7 +24,8 @@ blank one), padding is never routed, and CLIP's unused last layer is not compute
 True` brings the last layer's router losses back, for comparison.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +34,16 @@ from torch import Tensor, nn
 
 from clip_moe import CLIPVision, CLIPVisionConfig
 from data.chat import IGNORE, IMAGE_TOKEN
-from data.weights import load_into, read_config, read_tensors, write_json, write_tensors
+from data.hub import resolve
+from data.weights import (
+    check_fields,
+    load_into,
+    read_config,
+    read_stage_files,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from llm import LLM, LLMConfig
 from mlp_moe import Connector
 
@@ -50,6 +60,9 @@ class CuMoConfig:
     z_coef: float = 0.01  # of the router z-losses
     template: str = "mistral_instruct_system"  # how conversations are written (data/chat.py)
     image_mode: str = "pad"  # how pictures are made square (data/images.py)
+
+    def __post_init__(self):
+        check_fields(self)
 
     def to_original(self):
         """The fields of the original's config.json, and `vision_config` to make it complete."""
@@ -81,20 +94,20 @@ class CuMoConfig:
         """Read a config.json, ours or the original's. ValueError when it holds no vision tower."""
         experts, top_k = config.get("num_experts", 0), config.get("num_selected", 2)
         if "vision_config" in config:
-            tower = config["vision_config"]
-        elif Path(config.get("mm_vision_tower", "")).is_dir():  # the original names CLIP's folder
-            tower = read_config(config["mm_vision_tower"])
-            tower = tower.get("vision_config", tower) | {
-                "scales": config.get("scales") or (1,),
-                "num_experts": experts if config.get("clip_smoe") else 0,
-                "num_selected": top_k,
-            }
+            vision = CLIPVisionConfig.from_hf(config)
+        elif isinstance(config.get("mm_vision_tower"), str):  # the original only names its CLIP
+            tower = read_config(resolve(config["mm_vision_tower"], "config"))
+            vision = replace(
+                CLIPVisionConfig.from_hf(tower),
+                scales=config.get("scales") or (1,),
+                num_experts=experts if config.get("clip_smoe") else 0,
+                top_k=top_k,
+            )
         else:
-            raise ValueError(f"{path}: config.json has no vision_config and its mm_vision_tower "
-                             f"{config.get('mm_vision_tower')!r} is no local folder")  # fmt: skip
+            raise ValueError(f"{path}: config.json has no vision_config and no mm_vision_tower")
         mlp_experts = config.get("nanocumo_mlp_experts", experts) if config.get("mlp_smoe") else 0
         return cls(
-            CLIPVisionConfig.from_hf(tower),
+            vision,
             LLMConfig.from_hf(config),
             mlp_experts=mlp_experts,
             mlp_top_k=config.get("nanocumo_mlp_top_k", top_k),
@@ -116,7 +129,7 @@ def check_device(name):
 def has_fast_bf16(device) -> bool:
     """Whether `device` multiplies bfloat16 in hardware. A CPU without the instructions emulates
     them, 70 times slower than float32 (2 cores of an AMD EPYC with AVX2)."""
-    if torch.device(device).type != "cpu":
+    if not str(device).startswith("cpu"):
         return True
     abilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return any(abilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # x86, ARM
@@ -225,11 +238,15 @@ class CuMo(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, device=None, dtype=None):
-        """Load a checkpoint, ours or in the original's layout. Every missing, unexpected or wrongly
-        shaped weight is named in one ValueError."""
+        """Load a checkpoint, a directory or its name on the hub, ours or in the original's layout;
+        its stages' mm_projector.bin and clip.bin go before the shards. Every missing, unexpected or
+        wrongly shaped weight is named in one ValueError."""
+        path = resolve(path)
         cfg = CuMoConfig.from_original(read_config(path), path)
         with torch.device("meta"):
             model = cls(cfg).to(dtype or torch.float32)
-        model = model.to_empty(device=device or "cpu")
-        load_into(model.original_state_dict(), read_tensors(path), source=str(path))
+        for rehearsal in (True, False):  # on the meta device it only tells whether everything fits
+            model = model if rehearsal else model.to_empty(device=device or "cpu")
+            weights = chain(read_tensors(path), read_stage_files(path))
+            load_into(model.original_state_dict(), weights, source=str(path))
         return model

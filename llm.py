@@ -47,7 +47,15 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.utils.checkpoint import checkpoint
 
 from data.chat import IGNORE
-from data.weights import load_into, read_config, read_tensors, write_json, write_tensors
+from data.hub import resolve
+from data.weights import (
+    check_fields,
+    load_into,
+    read_config,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from mlp_moe import Aux, SparseMoE, recomputed
 
 LOGITS_AT_ONCE = 2**25  # entries of the largest [tokens, V] block in the loss: 128 MiB in float32
@@ -85,6 +93,7 @@ class LLMConfig:
     top_k: int = 2  # experts a token
 
     def __post_init__(self):
+        check_fields(self)
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"{self.n_heads=} is not a multiple of {self.n_kv_heads=}")
         if self.head_dim is None and self.dim % self.n_heads:
@@ -100,6 +109,8 @@ class LLMConfig:
         if family not in HF_DEFAULTS:
             raise ValueError(f"model_type {family!r} is not one of {', '.join(HF_DEFAULTS)}")
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # new name, old
+        if not isinstance(rope, dict):
+            raise ValueError(f"rope_parameters={rope!r:.80} must be an object")
         for field, value, supported in (
             ("hidden_act", config.get("hidden_act", "silu"), "silu"),
             ("attention_bias", config.get("attention_bias", False), False),
@@ -430,9 +441,12 @@ class LLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype=None, device=None) -> "LLM":
-        """From a directory in Hugging Face's layout, a tensor at a time; None: float32, CPU."""
+        """From a directory in Hugging Face's layout or its name on the hub, a tensor at a time;
+        None: float32, CPU."""
+        path = resolve(path)
         with torch.device("meta"):
             llm = cls(LLMConfig.from_hf(read_config(path))).to(dtype or torch.float32)
+        llm.load_original(read_tensors(path), str(path))  # a rehearsal: does everything fit?
         llm.to_empty(device=device or "cpu").load_original(read_tensors(path), str(path))
         return llm
 

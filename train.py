@@ -38,6 +38,7 @@ from clip_moe import CLIPVision
 from cumo import CuMo, CuMoConfig, check_device, has_fast_bf16
 from data.chat import TEMPLATES, Rejected
 from data.flags import parse, run
+from data.hub import resolve as local_folder
 from data.images import MODES
 from data.llava import LlavaData, encode
 from data.packing import pack
@@ -59,8 +60,8 @@ class TrainConfig:
     preset: str = "mini"  # mini, smol, mistral-7b or mixtral-8x7b
     stage: int = 0  # train this stage, and first those it needs; 0: all three
     out: str = "out"  # folder of the three stages
-    clip: str = ""  # folder of the CLIP weights
-    llm: str = ""  # folder of the language model's weights
+    clip: str = ""  # the CLIP weights: a folder, or a name on the hub
+    llm: str = ""  # the language model's: a folder, or a name on the hub
     scales: tuple = (1,)  # S2 scales of the image features
     seed: int = 0  # of weights, data order and routers
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to train
@@ -202,22 +203,12 @@ def refuse_difference(cfg, state, folder, fields=None):
                          "flags, another --out, or --overwrite")  # fmt: skip
 
 
-def need_folder(path, flag):
-    if not pathlib.Path(path).is_dir():
-        local = f"weights/{pathlib.Path(path).name}"
-        raise ValueError(
-            f"--{flag}: {path!r} is no local folder. Fetch the weights, for example with "
-            f"`hf download {path} --local-dir {local}`, and pass --{flag} {local}"
-        )
-
-
 def build(cfg):
     """The model a stage starts from (float32, on the CPU), and the folder of its tokenizer."""
     source = cfg.init or (stage_dir(cfg, cfg.stage - 1) if cfg.stage > 1 else cfg.llm)
     if cfg.stage == 1 and not cfg.init:
-        need_folder(cfg.clip, "clip")
-        need_folder(cfg.llm, "llm")
-        vision, llm = CLIPVision.from_pretrained(cfg.clip, cfg.scales), LLM.from_pretrained(cfg.llm)
+        clip, folder = local_folder(cfg.clip), local_folder(cfg.llm)
+        vision, llm = CLIPVision.from_pretrained(clip, cfg.scales), LLM.from_pretrained(folder)
         model = CuMo(CuMoConfig(vision.cfg, llm.cfg))
         model.vision, model.llm = vision, llm
     else:

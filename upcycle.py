@@ -26,6 +26,7 @@ import torch
 
 from cumo import CuMo
 from data.flags import Parser, run
+from data.hub import resolve
 from data.weights import load_into
 
 PARTS = ("clip", "mlp", "llm")
@@ -110,7 +111,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="draws the routers")
     parser.add_argument("--scratch", action="store_true", help="random experts (ablation)")
     args = parser.parse_args()
-    src, dst = pathlib.Path(args.src), pathlib.Path(args.dst)
+    src, dst = resolve(args.src), pathlib.Path(args.dst)
     if dst.exists():
         raise ValueError(f"{dst} exists already; name a new directory")
     dense = CuMo.from_pretrained(src)

@@ -20,10 +20,11 @@ user who types `</s>` gets its letters and no control token.
 """
 
 import json
-import pathlib
 import struct
 
 import tiktoken
+
+from data.hub import resolve
 
 # GPT-2's pattern: words keep their leading space, numbers and punctuation stay apart.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -75,7 +76,7 @@ class Tokenizer:
     def from_pretrained(cls, path):
         """Read a model directory's `tokenizer.model`, or else its `tokenizer.json`; the names of
         the first and last token from `tokenizer_config.json`. ValueError for kinds unknown here."""
-        path = pathlib.Path(path)
+        path = resolve(path, "tokenizer")
         read = {"tokenizer.model": read_sentencepiece, "tokenizer.json": read_tokenizer_json}
         file = next((path / name for name in read if (path / name).is_file()), None)
         if file is None:

@@ -10,23 +10,25 @@ tensors in one of three forms, looked for in this order:
                                               so that it can carry tensors but run no code
 
 Nothing here holds a whole model: `read_tensors` yields one tensor at a time out of memory-mapped
-files, and `load_into` copies it straight into its place and forgets it. A 47-billion-parameter
-model thus needs the memory of its parameters and of one tensor more.
+files, and `load_into` copies it straight into its place and forgets it. What has been read of a map
+stays in memory until it is closed, so files are mapped anew every 16 MiB. A 47-billion-parameter
+model thus needs the memory of its parameters and of one tensor more (bench/load_memory.py).
 
 `load_into` is also where every strict check of this project lives. A model describes itself as a
 dictionary {public name: view of a parameter} and the same dictionary serves both directions:
 saving reads the views, loading writes through them. Names too many, names too few and wrong shapes
 are collected and raised together, because a model loaded "almost" is the bug that takes a week to
-find.
+find. Loading is rehearsed on the meta device, where copying costs nothing, so a config that does
+not belong to its weights is told before any memory is taken.
 
 Files are written aside, flushed to the disk, then renamed: a reader sees the old file or the new
 one. A sharded save takes its index away first and puts it back last, so an interrupted one reads
 as "no weights here" and never as a mixture of two models.
 """
 
+import dataclasses
 import json
 import os
-import pickle
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -42,6 +44,12 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+STAGE_FILES = {  # of the original's first two stages -> what its names lack
+    "mm_projector.bin": "model.mm_projector.",
+    "clip.bin": "model.vision_tower.",
+}
+MAPPED_AT_ONCE = 2**24  # bytes of a file that are read before it is mapped anew
+LARGEST = {"n_layers": 2**10, "num_experts": 2**10, "mlp_experts": 2**10, "max_positions": 2**40}
 
 
 def read_config(path: str | Path) -> dict:
@@ -63,22 +71,43 @@ def read_tensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
         path = found[0]
     if not path.name.endswith(".index.json"):
         return _read_file(path)
-    folder = path.parent
-    shard_of = _read_json(path).get("weight_map")
-    if not isinstance(shard_of, dict) or not all(isinstance(f, str) for f in shard_of.values()):
-        raise ValueError(f"{path} has no weight_map from tensor names to file names")
-    shards = sorted(set(shard_of.values()))
-    for shard in shards:
-        # a plain name, never a path: an index must not make us open files elsewhere on the disk
-        if shard in ("", ".", "..") or "/" in shard or "\\" in shard:
-            raise ValueError(f"{path} points outside its folder: {shard!r}")
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    shard_of, missing = shards_of(path)
+    folder, shards = path.parent, sorted(set(shard_of.values()))
     if missing:
         raise ValueError(
             f"{folder} lacks {len(missing)} of {len(shards)} shards: "
             f"{', '.join(missing)}; the download is incomplete"
         )
     return (pair for shard in shards for pair in _read_shard(folder / shard, shard_of))
+
+
+def shards_of(index: Path) -> tuple[dict[str, str], list[str]]:
+    """{tensor name: shard} of an index file, and the shards that are not there.
+
+    A file of weights itself has none of either.
+    """
+    if not index.name.endswith(".index.json"):
+        return {}, []
+    shard_of = _read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(f, str) for f in shard_of.values()):
+        raise ValueError(f"{index} has no weight_map from tensor names to file names")
+    shards = sorted(set(shard_of.values()))
+    for shard in shards:
+        # a plain name, never a path: an index must not make us open files elsewhere on the disk
+        if shard in ("", ".", "..") or "/" in shard or "\\" in shard:
+            raise ValueError(f"{index} points outside its folder: {shard!r}")
+    return shard_of, [shard for shard in shards if not (index.parent / shard).is_file()]
+
+
+def read_stage_files(path: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) pairs of what the original's stages write beside the shards, if it is there.
+
+    They are the newer ones: loaded last, they replace what a shard says of the same weights.
+    """
+    for file, prefix in STAGE_FILES.items():
+        if (Path(path) / file).is_file():
+            for name, tensor in _read_file(Path(path) / file):
+                yield prefix + name.split("mm_projector.")[-1], tensor
 
 
 def write_tensors(
@@ -125,8 +154,29 @@ def write_tensors(
 def write_json(file: str | Path, content: dict) -> None:
     """Write a JSON file so that a reader sees the old one or the new one, never half of it."""
     file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.with_name(file.name + ".partial").write_text(json.dumps(content, indent=2) + "\n")
     _publish(file)
+
+
+def check_fields(config: object) -> None:
+    """ValueError unless every number of a config dataclass is of its kind and of a sane size."""
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        whole = type(value) is int
+        if field.type is bool:
+            good, wanted = type(value) is bool, "true or false"
+        elif field.type is float:
+            good = whole or isinstance(value, float)
+            good, wanted = good and 0 <= value < float("inf"), "a number from 0 up"
+        elif field.type is int or field.type == int | None and value is not None:
+            least, most = int("experts" not in name), LARGEST.get(name, 2**20)
+            good = whole and least <= value <= most
+            wanted = f"a whole number from {least} to {most}"
+        else:
+            continue
+        if not good:
+            raise ValueError(f"config: {name}={value!r:.80} must be {wanted}")
 
 
 @torch.no_grad()
@@ -170,7 +220,7 @@ def _existing(path: str | Path) -> Path:
 def _read_json(file: Path) -> dict:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a {type(content).__name__}, expected an object")
@@ -178,21 +228,34 @@ def _read_json(file: Path) -> dict:
 
 
 def _read_file(file: Path) -> Iterator[tuple[str, Tensor]]:
-    if file.suffix == ".safetensors":
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():
-                    yield name, tensors.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or incomplete ({error}); fetch it again") from None
-    else:
-        try:  # files older than torch 1.6 are no zip archives and cannot be mapped
-            yield from torch.load(
-                file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
-            ).items()
-        except (RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
-            reason = str(error).split("\n")[0]
-            raise ValueError(f"{file} cannot be read as weights ({reason})") from None
+    names = list(_map_file(file))
+    while names:
+        tensors, size = _map_file(file), 0  # the last map goes, and its pages with it
+        while names and size < MAPPED_AT_ONCE:
+            size += tensors[names[0]].nbytes
+            yield names[0], tensors[names.pop(0)]
+
+
+def _map_file(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file, none of which is read before it is used."""
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as opened:
+                return {name: opened.get_tensor(name) for name in opened.keys()}
+        # files older than torch 1.6 are no zip archives and cannot be mapped
+        mapped = zipfile.is_zipfile(file)
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or incomplete ({error}); fetch it again") from None
+    except Exception as error:  # a damaged pickle fails in any way there is
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise ValueError(f"{file} cannot be read as weights ({reason})") from None
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
+        and tensor.device.type == "cpu" for name, tensor in content.items()
+    ):  # fmt: skip
+        raise ValueError(f"{file} cannot be read as weights (it holds no tensors by name)")
+    return content
 
 
 def _read_shard(file: Path, shard_of: dict[str, str]) -> Iterator[tuple[str, Tensor]]:

@@ -42,6 +42,7 @@ READING = [
     ("data/tokenizer.py", "SentencePiece and byte-level BPE, both on tiktoken"),
     ("data/packing.py", "conversations laid end to end in rows"),
     ("data/weights.py", "reading, checking and writing checkpoints"),
+    ("data/hub.py", "names of public models to folders: local, cached or downloaded"),
     ("data/pretrain_mini.py", "how the miniature CLIP and LLM were made"),
 ]
 

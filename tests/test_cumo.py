@@ -4,10 +4,13 @@ import json
 
 import pytest
 import torch
+import transformers
 from tiny import question, tiny_cumo
 
 from cumo import IGNORE, CuMo
 from data.packing import assemble
+from data.weights import write_json, write_tensors
+from upcycle import upcycle
 
 IMAGES = torch.randn(4, 3, 24, 24, generator=torch.Generator().manual_seed(1))
 
@@ -160,3 +163,99 @@ def test_padded_batch_generates_what_each_prompt_does_alone():
             row.tolist()
             == model.generate(torch.tensor([prompt]), image, max_new_tokens=8)[0].tolist()
         )
+
+
+def stage_files(model, folder):
+    """What the original's stages write beside the shards: mm_projector.bin and clip.bin."""
+    views = model.original_state_dict()
+    clip = {k.removeprefix("model.vision_tower."): v for k, v in views.items() if ".vision_" in k}
+    torch.save(
+        {k: v for k, v in views.items() if ".mm_projector." in k}, folder / "mm_projector.bin"
+    )
+    torch.save(clip, folder / "clip.bin")
+
+
+def test_stage_files_go_before_the_shards(tmp_path):
+    shards, newer = tiny_cumo(seed=0), tiny_cumo(seed=1).eval()
+    shards.save_pretrained(tmp_path)
+    stage_files(newer, tmp_path)
+    loaded = CuMo.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded.encode_images(IMAGES), newer.encode_images(IMAGES))
+    assert torch.equal(loaded.llm.lm_head.weight, shards.llm.lm_head.weight)
+    (tmp_path / "clip.bin").unlink()
+    loaded = CuMo.from_pretrained(tmp_path)
+    weights, expected = (model.connector.state_dict() for model in (loaded, newer))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert torch.equal(loaded.vision(IMAGES)[0], shards.vision(IMAGES)[0])
+
+
+def test_stage_files_complete_shards_that_hold_only_the_language_model(tmp_path):
+    model = tiny_cumo().eval()
+    model.save_pretrained(tmp_path)
+    write_tensors(tmp_path, model.llm.original_state_dict())
+    with pytest.raises(ValueError, match=r"missing: model\.vision_tower"):
+        CuMo.from_pretrained(tmp_path)
+    stage_files(model, tmp_path)
+    tokens = torch.tensor([question(1, "i", 5, 6)])
+    loaded = CuMo.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(tokens, IMAGES[:1]).logits, model(tokens, IMAGES[:1]).logits)
+
+
+def test_a_stage_file_of_another_model_is_refused(tmp_path):
+    tiny_cumo(experts=4).save_pretrained(tmp_path)
+    stage_files(tiny_cumo(), tmp_path)
+    with pytest.raises(ValueError, match=r"unexpected: .*model\.mm_projector\.0\.weight"):
+        CuMo.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_the_originals_config_names_its_clip(tmp_path, experts):
+    model = tiny_cumo(experts, scales=(1, 3)).eval()
+    model.save_pretrained(tmp_path / "cumo")
+    write_json(tmp_path / "clip" / "config.json", model.vision.cfg.to_hf() | {"num_experts": 0})
+    config = json.loads((tmp_path / "cumo" / "config.json").read_text())
+    del config["vision_config"]
+    for ours in [name for name in config if name.startswith("nanocumo")]:
+        del config[ours]
+    config["mm_vision_tower"] = str(tmp_path / "clip")
+    write_json(tmp_path / "cumo" / "config.json", config)
+    loaded = CuMo.from_pretrained(tmp_path / "cumo").eval()
+    assert loaded.cfg == model.cfg
+    assert torch.equal(loaded.encode_images(IMAGES[:1]), model.encode_images(IMAGES[:1]))
+    config["mm_vision_tower"] = "openai/nowhere"
+    write_json(tmp_path / "cumo" / "config.json", config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        with pytest.raises(ValueError, match="hf download openai/nowhere config.json"):
+            CuMo.from_pretrained(tmp_path / "cumo")
+
+
+@pytest.mark.parametrize("llm", ["Mistral", "Mixtral"])
+@torch.no_grad()
+def test_transformers_answers_the_same_from_our_checkpoint(tmp_path, llm):
+    """Its CLIP and its language model, straight from the folder, around our connector."""
+    model = tiny_cumo(window=8).eval()
+    if llm == "Mixtral":  # with routers that do choose, and experts that differ
+        model = upcycle(model, ("mlp", "llm"), num_experts=4).eval()
+        for block in model.llm.model.layers:
+            for p in block.block_sparse_moe.parameters():
+                p.add_(torch.randn_like(p) * p.std())
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    clip = transformers.CLIPVisionModel.from_pretrained(
+        tmp_path,
+        config=transformers.CLIPVisionConfig(**config["vision_config"]),
+        key_mapping={r"^model\.vision_tower\.(vision_model\.)?": ""},
+    )
+    states = clip.eval()(IMAGES[:1], output_hidden_states=True).hidden_states
+    features, _ = model.vision(IMAGES[:1])
+    torch.testing.assert_close(states[-2][:, 1:], features, rtol=1e-5, atol=1e-5)
+    config |= {"model_type": llm.lower()}  # llava_mistral: the original's own name for it
+    config = getattr(transformers, f"{llm}Config").from_dict(config)
+    family = getattr(transformers, f"{llm}ForCausalLM")
+    theirs = family.from_pretrained(tmp_path, config=config).eval()
+    x = theirs.get_input_embeddings()(torch.tensor([[1, 5, 6, 7, 8, 9, 2]]))
+    image, _ = model.connector(states[-2][:, 1:])
+    x = torch.cat([x[:, :2], image, x[:, 2:]], dim=1)
+    ours = model(torch.tensor([question(1, 5, "i", 6, 7, 8, 9, 2)]), IMAGES[:1]).logits
+    torch.testing.assert_close(theirs(inputs_embeds=x).logits, ours, rtol=1e-5, atol=1e-5)

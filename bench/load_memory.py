@@ -1,0 +1,89 @@
+"""How much memory loading takes: the growth of the peak over the bytes of the loaded model.
+
+    python bench/load_memory.py        # writes bench/load_memory.json
+
+A random Mistral of 400 MB in float32 is written in six shards, as safetensors or as pickles, and
+read in a fresh process. 1.0 is the model alone.
+"""
+
+import json
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from data.weights import read_tensors, write_json, write_tensors  # noqa: E402
+from llm import LLM, LLMConfig  # noqa: E402
+
+CONFIG = LLMConfig(vocab_size=8192, dim=512, hidden_dim=2048, n_layers=24, n_heads=8, n_kv_heads=2)
+LIMIT = 1.1  # the promise
+
+
+def write(folder, form):
+    """The model in `folder`, float32, in shards."""
+    torch.manual_seed(0)
+    llm = LLM(CONFIG)
+    write_tensors(folder, llm.original_state_dict(), max_shard_bytes=80e6)
+    write_json(folder / "config.json", llm.cfg.to_hf())
+    if form == "pickle":
+        index = folder / "model.safetensors.index.json"
+        shard_of = json.loads(index.read_text())["weight_map"]
+        tensors = {name: tensor.clone() for name, tensor in read_tensors(folder)}
+        for shard in set(shard_of.values()):
+            mine = {name: tensors[name] for name in shard_of if shard_of[name] == shard}
+            torch.save(mine, folder / shard.replace("safetensors", "bin"))
+            (folder / shard).unlink()
+        renamed = {name: shard.replace("safetensors", "bin") for name, shard in shard_of.items()}
+        write_json(folder / "pytorch_model.bin.index.json", {"weight_map": renamed})
+        index.unlink()
+
+
+def resident(field):
+    """Bytes of this process in memory, now (VmRSS) or at most (VmHWM), mapped files included.
+
+    Not from `resource`: what that calls the peak includes the process that started this one.
+    """
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) * 1024
+
+
+def load(folder, dtype):
+    """Load once and print what it took; meant for a process that does nothing else."""
+    with tempfile.TemporaryDirectory() as tiny:  # brings in the 75 MB of PyTorch's own code
+        LLM(replace(CONFIG, vocab_size=8, dim=64, hidden_dim=8, n_layers=1)).save_pretrained(tiny)
+        LLM.from_pretrained(tiny)
+    before = resident("VmRSS")
+    llm = LLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    grown = resident("VmHWM") - before
+    size = sum(p.nbytes for p in llm.parameters())
+    print(json.dumps({"model_mb": round(size / 1e6, 1), "ratio": round(grown / size, 3)}))
+
+
+def main():
+    rows = []
+    for form in ("safetensors", "pickle"):
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder), form)
+            shards = len([*Path(folder).glob("*-of-*")])
+            for dtype in ("float32", "bfloat16"):
+                command = [sys.executable, __file__, folder, dtype]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                row = {"form": form, "shards": shards, "file_dtype": "float32", "dtype": dtype}
+                rows.append(row | json.loads(done.stdout))
+                print(rows[-1])
+    content = {"command": "python bench/load_memory.py", "torch": torch.__version__,
+               "machine": platform.machine(), "limit": LIMIT, "rows": rows}  # fmt: skip
+    write_json(ROOT / "bench" / "load_memory.json", content)
+    if max(row["ratio"] for row in rows) > LIMIT:
+        sys.exit(f"error: a load took more than {LIMIT} times its model")
+
+
+if __name__ == "__main__":
+    load(*sys.argv[1:]) if len(sys.argv) > 1 else main()
