@@ -85,6 +85,16 @@ def template_of(tokenizer):
     return "chatml" if "<|im_start|>" in tokenizer.special else "mistral_instruct"
 
 
+def check_template(template, tokenizer):
+    """ValueError for a template that is unknown, or needs tokens that the tokenizer lacks."""
+    if template not in TEMPLATES:
+        raise ValueError(f"template {template!r} is unknown; choose from {', '.join(TEMPLATES)}")
+    for mark in ("<|im_start|>", "<|im_end|>") if template == "chatml" else ():
+        if mark not in tokenizer.special:
+            raise ValueError(f"template chatml needs the token {mark}, which this tokenizer lacks; "
+                             "take mistral_instruct")  # fmt: skip
+
+
 class Transcript:
     """Token ids and labels of a conversation while it is written, piece by piece."""
 
@@ -112,8 +122,7 @@ def render(conversation, tokenizer, template="mistral_instruct", image_tokens=0,
     a prompt: its ids end where the answer begins. Raises ValueError, naming `where`, for unknown
     roles, tags that do not match `n_images`, empty questions and answers.
     """
-    if template not in TEMPLATES:
-        raise ValueError(f"template {template!r} is unknown; choose from {', '.join(TEMPLATES)}")
+    check_template(template, tokenizer)
     turns = check(conversation, n_images, where)
     fault = lacks(turns)
     if fault and not (len(turns) == 1 and turns[0]["value"].strip()):
@@ -151,12 +160,7 @@ def write_chatml(out, turns):
     """The ids are those of `transformers` with SmolLM2's own template, with one exception: an
     answer is a text of its own here, as it is when the model writes it. `transformers` tokenizes it
     with the line break before it, to which blanks at the answer's beginning may be joined."""
-    special = out.tokenizer.special
-    for mark in ("<|im_start|>", "<|im_end|>"):
-        if mark not in special:
-            raise ValueError(f"template chatml needs the token {mark}, which this tokenizer lacks; "
-                             "take mistral_instruct")  # fmt: skip
-    begin, end = special["<|im_start|>"], special["<|im_end|>"]
+    begin, end = (out.tokenizer.special[mark] for mark in ("<|im_start|>", "<|im_end|>"))
 
     def message(text):
         out.token(begin)
