@@ -47,6 +47,7 @@ class Tokenizer:
 
     def __init__(self, pieces, special, pattern, fallback=(), names=("<s>", "</s>"), files=()):
         self.special, self.files, self.mark = special, tuple(files), MARK if fallback else ""
+        self.pattern = pattern
         missing = [name for name in names if name not in special]
         if missing:
             source = self.files[0] if self.files else "the tokenizer"
@@ -57,6 +58,7 @@ class Tokenizer:
         self.bytes_of = {i: bytes([b]) for b, i in enumerate(fallback)}
         self.bytes_of |= {ids[0]: piece for piece, ids in pieces.items() if len(ids) == 1}
         self.vocab_size = max(*(max(ids, default=0) for ids in self.ids), *special.values()) + 1
+        self.gone = bytes(b for b in range(256) if pieces[bytes([b])] == ())  # have no token
         ranks = {piece: rank for rank, piece in enumerate(pieces)}
         self.bpe = tiktoken.Encoding(
             "nanocumo", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
@@ -67,7 +69,19 @@ class Tokenizer:
         (only SentencePiece cares: it writes a space before the beginning of a text)."""
         if self.mark and text:
             text = (self.mark if start else "") + text.replace(" ", self.mark)
-        return [i for rank in self.bpe.encode_ordinary(text) for i in self.ids[rank]]
+        raw = text.encode(errors="replace") if self.gone else b""
+        whole = len(raw.translate(None, self.gone)) == len(raw)
+        ranks = self.bpe.encode_ordinary(text) if whole else self.ranks_around_gaps(text)
+        return [i for rank in ranks for i in self.ids[rank]]
+
+    def ranks_around_gaps(self, text):
+        """Ranks of a text with bytes that have no token (SmolLM2: some control characters). Like
+        `tokenizers`, take them out of a word first, then join what has become neighbours."""
+        import regex  # tiktoken needs it too
+
+        words = (match[0].encode(errors="replace") for match in regex.finditer(self.pattern, text))
+        words = filter(None, (word.translate(None, self.gone) for word in words))
+        return [rank for word in words for rank in self.bpe._encode_single_piece(word)]
 
     def decode(self, ids):
         """The text of `ids`; special tokens are left out. Bytes that are no UTF-8 become U+FFFD."""

@@ -126,6 +126,18 @@ def test_byte_without_a_token_is_left_out_as_tokenizers_does(tmp_path):
         assert gone not in ours.encode(text)
 
 
+def test_word_without_its_tokenless_bytes_is_joined_as_tokenizers_does(tmp_path):
+    spec, alphabet = copy.deepcopy(MINI_JSON), byte_alphabet()
+    for byte in "č".encode():
+        spec["model"]["vocab"].pop(alphabet[byte])
+    ours, reference = Tokenizer.from_pretrained(write(tmp_path, spec)), reference_of(spec)
+    assert ours.encode("cačt") == ours.encode("cat") and ours.encode("čč") == []
+    some = "".join(ALPHABETS) + "č" * 40
+    rng = random.Random(5)
+    for text in ["cačt", " č.", "a č b", *("".join(rng.choices(some, k=20)) for _ in range(500))]:
+        assert ours.encode(text) == reference(text), text
+
+
 def test_training_learns_the_commonest_pair_first():
     spec = train_bpe(["aab aab aab ab"] * 3, vocab_size=3 + 256 + 3)
     assert spec["model"]["merges"][0] == ["a", "b"]
