@@ -2,8 +2,10 @@
 
     python sample.py --image cat.jpg                          # describe it
     python sample.py --image cat.jpg --ask "Where is the cat?"
+    python sample.py --model weights/SmolLM2-135M-Instruct --ask "What is a cat?"
 
-The model is the furthest stage found in `out/`, or any checkpoint given with `--model`.
+The model is the furthest stage found in `out/`, or any checkpoint given with `--model`. That may be
+a language model alone; it answers what is asked without a picture.
 """
 
 import pathlib
@@ -12,11 +14,13 @@ from dataclasses import dataclass
 import torch
 
 from cumo import CuMo, check_device
-from data.chat import IMAGE_TAG, render
+from data.chat import IMAGE_TAG, render, template_of
 from data.flags import parse, run
 from data.images import open_image, preprocess
 from data.tokenizer import Tokenizer
+from data.weights import read_config
 from data.world import DESCRIBE
+from llm import LLM
 
 
 @dataclass
@@ -41,12 +45,26 @@ def find_model(out="out"):
     )
 
 
+def load(path, device):
+    """The CuMo in a folder, or the LLM, if there is nothing else in it."""
+    config = read_config(path)
+    sees = "vision_config" in config or "mm_vision_tower" in config
+    return (CuMo if sees else LLM).from_pretrained(path, device=device).eval()
+
+
 def prompt(model, tokenizer, question, images):
     """A question about `images` (PIL) -> (tokens [1, T], pixels [n, 3, S, S] or None)."""
     if not question.strip():
         raise ValueError('the question is empty; ask something, as in --ask "What is this?"')
     value = f"{IMAGE_TAG}\n" * len(images) + question.replace(IMAGE_TAG, "")
     turns = [{"from": "human", "value": value}]
+    if isinstance(model, LLM):
+        if images:
+            raise ValueError("this is a language model alone, it sees nothing; leave out --image")
+        template = template_of(tokenizer)
+        ids, _ = render(turns, tokenizer, template, where="--ask")
+        second = template == "mistral_instruct"  # the second <s> is CuMo's, no Mistral knows it
+        return torch.tensor([ids[second:]]), None
     ids, _ = render(turns, tokenizer, model.cfg.template, model.image_tokens, len(images), "--ask")
     size, mode = model.cfg.vision.image_size, model.cfg.image_mode
     pixels = torch.stack([preprocess(i, size, mode) for i in images]) if images else None
@@ -75,12 +93,13 @@ def main():
     images = [open_image(cfg.image)] if cfg.image else []
     check_device(cfg.device)
     path = cfg.model or find_model()
-    model = CuMo.from_pretrained(path, device=cfg.device).eval()
+    model = load(path, cfg.device)
     tokenizer = Tokenizer.from_pretrained(path)
     tokens, pixels = prompt(model, tokenizer, question, images)
+    seen = {} if pixels is None else {"images": pixels.to(cfg.device)}
     model.generate(
         tokens.to(cfg.device),
-        None if pixels is None else pixels.to(cfg.device),
+        **seen,
         max_new_tokens=cfg.max_new_tokens,
         temperature=cfg.temperature,
         top_p=cfg.top_p,

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from clip_moe import CLIPVision
 from cumo import CuMo, CuMoConfig, check_device, has_fast_bf16
-from data.chat import TEMPLATES, Rejected
+from data.chat import TEMPLATES, Rejected, template_of
 from data.flags import parse, run
 from data.hub import resolve as local_folder
 from data.images import MODES
@@ -57,7 +57,7 @@ except ImportError:  # Windows does not tell how much memory a process took
 
 @dataclass
 class TrainConfig:
-    preset: str = "mini"  # mini, smol, mistral-7b or mixtral-8x7b
+    preset: str = "mini"  # mini, smol-mini, smol, mistral-7b or mixtral-8x7b
     stage: int = 0  # train this stage, and first those it needs; 0: all three
     out: str = "out"  # folder of the three stages
     clip: str = ""  # the CLIP weights: a folder, or a name on the hub
@@ -95,6 +95,7 @@ class TrainConfig:
 CLIP_L = "openai/clip-vit-large-patch14-336"
 PRESETS = {
     "mini": dict(clip="data/mini/clip", llm="data/mini/llm"),
+    "smol-mini": dict(clip="data/mini/clip", llm="weights/SmolLM2-135M-Instruct"),
     "smol": dict(clip="openai/clip-vit-base-patch16", llm="HuggingFaceTB/SmolLM2-135M-Instruct"),
     "mistral-7b": dict(clip=CLIP_L, llm="mistralai/Mistral-7B-Instruct-v0.2", scales=(1, 3)),
     "mixtral-8x7b": dict(clip=CLIP_L, llm="mistralai/Mixtral-8x7B-Instruct-v0.1", scales=(1, 3)),
@@ -111,7 +112,15 @@ MINI = {
     2: dict(template="mistral_instruct", lr=5e-4, samples=7_000),
     3: dict(template="mistral_instruct", lr=1.5e-4, samples=12_000),
 }
-STAGES = {"mini": MINI, "smol": PAPER, "mistral-7b": PAPER, "mixtral-8x7b": PAPER}
+CHATML = dict(template="chatml")
+SMOL = {1: PAPER[1], 2: PAPER[2] | CHATML, 3: PAPER[3] | CHATML}
+SMOL_MINI = {  # a real language model under the miniature CLIP; only stage 1 has been run
+    1: dict(template="plain", lr=1e-3, samples=1_000, rows=2, row_tokens=216, accumulate=1),
+    2: dict(template="chatml", lr=1e-4, samples=2_000, rows=2, row_tokens=384, accumulate=4),
+    3: dict(template="chatml", lr=5e-5, samples=4_000, rows=2, row_tokens=384, accumulate=4),
+}
+STAGES = {"mini": MINI, "smol-mini": SMOL_MINI, "smol": SMOL, "mistral-7b": PAPER,
+          "mixtral-8x7b": PAPER}  # fmt: skip
 WORLD_TASK = {1: "name", 2: "describe", 3: "ask"}  # what the emoji world teaches in each stage
 SHARED = ("preset", "clip", "llm", "scales", "seed")  # the same in all stages of one model
 IRRELEVANT = ("stage", "out", "device", "compile", "overwrite", "save_every")  # to what is learned
@@ -207,6 +216,8 @@ def build(cfg):
     """The model a stage starts from (float32, on the CPU), and the folder of its tokenizer."""
     source = cfg.init or (stage_dir(cfg, cfg.stage - 1) if cfg.stage > 1 else cfg.llm)
     if cfg.stage == 1 and not cfg.init:
+        if cfg.llm == PRESETS["smol-mini"]["llm"] and not pathlib.Path(cfg.llm).is_dir():
+            raise ValueError(f"--llm: {cfg.llm!r} is not there; data/convert_smollm2.py makes it")
         clip, folder = local_folder(cfg.clip), local_folder(cfg.llm)
         vision, llm = CLIPVision.from_pretrained(clip, cfg.scales), LLM.from_pretrained(folder)
         model = CuMo(CuMoConfig(vision.cfg, llm.cfg))
@@ -220,14 +231,16 @@ def build(cfg):
     model.connector.requires_grad_(True)
     model.cfg.balance_coef, model.cfg.z_coef = cfg.balance_coef, cfg.z_coef
     model.cfg.image_mode = cfg.image_mode
-    model.cfg.template = cfg.template if cfg.template != "plain" else "mistral_instruct"
+    model.cfg.template = cfg.template
+    if cfg.template == "plain":  # which is for captions only; a user's questions need another
+        model.cfg.template = template_of(Tokenizer.from_pretrained(source))
     return model, source
 
 
 def open_data(cfg):
     if cfg.data:
         return LlavaData(cfg.data, cfg.image_folder)
-    if cfg.preset != "mini":
+    if cfg.preset not in ("mini", "smol-mini"):
         raise ValueError(
             f"stage {cfg.stage} of {cfg.preset} needs data of its own: run it by itself, with "
             f"--stage {cfg.stage} --data FILE.json --image-folder DIR"

@@ -2,10 +2,14 @@
 
     plain              <s><image>ANSWER\\n
     mistral_instruct   <s><s>[INST] <image>\\nQUESTION [/INST] ANSWER </s>[INST] NEXT [/INST] ...
+    chatml             <|im_start|>system\\n...<|im_end|>\\n
+                       <|im_start|>user\\n<image>\\nQUESTION<|im_end|>\\n
+                       <|im_start|>assistant\\nANSWER<|im_end|>\\n<|im_start|>user\\n ...
 
-(`mistral_instruct_system` puts a system prompt before the first question.) Labels are made while
-tokenizing: what the assistant says, its closing `</s>` included, is learned, everything else is
-IGNORE. So no text, whatever it contains, can shift them.
+(`mistral_instruct_system` puts a system prompt before the first question; `chatml` is SmolLM2's,
+with the system message that its own template adds.) Labels are made while tokenizing: what the
+assistant says, its closing `</s>` or `<|im_end|>` included, is learned, everything else is IGNORE.
+So no text, whatever it contains, can shift them.
 
 CuMo: the original finds its labels afterwards, by counting tokens between the `</s>` and `[/INST] `
 of the finished text. Where the text itself holds such a mark, or an answer is empty, it silently
@@ -20,7 +24,8 @@ SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-TEMPLATES = ("plain", "mistral_instruct", "mistral_instruct_system")
+SMOL_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+TEMPLATES = ("plain", "mistral_instruct", "mistral_instruct_system", "chatml")
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
 
 
@@ -75,6 +80,40 @@ def place_tags(text):
     return (f"{IMAGE_TAG}\n" * n + text.replace(IMAGE_TAG, "").strip()).strip() if n else text
 
 
+def template_of(tokenizer):
+    """The template of a bare language model's conversations, from the tokens it has."""
+    return "chatml" if "<|im_start|>" in tokenizer.special else "mistral_instruct"
+
+
+def check_template(template, tokenizer):
+    """ValueError for a template that is unknown, or needs tokens that the tokenizer lacks."""
+    if template not in TEMPLATES:
+        raise ValueError(f"template {template!r} is unknown; choose from {', '.join(TEMPLATES)}")
+    for mark in ("<|im_start|>", "<|im_end|>") if template == "chatml" else ():
+        if mark not in tokenizer.special:
+            raise ValueError(f"template chatml needs the token {mark}, which this tokenizer lacks; "
+                             "take mistral_instruct")  # fmt: skip
+
+
+class Transcript:
+    """Token ids and labels of a conversation while it is written, piece by piece."""
+
+    def __init__(self, tokenizer, image_tokens):
+        self.tokenizer, self.image_tokens, self.ids, self.labels = tokenizer, image_tokens, [], []
+
+    def text(self, text, learn=False, start=True):
+        """Each `<image>` in it becomes `image_tokens` IMAGE_TOKENs. `start`: as in `encode`."""
+        for k, chunk in enumerate(text.split(IMAGE_TAG)):
+            image = [IMAGE_TOKEN] * self.image_tokens if k else []
+            ids = self.tokenizer.encode(chunk, start=start)
+            self.ids += image + ids
+            self.labels += [IGNORE] * len(image) + (ids if learn else [IGNORE] * len(ids))
+
+    def token(self, token, learn=False):
+        self.ids.append(token)
+        self.labels.append(token if learn else IGNORE)
+
+
 def render(conversation, tokenizer, template="mistral_instruct", image_tokens=0, n_images=0,
            where="sample"):  # fmt: skip
     """A conversation `[{"from", "value"}, ...]` as (ids, labels), two lists of equal length.
@@ -83,40 +122,59 @@ def render(conversation, tokenizer, template="mistral_instruct", image_tokens=0,
     a prompt: its ids end where the answer begins. Raises ValueError, naming `where`, for unknown
     roles, tags that do not match `n_images`, empty questions and answers.
     """
-    if template not in TEMPLATES:
-        raise ValueError(f"template {template!r} is unknown; choose from {', '.join(TEMPLATES)}")
+    check_template(template, tokenizer)
     turns = check(conversation, n_images, where)
     fault = lacks(turns)
     if fault and not (len(turns) == 1 and turns[0]["value"].strip()):
         raise Rejected(f"{where}: {fault}")
-    ids, labels = [tokenizer.bos], [IGNORE]
-
-    def add(text, learn=False, start=True):
-        for k, chunk in enumerate(text.split(IMAGE_TAG)):
-            image = [IMAGE_TOKEN] * image_tokens if k else []
-            chunk_ids = tokenizer.encode(chunk, start=start)
-            ids.extend(image + chunk_ids)
-            labels.extend([IGNORE] * len(image))
-            labels.extend(chunk_ids if learn else [IGNORE] * len(chunk_ids))
-
+    out = Transcript(tokenizer, image_tokens)
     if template == "plain":
         if len(turns) > 2 or n_images == 0:
             raise ValueError(f"{where}: template plain takes an image and its caption; here are "
                              f"{len(turns)} turns and images: {n_images}")  # fmt: skip
-        add(IMAGE_TAG * n_images)
+        out.token(tokenizer.bos)
+        out.text(IMAGE_TAG * n_images)
         if len(turns) == 2:
-            add(turns[1]["value"] + "\n", learn=True)
-        return ids, labels
+            out.text(turns[1]["value"] + "\n", learn=True)
+    elif template == "chatml":
+        write_chatml(out, turns)
+    else:
+        write_mistral(out, turns, SYSTEM if template.endswith("system") else "")
+    return out.ids, out.labels
 
-    ids.append(tokenizer.bos)  # CuMo: the tokenizer's <s>, and a second one from the template
-    labels.append(IGNORE)
+
+def write_mistral(out, turns, system):
+    """`[INST]` and `[/INST]` are letters, as they were to Mistral-7B v0.1 and v0.2."""
+    out.token(out.tokenizer.bos)
+    out.token(out.tokenizer.bos)  # CuMo: the tokenizer's <s>, and a second one from the template
+    system = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else ""
     for k, turn in enumerate(turns):
         if k % 2 == 0:
-            system = k == 0 and template == "mistral_instruct_system"
-            system = f"<<SYS>>\n{SYSTEM}\n<</SYS>>\n\n" if system else ""
-            add(f"[INST] {system}{place_tags(turn['value'])} [/INST]")
+            out.text(f"[INST] {'' if k else system}{place_tags(turn['value'])} [/INST]")
         else:
-            add(f" {turn['value']} ", learn=True, start=False)
-            ids.append(tokenizer.eos)
-            labels.append(tokenizer.eos)
-    return ids, labels
+            out.text(f" {turn['value']} ", learn=True, start=False)
+            out.token(out.tokenizer.eos, learn=True)
+
+
+def write_chatml(out, turns):
+    """The ids are those of `transformers` with SmolLM2's own template, with one exception: an
+    answer is a text of its own here, as it is when the model writes it. `transformers` tokenizes it
+    with the line break before it, to which blanks at the answer's beginning may be joined."""
+    begin, end = (out.tokenizer.special[mark] for mark in ("<|im_start|>", "<|im_end|>"))
+
+    def message(text):
+        out.token(begin)
+        out.text(text)
+        out.token(end)
+        out.text("\n")
+
+    message(f"system\n{SMOL_SYSTEM}")
+    for k, turn in enumerate(turns):
+        if k % 2 == 0:
+            message(f"user\n{place_tags(turn['value'])}")
+            out.token(begin)
+            out.text("assistant\n")
+        else:
+            out.text(turn["value"], learn=True)
+            out.token(end, learn=True)
+            out.text("\n")

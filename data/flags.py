@@ -7,7 +7,8 @@
 
     cfg, given = parse(Config)      # --lr 1e-4 --no-compile; `given` are the names set by the user
 
-A mistyped flag exits with the nearest name, a mistyped value with what is expected.
+A field without a default is an argument without a name: `python -m data.check my.json`. A mistyped
+flag exits with the nearest name, a mistyped value with what is expected.
 """
 
 import argparse
@@ -75,6 +76,9 @@ def parse(cls, argv=None, description=""):
     for field in dataclasses.fields(cls):
         assert field.name in comments, f"{cls.__name__}.{field.name} has no comment to be its help"
         flag, kind, default = "--" + field.name.replace("_", "-"), types[field.name], field.default
+        if default is dataclasses.MISSING:
+            parser.add_argument(field.name, type=READ[kind], help=comments[field.name])
+            continue
         shown = ",".join(map(str, default)) if kind is tuple else default
         text = f"{comments[field.name]} [{shown}]".replace("%", "%%")
         options = dict(dest=field.name, default=argparse.SUPPRESS, help=text)

@@ -7,7 +7,7 @@
 `image` may be missing (a text-only sample) or a list (one `<image>` tag for each). The whole file
 is checked before the first step of a training: a faulty record is an error, and so is an image
 that is not there; a record that teaches nothing (an empty answer) is left out and its reason kept
-in `rejected`. A picture itself is opened when its turn comes.
+in `rejected`. A picture itself is opened when its turn comes; data/check.py opens them all.
 """
 
 import json
@@ -47,30 +47,58 @@ def parse(text, where):
         raise ValueError(f"{where}: is not valid JSON ({error}){hint}") from None
 
 
+def check_record(record, k, path, folder):
+    """The image paths of record `k` of the file `path`, all of them inside `folder`.
+
+    ValueError, naming the record, for a fault; `Rejected` where there is nothing to learn.
+    """
+    name = record.get("id") if isinstance(record, dict) else None
+    where = f"{path}: record {k} (id {name!r:.60})"
+    paths = image_paths(record, folder, where)
+    fault = lacks(check(record["conversations"], len(paths), where))
+    absent = [image for image in paths if not os.path.isfile(image)]
+    if absent:
+        raise ValueError(f"{where}: no image {str(absent[0])!r:.300}; see --image-folder")
+    if fault:
+        raise Rejected(f"{where}: {fault}")
+    return paths
+
+
+def image_paths(record, folder, where):
+    if not isinstance(record, dict) or "conversations" not in record:
+        raise ValueError(f'{where}: has no field "conversations"')
+    names = record.get("image") or []
+    names = names if isinstance(names, list) else [names]
+    for name in names:
+        path = pathlib.Path(name) if isinstance(name, str) else None
+        if path is None or path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"{where}: image {name!r:.80} is no path inside --image-folder")
+    return [pathlib.Path(folder) / name for name in names]
+
+
+def open_sample(record, k, paths):
+    """Record `k` with its pictures read: {"id", "images": [PIL], "conversations"}."""
+    name = str(record.get("id", k))
+    try:
+        images = [open_image(path) for path in paths]
+    except ValueError as error:
+        raise ValueError(f"sample {name}: {error}") from None
+    return {"id": name, "images": images, "conversations": record["conversations"]}
+
+
 class LlavaData:
-    """Samples `{"id", "images": [PIL], "conversations"}` of a LLaVA file; used like World."""
+    """The samples of a LLaVA file; used like World."""
 
     def __init__(self, path, image_folder=""):
-        self.folder = pathlib.Path(image_folder)
-        self.records, self.rejected, faults = [], [], []
+        self.folder, self.records, self.rejected, faults = image_folder, [], [], []
         for k, record in enumerate(read_records(path)):
             try:
-                name = record.get("id") if isinstance(record, dict) else None
-                where = f"{path}: record {k} (id {name!r:.60})"
-                paths = self.image_paths(record, where)
-                fault = lacks(check(record["conversations"], len(paths), where))
-                absent = [image for image in paths if not os.path.isfile(image)]
-                if absent:
-                    raise ValueError(
-                        f"{where}: no image {str(absent[0])!r:.300}; see --image-folder"
-                    )
+                check_record(record, k, path, image_folder)
+                self.records.append((k, record))
+            except Rejected as reason:
+                self.rejected.append(str(reason))
             except ValueError as error:
                 faults.append(error)
-                continue
-            if fault:
-                self.rejected.append(f"{where}: {fault}")
-            else:
-                self.records.append(record | {"id": str(record.get("id", k))})
         if faults:
             more = f" ({len(faults) - 1} more records have faults)" if len(faults) > 1 else ""
             raise ValueError(f"{faults[0]}{more}")
@@ -78,25 +106,12 @@ class LlavaData:
             first = f"; the first: {self.rejected[0]}" if self.rejected else ""
             raise ValueError(f"{path}: holds no sample to learn from{first}")
 
-    def image_paths(self, record, where):
-        """Image paths of a record, all of them inside the image folder."""
-        if not isinstance(record, dict) or "conversations" not in record:
-            raise ValueError(f'{where}: has no field "conversations"')
-        names = record.get("image") or []
-        names = names if isinstance(names, list) else [names]
-        for name in names:
-            path = pathlib.Path(name) if isinstance(name, str) else None
-            if path is None or path.is_absolute() or ".." in path.parts:
-                raise ValueError(f"{where}: image {name!r:.80} is no path inside --image-folder")
-        return [self.folder / name for name in names]
-
     def __len__(self):
         return len(self.records)
 
     def __getitem__(self, i):
-        record = self.records[i]
-        images = [open_image(path) for path in self.image_paths(record, record["id"])]
-        return {"id": record["id"], "images": images, "conversations": record["conversations"]}
+        k, record = self.records[i]
+        return open_sample(record, k, image_paths(record, self.folder, f"record {k}"))
 
 
 def encode(sample, tokenizer, template, image_tokens, image_size, image_mode="pad",

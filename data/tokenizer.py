@@ -1,8 +1,8 @@
 """Text to token ids and back; the whole of byte-pair encoding is left to tiktoken.
 
 A byte-pair encoder starts from small units and keeps joining the two neighbours whose joined piece
-stands first in its table. tiktoken starts from bytes and reads such a table, `piece -> rank`. Two
-kinds of files are translated into it, and a second table says which ids each rank stands for:
+stands first in its table. tiktoken starts from bytes and reads such a table, `piece -> rank`.
+Three kinds of files are translated into it, and a second table says which ids each rank stands for:
 
     tokenizer.json     byte-level BPE (GPT-2, SmolLM2, our miniature): its merges are the order.
     tokenizer.model    SentencePiece BPE (Mistral, Mixtral, Llama 2): a space is written `▁`, also
@@ -14,11 +14,14 @@ kinds of files are translated into it, and a second table says which ids each ra
 
                        UTF-8 never confuses two characters; hence the ids are SentencePiece's own.
                        (A `tokenizer.json` made from such a file works too.)
+    tekken.json        Mistral's later files (Nemo, Pixtral): already tiktoken's table; the special
+                       tokens take the first ids, so a piece's id is its rank and their number.
 
-Special tokens (`<s>`, `</s>`) are never found in text: whoever wants one asks for it by name, so a
-user who types `</s>` gets its letters and no control token.
+Special tokens (`<s>`, `</s>`, `[INST]`) are never found in text: whoever wants one asks for it by
+name, so a user who types `</s>` gets its letters and no control token.
 """
 
+import base64
 import json
 import struct
 
@@ -45,6 +48,7 @@ class Tokenizer:
 
     def __init__(self, pieces, special, pattern, fallback=(), names=("<s>", "</s>"), files=()):
         self.special, self.files, self.mark = special, tuple(files), MARK if fallback else ""
+        self.pattern = pattern
         missing = [name for name in names if name not in special]
         if missing:
             source = self.files[0] if self.files else "the tokenizer"
@@ -55,6 +59,7 @@ class Tokenizer:
         self.bytes_of = {i: bytes([b]) for b, i in enumerate(fallback)}
         self.bytes_of |= {ids[0]: piece for piece, ids in pieces.items() if len(ids) == 1}
         self.vocab_size = max(*(max(ids, default=0) for ids in self.ids), *special.values()) + 1
+        self.gone = bytes(b for b in range(256) if pieces[bytes([b])] == ())  # have no token
         ranks = {piece: rank for rank, piece in enumerate(pieces)}
         self.bpe = tiktoken.Encoding(
             "nanocumo", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
@@ -65,7 +70,19 @@ class Tokenizer:
         (only SentencePiece cares: it writes a space before the beginning of a text)."""
         if self.mark and text:
             text = (self.mark if start else "") + text.replace(" ", self.mark)
-        return [i for rank in self.bpe.encode_ordinary(text) for i in self.ids[rank]]
+        raw = text.encode(errors="replace") if self.gone else b""
+        whole = len(raw.translate(None, self.gone)) == len(raw)
+        ranks = self.bpe.encode_ordinary(text) if whole else self.ranks_around_gaps(text)
+        return [i for rank in ranks for i in self.ids[rank]]
+
+    def ranks_around_gaps(self, text):
+        """Ranks of a text with bytes that have no token (SmolLM2: some control characters). Like
+        `tokenizers`, take them out of a word first, then join what has become neighbours."""
+        import regex  # tiktoken needs it too
+
+        words = (match[0].encode(errors="replace") for match in regex.finditer(self.pattern, text))
+        words = filter(None, (word.translate(None, self.gone) for word in words))
+        return [rank for word in words for rank in self.bpe._encode_single_piece(word)]
 
     def decode(self, ids):
         """The text of `ids`; special tokens are left out. Bytes that are no UTF-8 become U+FFFD."""
@@ -74,13 +91,15 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path):
-        """Read a model directory's `tokenizer.model`, or else its `tokenizer.json`; the names of
-        the first and last token from `tokenizer_config.json`. ValueError for kinds unknown here."""
+        """Read a model directory's `tokenizer.model`, or else its `tekken.json`, or else its
+        `tokenizer.json`; the names of the first and last token from `tokenizer_config.json`.
+        ValueError for kinds unknown here."""
         path = resolve(path, "tokenizer")
-        read = {"tokenizer.model": read_sentencepiece, "tokenizer.json": read_tokenizer_json}
+        read = {"tokenizer.model": read_sentencepiece, "tekken.json": read_tekken,
+                "tokenizer.json": read_tokenizer_json}  # fmt: skip
         file = next((path / name for name in read if (path / name).is_file()), None)
         if file is None:
-            raise ValueError(f"{path} holds no {' or '.join(read)}; copy the model's there")
+            raise ValueError(f"{path} holds no {', '.join(read)}; copy the model's there")
         config = path / "tokenizer_config.json"
         files = [file, config] if config.is_file() else [file]
         named = read_json(config) if config.is_file() else {}
@@ -149,6 +168,33 @@ def split_pattern(file, spec):
             return steps[0]["pattern"]["Regex"]
     raise ValueError(f"{file}: prepares text in a way not known here ({' + '.join(kinds)}"
                      f"{' after a normalizer' if spec['normalizer'] else ''})")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------- tekken.json
+
+# Files older than version v11 do not list their special tokens; these are the first.
+TEKKEN_SPECIAL = (
+    "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] "
+    "[/TOOL_RESULTS] [TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] "
+    "[SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT]"
+).split()
+
+
+def read_tekken(file):
+    """The arguments of `Tokenizer` from a file of Mistral's own `mistral-common`."""
+    spec = read_json(file)
+    config, listed = spec["config"], spec.get("special_tokens")
+    special = {name: i for i, name in enumerate(TEKKEN_SPECIAL)}
+    if listed:
+        special = {token["token_str"]: token["rank"] for token in listed}
+    first = config["default_num_special_tokens"]
+    special |= {f"<SPECIAL_{i}>": i for i in range(len(special), first)}
+    # the file holds more pieces than the model has embeddings
+    vocab = spec["vocab"][: config["default_vocab_size"] - first]
+    pieces = {base64.b64decode(t["token_bytes"]): (first + t["rank"],) for t in vocab}
+    if not pieces or [i for (i,) in pieces.values()] != [*range(first, first + len(vocab))]:
+        raise ValueError(f"{file}: its pieces are not in the order of their ranks; fetch it again")
+    return pieces, special, config["pattern"]
 
 
 # ------------------------------------------------------------------------------ tokenizer.model
@@ -245,18 +291,25 @@ def train_bpe(texts, vocab_size, special=("<unk>", "<s>", "</s>")):
         merges.append(list(best))
         vocab["".join(best)] = len(vocab)
         words = {merge_pair(word, best): n for word, n in words.items()}
+    return byte_level_json(vocab, merges, special)
+
+
+def byte_level_json(vocab, merges, special, single_digits=False):
+    """The contents of a `tokenizer.json`. single_digits: each digit a word of its own (SmolLM2)."""
     added = [
         {"id": vocab[t], "content": t, "special": True, "single_word": False, "lstrip": False,
          "rstrip": False, "normalized": False} for t in special
     ]  # fmt: skip
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                   "use_regex": True}  # fmt: skip
+    steps = [{"type": "Digits", "individual_digits": True}, byte_level]
+    digits = {"type": "Sequence", "pretokenizers": steps}
     model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
              "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
              "ignore_merges": False, "vocab": vocab, "merges": merges}  # fmt: skip
     return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-            "normalizer": None, "pre_tokenizer": byte_level, "post_processor": None,
-            "decoder": byte_level, "model": model}  # fmt: skip
+            "normalizer": None, "pre_tokenizer": digits if single_digits else byte_level,
+            "post_processor": None, "decoder": byte_level, "model": model}  # fmt: skip
 
 
 def merge_pair(word, pair):

@@ -40,6 +40,7 @@ READING = [
     ("data/world.py", "pictures, captions and questions drawn from a seed"),
     ("data/chat.py", "conversations to ids and labels, segment by segment"),
     ("data/tokenizer.py", "SentencePiece and byte-level BPE, both on tiktoken"),
+    ("data/check.py", "what a training would make of a data set"),
     ("data/packing.py", "conversations laid end to end in rows"),
     ("data/weights.py", "reading, checking and writing checkpoints"),
     ("data/hub.py", "names of public models to folders: local, cached or downloaded"),

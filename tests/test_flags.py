@@ -27,6 +27,18 @@ def fails(capsys, *argv):
     return err.split(": ", 1)[1].rstrip()
 
 
+def test_field_without_a_default_is_an_argument_without_a_name(capsys):
+    @dataclass
+    class Named:
+        file: str  # what to read
+        n: int = 3  # how many
+
+    assert parse(Named, ["x.json", "--n", "4"]) == (Named("x.json", 4), {"file", "n"})
+    with pytest.raises(SystemExit):
+        parse(Named, [])
+    assert "required: file" in capsys.readouterr().err
+
+
 def test_no_flags_give_the_defaults():
     assert parse(Config, []) == (Config(), set())
 

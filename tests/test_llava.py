@@ -62,7 +62,7 @@ def test_records_become_samples_like_the_worlds(folder):
 def test_json_lines_are_read_too_whatever_is_in_the_text(folder):
     lines = [json.dumps(record(f"Q{mark}", "A"), ensure_ascii=False) for mark in "\u2028\u0085x"]
     data = load(folder, "\n".join(lines) + "\n\n", "data.jsonl")
-    assert [s["conversations"][0]["value"] for s in data.records] == ["Q\u2028", "Q\u0085", "Qx"]
+    assert [data[i]["conversations"][0]["value"] for i in range(3)] == ["Q\u2028", "Q\u0085", "Qx"]
 
 
 def test_byte_order_mark_of_windows_is_skipped(folder):
@@ -98,7 +98,7 @@ def test_sample_that_teaches_nothing_is_left_out_with_its_reason(folder):
     data = load(
         folder, [record("Q", ""), record("Q", "A", id=2), record("Q", id=3), record("", "A")]
     )
-    assert [sample["id"] for sample in data.records] == ["2"]
+    assert [data[i]["id"] for i in range(len(data))] == ["2"]
     reasons = [reason.split("data.json: ")[1] for reason in data.rejected]
     assert reasons == ["record 0 (id 'r1'): answer 1 is empty", "record 2 (id 3): it has no answer",
                        "record 3 (id 'r1'): question 1 is empty"]  # fmt: skip

@@ -36,6 +36,23 @@ def test_answers_about_a_picture_and_without_one(model_dir):
         assert done.returncode == 0 and done.stdout.endswith("\n"), done.stderr
 
 
+def test_language_model_alone_answers_without_a_picture(tmp_path):
+    tiny_cumo(vocab=1024).llm.save_pretrained(tmp_path)
+    shutil.copy(MINI / "tokenizer.json", tmp_path)
+    flags = ["--model", tmp_path, "--max-new-tokens", 4]
+    done = ask(tmp_path, *flags, "--ask", "What is a cat?")
+    assert done.returncode == 0 and done.stdout.endswith("\n"), done.stderr
+    done = ask(tmp_path, *flags, "--image", ROOT / "cat.jpg")
+    assert done.returncode == 1 and "sees nothing; leave out --image" in done.stderr
+
+
+def test_prompt_of_a_language_model_alone_has_one_bos():
+    model, tokenizer = tiny_cumo(vocab=1024).llm, Tokenizer.from_pretrained(MINI)
+    tokens, pixels = prompt(model, tokenizer, "What is a cat?", [])
+    assert tokens[0].tolist() == [1, *tokenizer.encode("[INST] What is a cat? [/INST]")]
+    assert pixels is None
+
+
 def test_the_same_seed_gives_the_same_answer(model_dir):
     flags = ["--model", model_dir, "--ask", "What?", "--temperature", 1, "--max-new-tokens", 8]
     answers = [ask(model_dir, *flags, "--seed", seed).stdout for seed in (1, 1, 2)]

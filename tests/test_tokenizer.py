@@ -1,8 +1,10 @@
 """Tokenizers: the very ids of the libraries they stand for, text that comes back, no hidden tokens.
 
-Independent references: Hugging Face's `tokenizers`, and `sentencepiece` on Mistral's own model.
+Independent references: Hugging Face's `tokenizers`, `sentencepiece` on Mistral's own model, and
+`mistral-common` on its tekken files.
 """
 
+import base64
 import copy
 import json
 import pathlib
@@ -15,6 +17,7 @@ import sentencepiece
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 from data.tokenizer import Tokenizer, byte_alphabet, merge_pair, protobuf, train_bpe
 
@@ -121,6 +124,18 @@ def test_byte_without_a_token_is_left_out_as_tokenizers_does(tmp_path):
     for text in ("č", "čas a čaj", "cat"):
         assert ours.encode(text) == reference(text)
         assert gone not in ours.encode(text)
+
+
+def test_word_without_its_tokenless_bytes_is_joined_as_tokenizers_does(tmp_path):
+    spec, alphabet = copy.deepcopy(MINI_JSON), byte_alphabet()
+    for byte in "č".encode():
+        spec["model"]["vocab"].pop(alphabet[byte])
+    ours, reference = Tokenizer.from_pretrained(write(tmp_path, spec)), reference_of(spec)
+    assert ours.encode("cačt") == ours.encode("cat") and ours.encode("čč") == []
+    some = "".join(ALPHABETS) + "č" * 40
+    rng = random.Random(5)
+    for text in ["cačt", " č.", "a č b", *("".join(rng.choices(some, k=20)) for _ in range(500))]:
+        assert ours.encode(text) == reference(text), text
 
 
 def test_training_learns_the_commonest_pair_first():
@@ -236,6 +251,70 @@ def test_sentencepiece_in_a_tokenizer_json_gives_the_same_ids(mistral, sp, tmp_p
         assert ours.encode(text, start=False) == mistral.encode(text, start=False)
 
 
+# ----------------------------------------------------------------------------------------- tekken
+
+
+@pytest.fixture(scope="module", params=["240911", pytest.param("240718", marks=pytest.mark.slow)])
+def tekken(request, tmp_path_factory):
+    """(our tokenizer, mistral-common's) of one tekken file."""
+    folder = tmp_path_factory.mktemp("tekken")
+    shutil.copy(MISTRAL / f"tekken_{request.param}.json", folder / "tekken.json")
+    return Tokenizer.from_pretrained(folder), Tekkenizer.from_file(folder / "tekken.json")
+
+
+def test_tekken_ids_equal_mistral_common_and_text_comes_back(tekken):
+    ours, reference = tekken
+    for text in [*some_texts(3000, seed=4), "a" * 500, "\n" * 70, "HelloWorld's 2024"]:
+        ids = ours.encode(text)
+        assert ids == reference.encode(text, bos=False, eos=False), text
+        assert ours.decode(ids) == text
+        assert ours.encode(text, start=False) == ids
+
+
+def test_tekken_special_tokens_have_their_ids_but_are_never_found_in_text(tekken):
+    ours, reference = tekken
+    assert ours.vocab_size == reference.n_words == 131072
+    assert ours.special == reference._special_tokens_reverse_vocab
+    assert (ours.bos, ours.eos, ours.special["[INST]"]) == (1, 2, 3)
+    for typed in ("</s>", "[INST] x [/INST]", "<s><unk>", "<SPECIAL_20>"):
+        ids = ours.encode(typed)
+        assert min(ids) >= 1000 and ours.decode(ids) == typed
+    assert ours.decode([1, 3, *ours.encode("a cat"), 4, 2]) == "a cat"
+
+
+def small_tekken(folder, **changes):
+    """A tekken file of the bytes, " a", "bb" and, out of use, "cc"; 5 special tokens, 4 named."""
+    pieces = [*(bytes([b]) for b in range(256)), b" a", b"bb", b"cc"]
+    vocab = [{"rank": i, "token_bytes": base64.b64encode(p).decode(), "token_str": None}
+             for i, p in enumerate(pieces)]  # fmt: skip
+    names = ("<unk>", "<s>", "</s>", "[THINK]")
+    listed = [{"rank": i, "token_str": name, "is_control": True} for i, name in enumerate(names)]
+    config = dict(pattern=r"\s?\S+|\s+", default_vocab_size=263, default_num_special_tokens=5)
+    spec = {"config": config, "vocab": vocab, "special_tokens": listed} | changes
+    (folder / "tekken.json").write_text(json.dumps(spec))
+    return folder
+
+
+def test_tekken_file_of_a_later_version_lists_its_own_special_tokens(tmp_path):
+    ours = Tokenizer.from_pretrained(small_tekken(tmp_path))
+    assert (ours.vocab_size, ours.special["[THINK]"], ours.special["<SPECIAL_4>"]) == (263, 3, 4)
+    assert "[INST]" not in ours.special
+    assert ours.encode("A abb") == [5 + ord("A"), 5 + 256, 5 + 257]
+    assert ours.encode("cc") == [5 + ord("c")] * 2  # past the vocabulary's size
+
+
+def test_tekken_comes_before_tokenizer_json_and_a_damaged_one_is_refused(tmp_path):
+    shutil.copy(MINI / "tokenizer.json", tmp_path)
+    assert Tokenizer.from_pretrained(small_tekken(tmp_path)).vocab_size == 263
+    for damage in (
+        dict(vocab=[]),
+        dict(config={}),
+        dict(vocab=[{"rank": 3, "token_bytes": "YQ=="}]),
+    ):
+        with pytest.raises(ValueError, match="tekken.json: (is damaged|its pieces)"):
+            Tokenizer.from_pretrained(small_tekken(tmp_path, **damage))
+
+
 # --------------------------------------------------------------------------------- special tokens
 
 
@@ -266,7 +345,7 @@ def test_names_of_bos_and_eos_come_from_the_models_own_config(tmp_path):
 
 
 def test_folder_without_tokenizer_says_what_it_looked_for(tmp_path):
-    with pytest.raises(ValueError, match="holds no tokenizer.model or tokenizer.json"):
+    with pytest.raises(ValueError, match="holds no tokenizer.model, tekken.json, tokenizer.json"):
         Tokenizer.from_pretrained(tmp_path)
 
 

@@ -111,6 +111,16 @@ def test_flags_win_over_the_stage_table_and_the_table_over_defaults():
     )
     assert train.resolve({"seed": 5}, 2, target=False).seed == 5, "the seed belongs to all stages"
     assert train.resolve({"preset": "mistral-7b"}, 3).lr == 4e-6  # paper, Table 6
+    for preset in ("smol", "smol-mini"):
+        templates = [train.resolve({"preset": preset}, stage).template for stage in (1, 2, 3)]
+        assert templates == ["plain", "chatml", "chatml"]
+
+
+def test_preset_whose_weights_are_not_there_says_what_makes_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = {"preset": "smol-mini", "clip": str(ROOT / "data" / "mini" / "clip")}
+    with pytest.raises(ValueError, match="SmolLM2.* is not there; data/convert_smollm2.py makes"):
+        train.train_stage(train.resolve(flags, 1))
 
 
 def changed(a, b):

@@ -1,0 +1,137 @@
+"""Look at a LLaVA data set before training on it: what would be rejected, cut, or learned.
+
+    python -m data.check my.json --image-folder pics            # the miniature
+    python -m data.check my.json --image-folder pics --llm weights/mistral --clip weights/clip \\
+        --row-tokens 4096 --show 3
+
+Every record is read, every picture opened and every conversation tokenized, as a training would. A
+faulty record (roles, image tags, a picture that is missing or damaged) stops a training; one that
+teaches nothing (an empty answer, or none within --row-tokens) is left out and counted. Both are
+listed with id and reason. The exit status is 1 if a training would stop, or have nothing to learn,
+and else 0.
+
+`--show N` prints the first N samples; what is learned is green, or, where there are no colours (not
+a terminal, or NO_COLOR is set), stands between « and ».
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+from tqdm import tqdm
+
+from data.chat import IGNORE, IMAGE_TOKEN, Rejected, check_template, render, template_of
+from data.flags import parse, run
+from data.llava import check_record, encode, open_sample, read_records
+from data.tokenizer import Tokenizer
+from data.weights import read_config
+
+
+@dataclass
+class CheckConfig:
+    data: str  # LLaVA JSON or JSONL
+    image_folder: str = ""  # where the image paths start
+    llm: str = "data/mini/llm"  # folder with the tokenizer
+    clip: str = "data/mini/clip"  # folder with CLIP's config.json
+    template: str = ""  # how conversations are written; empty: as the tokenizer suggests
+    image_mode: str = "pad"  # how pictures become square: pad or square
+    row_tokens: int = 256  # tokens a row; what goes past it is cut
+    show: int = 0  # samples to show
+    list: int = 20  # rejected records to list; 0: all of them
+
+
+class Report:
+    """What was found: of every used sample its lengths, of every other one its reason."""
+
+    def __init__(self):
+        self.faults, self.left_out, self.sizes = [], [], []
+        self.lengths, self.learned, self.cut = [], [], 0
+
+    def add(self, ids, labels, length, sizes):
+        self.sizes += sizes
+        self.lengths.append(length)
+        self.learned.append(sum(label != IGNORE for label in labels))
+        self.cut += length > len(ids)
+
+    def print(self, cfg, n):
+        print(f"{cfg.data}: {n:,} records; {len(self.lengths):,} are used, {len(self.left_out):,} "
+              f"left out, {len(self.faults):,} would stop a training")  # fmt: skip
+        for kind, reasons in (("stops", self.faults), ("left out", self.left_out)):
+            shown = reasons[: cfg.list or None]
+            for reason in shown:
+                print(f"  {kind}: {reason}")
+            if len(reasons) > len(shown):
+                print(f"  {kind}: {len(reasons) - len(shown):,} more; --list 0 lists all")
+        if self.sizes:
+            w, h = np.array(self.sizes).T
+            print(f"images: {len(w):,}; width {w.min()} to {w.max()}, median {np.median(w):.0f}; "
+                  f"height {h.min()} to {h.max()}, median {np.median(h):.0f}")  # fmt: skip
+        if self.lengths:
+            percentiles("tokens a sample", self.lengths)
+            percentiles("of them learned", self.learned)
+            print(f"longer than --row-tokens {cfg.row_tokens}, hence cut: {self.cut:,} "
+                  f"({100 * self.cut / len(self.lengths):.1f} %)")  # fmt: skip
+
+
+def percentiles(name, values):
+    shares = np.percentile(values, (5, 50, 95, 99, 100))
+    parts = zip(("5 %", "50 %", "95 %", "99 %", "most"), shares)
+    print(f"{name}: " + ", ".join(f"{share} {value:,.0f}" for share, value in parts))
+
+
+def painted(ids, labels, tokenizer, color):
+    """A sample as text, its special tokens by name, what is learned in green or in « »."""
+    name = {i: token for token, i in tokenizer.special.items()}
+    green, plain = ("\033[32m", "\033[0m") if color else ("«", "»")
+
+    def spelled(kind, ids):
+        if kind == "image":
+            return f"<image: {len(ids)} tokens>"
+        return "".join(name[i] for i in ids) if kind == "special" else tokenizer.decode(ids)
+
+    def kind(i):
+        return "image" if i == IMAGE_TOKEN else "special" if i in name else "text"
+
+    text = ""
+    for learned, pairs in groupby(zip(ids, labels), lambda pair: pair[1] != IGNORE):
+        runs = groupby([i for i, _ in pairs], kind)
+        said = "".join(spelled(k, list(some)) for k, some in runs)
+        text += f"{green}{said}{plain}" if learned else said
+    return text
+
+
+def main():
+    cfg, _ = parse(CheckConfig, description=__doc__.split("\n")[0])
+    tokenizer, clip = Tokenizer.from_pretrained(cfg.llm), read_config(cfg.clip)
+    clip = clip.get("vision_config", clip)
+    size, patches = clip["image_size"], (clip["image_size"] // clip["patch_size"]) ** 2
+    template = cfg.template or template_of(tokenizer)
+    check_template(template, tokenizer)
+    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    report, shown, records = Report(), [], read_records(cfg.data)
+    for k, record in enumerate(tqdm(records, unit="record", leave=False)):
+        try:
+            sample = open_sample(record, k, check_record(record, k, cfg.data, cfg.image_folder))
+            images = sample["images"]
+            options = (tokenizer, template, patches)
+            whole, _ = render(sample["conversations"], *options, len(images))
+            ids, labels, _ = encode(sample, *options, size, cfg.image_mode, cfg.row_tokens)
+        except Rejected as reason:
+            report.left_out.append(reason)
+        except ValueError as fault:
+            report.faults.append(fault)
+        else:
+            report.add(ids, labels, len(whole), [image.size for image in images])
+            if len(shown) < cfg.show:
+                shown.append(f"--- {sample['id']}\n{painted(ids, labels, tokenizer, color)}")
+    report.print(cfg, len(records))
+    for text in shown:
+        print(text)
+    if report.faults or not report.lengths:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(main)
