@@ -108,9 +108,9 @@ PAPER = {
     3: dict(template="mistral_instruct_system", lr=4e-6, rows=4, accumulate=7, row_tokens=4096),
 }
 MINI = {
-    1: dict(template="plain", lr=2e-3, samples=5_000),
-    2: dict(template="mistral_instruct", lr=5e-4, samples=7_000),
-    3: dict(template="mistral_instruct", lr=1.5e-4, samples=12_000),
+    1: dict(template="plain", lr=2e-3, samples=4_500),
+    2: dict(template="mistral_instruct", lr=2e-4, samples=6_000),
+    3: dict(template="mistral_instruct", lr=1.5e-4, samples=10_000),
 }
 CHATML = dict(template="chatml")
 SMOL = {1: PAPER[1], 2: PAPER[2] | CHATML, 3: PAPER[3] | CHATML}

@@ -44,6 +44,7 @@ READING = [
     ("data/packing.py", "conversations laid end to end in rows"),
     ("data/weights.py", "reading, checking and writing checkpoints"),
     ("data/hub.py", "names of public models to folders: local, cached or downloaded"),
+    ("data/text_world.py", "scenes as text, for a language model that has not seen a picture"),
     ("data/pretrain_mini.py", "how the miniature CLIP and LLM were made"),
 ]
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, CLIPVisionModel, PreTrainedTokenizerFast
 
@@ -51,10 +52,8 @@ def test_transformers_splits_text_like_our_tokenizer():
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
 
 
-def test_language_model_looks_things_up_in_scenes_given_as_text():
-    """What it can, it must keep; `where` and `side` are not learned yet (LOG.md)."""
+@pytest.mark.parametrize("split", ["seen", "pairs"])
+def test_language_model_answers_scenes_given_as_text(split):
     llm = LLM.from_pretrained(MINI / "llm").eval()
-    tokenizer = Tokenizer.from_pretrained(MINI / "llm")
-    answers = text_accuracy(llm, tokenizer, "pairs", batches=12)
-    for kind in ("background", "what", "existence", "list", "count"):
-        assert answers[kind] > 0.85, answers
+    answers = text_accuracy(llm, Tokenizer.from_pretrained(MINI / "llm"), split)
+    assert np.mean([answers[kind] for kind in world.QUESTION_TYPES]) > 0.95, answers
