@@ -80,7 +80,7 @@ def results_block():
         f"Percent of {run['questions']} questions a split answered exactly, after "
         f"{seconds['1']:.0f} + {seconds['2']:.0f} + {seconds['3']:.0f} seconds of training "
         f"({sum(seconds.values()) / 60:.1f} minutes) with at most {run['peak_memory_gb']:.1f} GB, "
-        f"on {run['machine']}. Over the pictures of `seen` each expert of each sparse block gets "
+        f"on {run['machine']}, in {run['precision']}. Over the pictures of `seen` each expert of each sparse block gets "
         f"between {percent(min(load))} % and {percent(max(load))} % of the tokens.",
     ]
     return "\n".join(lines)
@@ -129,6 +129,7 @@ def collect(out):
         "commit": commit.stdout.decode().strip(),
         "machine": f"2 cores of {cpu[1] if cpu else platform.processor()}",
         "seconds": {str(k): state["seconds"] for k, state in states.items()},
+        "precision": "bf16" if states[3]["config"]["bf16"] else "float32",
         "peak_memory_gb": max(state["peak_memory_gb"] for state in states.values()),
     }
     (ROOT / "bench" / "mini.json").write_text(json.dumps(run, indent=1) + "\n")
