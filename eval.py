@@ -17,6 +17,7 @@ experts share the tokens of the split `seen`.
 import collections
 import pathlib
 import re
+import textwrap
 from dataclasses import dataclass
 
 import numpy as np
@@ -222,11 +223,12 @@ def draw_answers(model, tokenizer, file, seed=7):
         axis.axis("off")
         axis.set_title(SPLITS[column], fontsize=11)
         for k, ((question, right), text) in enumerate(zip(asked, said)):
-            shown = text if text == right else f"{text}  (no: {right})"
-            color = "#007A53" if text == right else "#B3261E"
+            shown, color, size = text, "#007A53", 8.5
+            if text != right:
+                shown, color, size = textwrap.fill(f"{text} (no: {right})", 44), "#B3261E", 7.5
             at = top - 0.055 * k
             figure.text(left + 0.142, at, question, fontsize=7.5, color="#666666")
-            figure.text(left + 0.142, at - 0.025, shown, fontsize=8.5, color=color)
+            figure.text(left + 0.142, at - 0.01, shown, fontsize=size, color=color, va="top")
     figure.savefig(file, dpi=100)
     plt.close(figure)
     print(f"wrote {file}")

@@ -80,8 +80,9 @@ def results_block():
         f"Percent of {run['questions']} questions a split answered exactly, after "
         f"{seconds['1']:.0f} + {seconds['2']:.0f} + {seconds['3']:.0f} seconds of training "
         f"({sum(seconds.values()) / 60:.1f} minutes) with at most {run['peak_memory_gb']:.1f} GB, "
-        f"on {run['machine']}, in {run['precision']}. Over the pictures of `seen` each expert of each sparse block gets "
-        f"between {percent(min(load))} % and {percent(max(load))} % of the tokens.",
+        f"on {run['machine']}, in {run['precision']}. Over the pictures of `seen` each expert of "
+        f"each sparse block gets between {percent(min(load))} % and {percent(max(load))} % of "
+        "the tokens.",
     ]
     return "\n".join(lines)
 
