@@ -3,6 +3,7 @@
     python -m data.check my.json --image-folder pics            # the miniature
     python -m data.check my.json --image-folder pics --llm weights/mistral --clip weights/clip \\
         --row-tokens 4096 --show 3
+    python -m data.check captions.json --image-folder pics --template plain   # as stage 1 reads it
 
 Every record is read, every picture opened and every conversation tokenized, as a training would. A
 faulty record (roles, image tags, a picture that is missing or damaged) stops a training; one that
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from data.chat import IGNORE, IMAGE_TOKEN, Rejected, check_template, render, template_of
 from data.flags import parse, run
+from data.images import MODES
 from data.llava import check_record, encode, open_sample, read_records
 from data.tokenizer import Tokenizer
 from data.weights import read_config
@@ -109,6 +111,8 @@ def main():
     size, patches = clip["image_size"], (clip["image_size"] // clip["patch_size"]) ** 2
     template = cfg.template or template_of(tokenizer)
     check_template(template, tokenizer)
+    if cfg.image_mode not in MODES:
+        raise ValueError(f"--image-mode {cfg.image_mode!r} is unknown; choose from {MODES}")
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     report, shown, records = Report(), [], read_records(cfg.data)
     for k, record in enumerate(tqdm(records, unit="record", leave=False)):

@@ -118,7 +118,9 @@ def test_typed_marks_are_shown_as_typed_and_control_tokens_by_name():
     assert check.painted(ids, labels, tokenizer, False) == "<s>«say </s></s>»"
 
 
-def test_unknown_template_is_one_clear_line(report):
+def test_unknown_template_or_mode_is_one_clear_line(report):
+    with pytest.raises(ValueError, match="--image-mode 'padd' is unknown; choose from"):
+        report([GOOD], "--image-mode", "padd")
     with pytest.raises(ValueError, match="template 'vicuna' is unknown; choose from plain"):
         report([GOOD], "--template", "vicuna")
     with pytest.raises(ValueError, match="chatml needs the token"):

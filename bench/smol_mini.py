@@ -1,0 +1,98 @@
+"""SmolLM2 under the miniature CLIP: does training the connector alone make it see?
+
+    python train.py --preset smol-mini --stage 1 --samples 600 --out out/smol_mini
+    python bench/smol_mini.py out/smol_mini/stage1 --captions 100
+
+Writes bench/smol_mini.json: the loss of the training by tenths; and, if `--captions` is not 0, of
+so many pictures of single things never trained on, the loss and the share of greedy captions that
+are exactly right, before the stage, after it, and after it with the pictures painted over.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+
+import train
+from cumo import CuMo
+from data.chat import IGNORE
+from data.llava import encode
+from data.tokenizer import Tokenizer
+from data.world import World
+
+BATCH = 20
+
+
+def pad(rows, fill):
+    length = max(map(len, rows))
+    return torch.tensor([row + [fill] * (length - len(row)) for row in rows])
+
+
+@torch.no_grad()
+def measure(model, tokenizer, samples, blank=False):
+    """(mean loss of a caption's tokens, share of captions that are right, the first five said)."""
+    model.eval()
+    size, loss, said = model.cfg.vision.image_size, 0.0, []
+    for k in range(0, len(samples), BATCH):
+        some = samples[k : k + BATCH]
+        coded = [encode(s, tokenizer, "plain", model.image_tokens, size) for s in some]
+        images = torch.stack([image for *_, (image,) in coded])
+        images = torch.zeros_like(images) if blank else images
+        ids, labels = pad([c[0] for c in coded], 0), pad([c[1] for c in coded], IGNORE)
+        segments = pad([[1] * len(c[0]) for c in coded], 0)
+        logits = model(ids, images, segments=segments).logits
+        losses = torch.nn.functional.cross_entropy(
+            logits[:, :-1].transpose(1, 2), labels[:, 1:], ignore_index=IGNORE, reduction="none"
+        )
+        loss += (losses.sum(1) / (labels != IGNORE).sum(1)).sum().item()
+        prompts = ids[:, : 1 + model.image_tokens]
+        answers = model.generate(prompts, images, max_new_tokens=12).tolist()
+        said += [tokenizer.decode(answer).split("\n")[0] for answer in answers]
+    right = [s["conversations"][1]["value"] == text for s, text in zip(samples, said)]
+    return {"loss": round(loss / len(samples), 3), "exact": sum(right) / len(right),
+            "said": said[:5]}  # fmt: skip
+
+
+def curve(folder):
+    """[samples used, mean loss] of each tenth of the training's steps."""
+    metrics = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    tenth = -(-len(metrics) // 10)
+    parts = [metrics[k : k + tenth] for k in range(0, len(metrics), tenth)]
+    return [[p[-1]["samples"], round(sum(m["lm_loss"] for m in p) / len(p), 3)] for p in parts]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("folder", type=pathlib.Path, help="a finished stage 1 of smol-mini")
+    parser.add_argument("--captions", type=int, default=0, help="pictures to caption [0]")
+    args = parser.parse_args()
+    state = json.loads((args.folder / "train.json").read_text())
+    cfg = train.TrainConfig(**state["config"])
+    content = {
+        "command": f"python train.py --preset smol-mini --stage 1 --samples {cfg.samples}",
+        "seconds": state["seconds"],
+        "peak_memory_gb": state.get("peak_memory_gb"),
+        "training_loss_by_samples": curve(args.folder),
+    }
+    if args.captions:
+        tokenizer, world = Tokenizer.from_pretrained(args.folder), World("seen", "name", 10_000)
+        samples = [world[i] for i in range(args.captions)]
+        torch.manual_seed(cfg.seed)  # as the training did, so that the connector starts the same
+        model = train.build(cfg)[0]
+        rows = {"before": measure(model, tokenizer, samples)}
+        model = CuMo.from_pretrained(args.folder)
+        rows["after"] = measure(model, tokenizer, samples)
+        rows["after, blank pictures"] = measure(model, tokenizer, samples, blank=True)
+        wanted = [s["conversations"][1]["value"] for s in samples[:5]]
+        content |= {"captions": args.captions, "wanted": wanted} | rows
+    (ROOT / "bench" / "smol_mini.json").write_text(json.dumps(content, indent=1) + "\n")
+    print(json.dumps(content, indent=1))
+
+
+if __name__ == "__main__":
+    main()
