@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -148,9 +149,15 @@ def test_stage_3_is_sparse_and_trains_every_expert(finished):
     _, two, three = changed(finished / "stage2", finished / "stage3")
     config = json.loads((finished / "stage3" / "config.json").read_text())
     assert config["clip_smoe"] and config["mlp_smoe"] and config["num_experts"] == 4
-    weights = load_file(finished / "stage3" / "model.safetensors")
-    first = [weights[f"model.mm_projector.experts.{e}.0.weight"] for e in range(4)]
-    assert not any(torch.equal(first[0], other) for other in first[1:])
+    dense = load_file(finished / "stage2" / "model.safetensors")
+    sparse = load_file(finished / "stage3" / "model.safetensors")
+    experts = [name for name in sparse if re.search(r"experts\.\d\..*weight", name)]
+    parts = ("model.mm_projector.", "model.vision_tower.")
+    assert all(any(name.startswith(part) for name in experts) for part in parts)
+    unused = f"layers.{config['vision_config']['num_hidden_layers'] - 1}."  # nobody sees its output
+    for name in experts:
+        origin = re.sub(r"experts\.\d\.", "mlp." if "vision" in name else "", name)
+        assert torch.equal(sparse[name], dense[origin]) == (unused in name), name
     assert "model.mm_projector.gate.weight" in three - two
 
 
