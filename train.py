@@ -142,7 +142,6 @@ def resolve(given, stage, target=True):
     own = {k: v for k, v in given.items() if target or k in shared}
     cfg = TrainConfig(**(PRESETS[preset] | STAGES[preset][stage] | own))
     cfg.stage = stage
-    check_device(cfg.device)
     if "bf16" not in own:
         cfg.bf16 = has_fast_bf16(cfg.device)
     if cfg.data and "samples" not in own:
