@@ -205,7 +205,7 @@ def draw_load(load, file):
 
 
 def draw_answers(model, tokenizer, file, seed=7):
-    """Two scenes of each split, a question of every type: green is right, red shows the truth."""
+    """Two scenes of each split and what they can be asked: green is right, red shows the truth."""
     plt = pyplot()
     if not plt:
         return

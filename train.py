@@ -74,7 +74,7 @@ class TrainConfig:
     image_folder: str = ""  # where the image paths of --data start
     samples: int = 0  # how many samples to see; 0: all of --data, once
     augment: bool = True  # recolour the drawings of the emoji world
-    init: str = ""  # start from this checkpoint instead of the stage before
+    init: str = ""  # start from this checkpoint; without --stage, stage 3 alone
     template: str = "mistral_instruct_system"  # how conversations are written
     image_mode: str = "pad"  # how pictures become square: pad or square
     rows: int = 8  # packed rows a batch
@@ -213,7 +213,7 @@ def refuse_difference(cfg, state, folder, fields=None):
 
 
 def build(cfg):
-    """The model a stage starts from (float32, on the CPU), and the folder of its tokenizer."""
+    """The model a stage starts from (float32, on the CPU), and where its tokenizer lies."""
     source = cfg.init or (stage_dir(cfg, cfg.stage - 1) if cfg.stage > 1 else cfg.llm)
     if cfg.stage == 1 and not cfg.init:
         if cfg.llm == PRESETS["smol-mini"]["llm"] and not pathlib.Path(cfg.llm).is_dir():

@@ -8,8 +8,8 @@ both at the size of a laptop, from the emoji world alone:
     python data/pretrain_mini.py clip         # an image tower, trained against phrases
 
 The language model never sees a picture: it reads scenes as text (text_world.py), first with short
-questions, then in conversations. Neither of the two ever meets a scene with a pair of concepts that
-the split `pairs` holds out, nor a Fluent drawing.
+questions, then mostly in conversations. Neither of the two ever meets a scene with a pair of
+concepts that the split `pairs` holds out, nor a Fluent drawing.
 """
 
 import argparse

@@ -36,7 +36,7 @@ def text_picture(scene):
 
 
 def telegrams(scene, rng):
-    """All that can be asked about a scene, in telegraph style: [(question, answer)], shuffled.
+    """Every look-up a scene allows, in telegraph style: [(question, answer)], shuffled.
 
         cat? yes   owl? no   cat: top left   top left: cat   cat bus? left   animal: cat
 
@@ -81,13 +81,6 @@ def telegraph_sample(tokenizer, rng):
     return ids, labels, [], scene
 
 
-def caption_sample(tokenizer, rng):
-    """(ids, labels, types, scene): stage 1's lesson, one object and its name."""
-    scene = world.sample_scene(rng, "train", n_objects=1)
-    turns = [("describe", world.DESCRIBE, world.short_caption(scene))]
-    return *render_text(turns, tokenizer, text_picture(scene), "plain"), [], scene
-
-
 # What takes a small model longest to learn is asked most often.
 HARD = world.QUESTION_TYPES + ("existence", "where", "kind", "side")
 
@@ -104,14 +97,14 @@ def dialogue_sample(tokenizer, rng, split):
     return *sample, [kind for kind, *_ in turns], scene
 
 
-def render_text(turns, tokenizer, text, template="mistral_instruct"):
+def render_text(turns, tokenizer, text):
     """(ids, labels) of [(type, question, answer)] about a text that stands where images stand."""
     conversation = []
     for k, (_, question, answer) in enumerate(turns):
         conversation += [{"from": "human", "value": ("" if k else "<image>\n") + question},
                          {"from": "gpt", "value": answer}]  # fmt: skip
     words = tokenizer.encode(text)
-    ids, labels = render(conversation, tokenizer, template, image_tokens=len(words), n_images=1)
+    ids, labels = render(conversation, tokenizer, image_tokens=len(words), n_images=1)
     at = ids.index(IMAGE_TOKEN)
     return ids[:at] + words + ids[at + len(words) :], labels
 
@@ -127,8 +120,6 @@ def text_batch(tokenizer, split, seed, step, short=0.0):
         rng = np.random.default_rng((seed, world.SPLITS.index(split), step, i))
         if rng.random() < short:
             samples = [telegraph_sample(tokenizer, rng) for _ in range(3)]
-        elif split == "train" and rng.random() < 0.05:
-            samples = [caption_sample(tokenizer, rng) for _ in range(3)]
         else:
             samples = [dialogue_sample(tokenizer, rng, split)]
         rows.append([])

@@ -72,3 +72,9 @@ def test_found_says_where_each_name_behind_a_scene_stands():
                 assert scene.objects[standing.index(name)].place == FOUND[found]
             elif name:
                 assert FOUND[found] == ("several" if name in standing else "nothing")
+
+
+def test_no_row_is_empty():
+    for step, short in ((0, 1.0), (1, 0.0), (2, 0.25)):
+        batch, _ = text_batch(TOKENIZER, "train", 0, step, short)
+        assert (batch["segments"].amax(1) > 0).all() and (batch["labels"] != IGNORE).any(1).all()
