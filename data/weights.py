@@ -197,7 +197,8 @@ def load_into(
         if name in targets:
             missing.pop(name, None)
             if tensor.shape == targets[name].shape:
-                targets[name].copy_(tensor)
+                if not targets[name].is_meta:  # a rehearsal
+                    targets[name].copy_(tensor)
             else:
                 misshapen.append(
                     f"{name} is {list(tensor.shape)} instead of {list(targets[name].shape)}"

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from refused import refusal
 from tiny import tiny_cumo
 
+import sample
 from data.tokenizer import Tokenizer
 from sample import Printer, prompt
 
@@ -93,12 +95,11 @@ def test_printer_streams_whole_characters(capsys):
         (["--ask", "What?", "--device", "cuda:99"], "--device cuda:99"),
     ],
 )
-def test_bad_input_gets_one_line(model_dir, tmp_path, flags, message):
+def test_bad_input_gets_one_line(model_dir, tmp_path, flags, message, monkeypatch, capsys):
     (tmp_path / "text.jpg").write_text("this is no picture")
+    monkeypatch.chdir(tmp_path)
     model = [] if "--model" in flags else ["--model", model_dir]
-    done = ask(tmp_path, *model, *flags)
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert done.returncode != 0 and len(lines) == 1 and message in lines[0], done.stderr
+    assert message in refusal(sample.main, [*model, *flags], monkeypatch, capsys)
 
 
 def test_without_a_trained_model_it_says_which_command_makes_one(tmp_path):
