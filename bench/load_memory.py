@@ -19,8 +19,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from data.weights import read_tensors, write_json, write_tensors  # noqa: E402
-from llm import LLM, LLMConfig  # noqa: E402
+from data.weights import read_tensors, write_json, write_tensors
+from llm import LLM, LLMConfig
 
 CONFIG = LLMConfig(vocab_size=8192, dim=512, hidden_dim=2048, n_layers=24, n_heads=8, n_kv_heads=2)
 LIMIT = 1.1  # the promise

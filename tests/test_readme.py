@@ -1,5 +1,6 @@
 """What the README says is true: its tables, line counts, commands, links and flags."""
 
+import json
 import re
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "runs"))
-import results  # noqa: E402
+import results
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMPONENTS = "mlp_moe clip_moe llm cumo upcycle train sample eval".split()
@@ -53,3 +54,20 @@ def test_no_line_of_code_is_wider_than_the_page():
     for file in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]:
         wide = [n for n, line in enumerate(file.read_text().splitlines(), 1) if len(line) > 100]
         assert not wide, f"{file}: lines {wide}"
+
+
+def test_figures_of_the_benches_are_the_measured_ones():
+    text = " ".join(README.split())
+    load, tokenizers = (
+        json.loads((ROOT / "bench" / f"{name}.json").read_text())["rows"]
+        for name in ("load_memory", "tokenizers")
+    )
+    most = {row["dtype"]: row["ratio"] for row in sorted(load, key=lambda row: row["ratio"])}
+    assert f"a load takes {most['float32']:.2f} times the model" in text
+    assert f"{most['bfloat16']:.2f} times when float32 files become a bfloat16 model" in text
+    every = {row["tokenizer"].split(",")[0]: row for row in tokenizers if row["text"] == "all"}
+    ratio = {name: row["ratio"] for name, row in every.items()}
+    speeds = f"{ratio['Mistral v1']:.2f}, {ratio['tekken']:.1f} and {ratio['SmolLM2']:.1f} to"
+    assert f"at {speeds} {ratio['miniature']:.1f} times their speed" in text
+    differ = sum(row["texts_that_differ"] for row in every.values())
+    assert differ == 1 and "but for one text of" in text
