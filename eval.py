@@ -39,7 +39,7 @@ from sample import find_model
 class EvalConfig:
     model: str = ""  # a checkpoint; empty: the furthest stage in out/
     out: str = "out"  # folder for eval.json and experts.png
-    n: int = 800  # questions a split
+    n: int = 1600  # questions a split
     batch: int = 50  # questions at a time
     seed: int = 1  # of the scenes and questions
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to run

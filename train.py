@@ -47,6 +47,7 @@ from data.weights import write_json
 from data.world import World
 from eval import draw_load, pyplot
 from llm import LLM
+from mlp_moe import Connector
 from upcycle import upcycle
 
 try:
@@ -79,7 +80,7 @@ class TrainConfig:
     image_mode: str = "pad"  # how pictures become square: pad or square
     rows: int = 8  # packed rows a batch
     row_tokens: int = 256  # tokens a row
-    accumulate: int = 2  # batches a step
+    accumulate: int = 1  # batches a step
     lr: float = 1e-3  # peak learning rate
     warmup: float = 0.03  # share of the samples with a rising learning rate
     weight_decay: float = 0.0  # of the matrices
@@ -108,9 +109,9 @@ PAPER = {
     3: dict(template="mistral_instruct_system", lr=4e-6, rows=4, accumulate=7, row_tokens=4096),
 }
 MINI = {
-    1: dict(template="plain", lr=2e-3, samples=4_500),
-    2: dict(template="mistral_instruct", lr=2e-4, samples=6_000),
-    3: dict(template="mistral_instruct", lr=1.5e-4, samples=10_000),
+    1: dict(template="plain", lr=2e-3, samples=3_000, row_tokens=280),
+    2: dict(template="mistral_instruct", lr=2.5e-4, samples=3_000, row_tokens=224),
+    3: dict(template="mistral_instruct", lr=2e-4, samples=5_200, row_tokens=288),
 }
 CHATML = dict(template="chatml")
 SMOL = {1: PAPER[1], 2: PAPER[2] | CHATML, 3: PAPER[3] | CHATML}
@@ -220,8 +221,10 @@ def build(cfg):
             raise ValueError(f"--llm: {cfg.llm!r} is not there; data/convert_smollm2.py makes it")
         clip, folder = local_folder(cfg.clip), local_folder(cfg.llm)
         vision, llm = CLIPVision.from_pretrained(clip, cfg.scales), LLM.from_pretrained(folder)
-        model = CuMo(CuMoConfig(vision.cfg, llm.cfg))
+        with torch.device("meta"):  # a random one of CuMo-7B would be 28 GB to throw away
+            model = CuMo(CuMoConfig(vision.cfg, llm.cfg))
         model.vision, model.llm = vision, llm
+        model.connector = Connector(vision.cfg.dim * len(vision.cfg.scales), llm.cfg.dim)
     else:
         model = CuMo.from_pretrained(source)
     if cfg.stage == 3 and cfg.upcycle != "none":

@@ -341,7 +341,11 @@ class World:
         elif self.task == "describe" or (self.split == "train" and rng.random() < 0.1):
             turns = [("describe", DESCRIBE, caption(scene))]
         else:
-            turns = questions(scene, rng, int(rng.integers(1, 4)))
+            # The harder ones more often; "Is there a cat?" first: once a question has named the
+            # cat, the answer stands in the text.
+            types = (*QUESTION_TYPES, "existence", "existence", "kind", "list")
+            turns = questions(scene, rng, int(rng.integers(3, 6)), types)
+            turns.sort(key=lambda turn: turn[0] != "existence")
         conversation = []
         for k, (_, question, answer) in enumerate(turns):
             question = ("" if k else "<image>\n") + question
