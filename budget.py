@@ -28,13 +28,20 @@ Letters as in mlp_moe.py and llm.py. Sizes are bytes; GB are 2^30 of them, as ca
 
 import math
 import os
+import sys
 import time
 from dataclasses import dataclass, replace
 
 import torch
 
+from clip_moe import CLIPVisionConfig
 from cumo import CuMo, CuMoConfig
-from llm import LOGITS_AT_ONCE
+from llm import LOGITS_AT_ONCE, LLMConfig
+
+try:
+    import resource
+except ImportError:  # Windows does not tell how much memory a process took
+    resource = None
 
 GB = 2**30
 CARDS = (24, 48, 80, 141)  # GB: RTX 4090, L40S, A100 or H100, H200
@@ -45,6 +52,20 @@ MASTER = {"fp32": 0, "bf16-master": 4, "bf16-sr": 0}  # bytes of its float32 cop
 MOMENTS = {"fp32": 8, "bf16": 4, "int8": 2}  # bytes of its two averages
 LADDER = (("fp32", "fp32"), ("bf16-master", "fp32"), ("bf16-master", "bf16"), ("bf16-sr", "bf16"),
           ("bf16-sr", "int8"))  # from the most exact to the smallest  # fmt: skip
+
+MISTRAL = dict(vocab_size=32000, dim=4096, hidden_dim=14336, n_layers=32, n_heads=32, n_kv_heads=8,
+               rope_theta=1e6)  # fmt: skip
+KNOWN = {  # the models of the presets, so that an estimate needs no file
+    "openai/clip-vit-large-patch14-336": CLIPVisionConfig(),
+    "openai/clip-vit-base-patch16": CLIPVisionConfig(
+        image_size=224, patch_size=16, dim=768, hidden_dim=3072, n_layers=12, n_heads=12
+    ),
+    "mistralai/Mistral-7B-Instruct-v0.2": LLMConfig(**MISTRAL),
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": LLMConfig(**MISTRAL, num_experts=8),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": LLMConfig(
+        49152, 576, 1536, 30, 9, 3, rope_theta=1e5, tie_embeddings=True
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -60,12 +81,13 @@ class Plan:
     moments: str = "fp32"
     recompute: bool = False
     bf16: bool = True  # products in bf16, so that activations take 2 bytes
+    n_images: int | None = None  # in a batch; None: as many as there is room for
 
     @property
     def images(self) -> int:
-        """As many as there is room for."""
         vision = self.model.vision
-        return self.tokens // (vision.image_size // vision.patch_size) ** 2
+        patches = (vision.image_size // vision.patch_size) ** 2
+        return self.tokens // patches if self.n_images is None else self.n_images
 
 
 def mlp_numbers(dim: int, hidden_dim: int, gated: bool, experts: int, top_k: int) -> int:
@@ -182,6 +204,17 @@ def product_rate(device: str, dtype: torch.dtype) -> float:
         (x @ x)[0, 0].item()
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
+
+
+def peak_memory(device: str) -> int:
+    """Bytes that this process has held at most, on the card or in the machine's memory; 0 where the
+    system does not tell."""
+    if str(device).startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def available_memory(device: str) -> int:

@@ -32,6 +32,7 @@ from data.images import preprocess
 from data.tokenizer import Tokenizer
 from data.weights import write_json
 from mlp_moe import SparseMoE
+from plots import draw_load, pyplot
 from sample import find_model
 
 
@@ -144,64 +145,6 @@ def expert_load(model, pictures, batch=50):
     for hook in hooks:
         hook.remove()
     return {name: (c / c.sum()).tolist() for name, c in counts.items()}
-
-
-def pyplot():
-    """matplotlib.pyplot, or None and a line that says how to get it."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("no pictures without matplotlib: pip install matplotlib")
-        return None
-    return plt
-
-
-def draw_load(load, file):
-    """A bar for each sparse block, one colour an expert (the colour-blind can tell them too)."""
-    plt = pyplot()
-    if not plt:
-        return
-    colors = (
-        "#0072B2",
-        "#E69F00",
-        "#009E73",
-        "#CC79A7",
-        "#56B4E9",
-        "#D55E00",
-        "#F0E442",
-        "#000000",
-    )
-    figure, axis = plt.subplots(figsize=(8, 0.45 * len(load) + 1.2))
-    for y, shares in enumerate(load.values()):
-        left = 0
-        for e, share in enumerate(shares):
-            label = f"expert {e}" if y == 0 else None
-            axis.barh(
-                y, share, left=left, color=colors[e % len(colors)], edgecolor="white", label=label
-            )
-            axis.text(
-                left + share / 2,
-                y,
-                f"{share:.0%}",
-                ha="center",
-                va="center",
-                fontsize=8,
-                color="white",
-            )
-            left += share
-    names = [name.replace("vision.layers.", "CLIP layer ").replace(".moe", "") for name in load]
-    axis.set(
-        yticks=range(len(load)),
-        yticklabels=names,
-        xlim=(0, 1),
-        xlabel="share of the token-to-expert assignments",
-    )
-    axis.invert_yaxis()
-    axis.legend(ncols=len(shares), loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
-    figure.tight_layout()
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
-    print(f"wrote {file}")
 
 
 def draw_answers(model, tokenizer, file, seed=7):

@@ -22,11 +22,9 @@ rows are packed with as many conversations as fit.
 import dataclasses
 import json
 import math
-import os
 import pathlib
 import shutil
 import signal
-import sys
 import time
 from dataclasses import dataclass
 
@@ -34,7 +32,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from clip_moe import CLIPVision
+import budget
+from clip_moe import CLIPVision, CLIPVisionConfig
 from cumo import CuMo, CuMoConfig, check_device, has_fast_bf16
 from data.chat import TEMPLATES, Rejected, template_of
 from data.flags import parse, run
@@ -43,17 +42,13 @@ from data.images import MODES
 from data.llava import LlavaData, encode
 from data.packing import pack
 from data.tokenizer import Tokenizer
-from data.weights import write_json
+from data.weights import publish, read_config, write_json
 from data.world import World
-from eval import draw_load, pyplot
-from llm import LLM
+from llm import LLM, LLMConfig
 from mlp_moe import Connector
-from upcycle import upcycle
-
-try:
-    import resource
-except ImportError:  # Windows does not tell how much memory a process took
-    resource = None
+from optim import AdamW
+from plots import draw_metrics
+from upcycle import sparse_config, upcycle
 
 
 @dataclass
@@ -67,7 +62,11 @@ class TrainConfig:
     seed: int = 0  # of weights, data order and routers
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to train
     bf16: bool = True  # bf16 products over float32 weights, where the hardware has them
-    compile: bool = False  # torch.compile the blocks
+    compile: bool = False  # torch.compile the blocks; on unless --no-compile on a GPU
+    weights: str = ""  # fp32, bf16-master or bf16-sr; empty: what fits (--estimate)
+    moments: str = ""  # AdamW's: fp32, bf16 or int8; empty: what fits
+    recompute: bool | None = None  # activations, to save memory; None: if it takes that to fit
+    estimate: bool = False  # print what the stage takes on each size of card, and stop
     overwrite: bool = False  # train a finished stage again
     save_every: int = 200  # steps between two resume points
     # the rest belongs to the stages that --stage names
@@ -124,7 +123,8 @@ STAGES = {"mini": MINI, "smol-mini": SMOL_MINI, "smol": SMOL, "mistral-7b": PAPE
           "mixtral-8x7b": PAPER}  # fmt: skip
 WORLD_TASK = {1: "name", 2: "describe", 3: "ask"}  # what the emoji world teaches in each stage
 SHARED = ("preset", "clip", "llm", "scales", "seed")  # the same in all stages of one model
-IRRELEVANT = ("stage", "out", "device", "compile", "overwrite", "save_every")  # to what is learned
+IRRELEVANT = ("stage", "out", "device", "compile", "recompute", "estimate", "overwrite",
+              "save_every")  # to what is learned  # fmt: skip
 
 
 # ------------------------------------------------------------------------------ pure arithmetic
@@ -145,10 +145,14 @@ def resolve(given, stage, target=True):
     cfg.stage = stage
     if "bf16" not in own:
         cfg.bf16 = has_fast_bf16(cfg.device)
+    if "compile" not in own:
+        cfg.compile = cfg.device.startswith("cuda")
     if cfg.data and "samples" not in own:
         cfg.samples = 0  # one's own data is seen once
     check_choice("template", cfg.template, TEMPLATES)
     check_choice("image-mode", cfg.image_mode, MODES)
+    check_choice("weights", cfg.weights, ["", *budget.WEIGHTS])
+    check_choice("moments", cfg.moments, ["", *budget.MOMENTS])
     if not 0 <= cfg.warmup < 1 or cfg.lr <= 0:
         raise ValueError(f"--warmup {cfg.warmup} must be from 0 to below 1, --lr {cfg.lr} above 0")
     for name in ("samples", "rows", "row_tokens", "accumulate", "save_every"):
@@ -161,7 +165,9 @@ def resolve(given, stage, target=True):
 
 def check_choice(flag, value, choices):
     if value not in choices:
-        raise ValueError(f"--{flag} {value!r} is unknown; choose from {', '.join(choices)}")
+        raise ValueError(
+            f"--{flag} {value!r} is unknown; choose from {', '.join(filter(None, choices))}"
+        )
 
 
 def lr_at(done, cfg):
@@ -181,6 +187,14 @@ def param_groups(model, cfg):
         {"params": groups[True], "weight_decay": cfg.weight_decay},
         {"params": groups[False], "weight_decay": 0.0},
     ]
+
+
+def make_optimizer(model, cfg):
+    """PyTorch's own AdamW in float32, ours (optim.py) for all else."""
+    groups = param_groups(model, cfg)
+    if (cfg.weights, cfg.moments) == ("fp32", "fp32"):
+        return torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
+    return AdamW(groups, lr=cfg.lr, weights=cfg.weights, moments=cfg.moments, seed=cfg.seed)
 
 
 def data_order(n, samples, seed):
@@ -213,23 +227,63 @@ def refuse_difference(cfg, state, folder, fields=None):
                          "flags, another --out, or --overwrite")  # fmt: skip
 
 
+def model_config(cfg):
+    """The configuration of the model that `build` will make, read or known without its weights."""
+    source = cfg.init or (cfg.stage > 1 and stage_dir(cfg, cfg.stage - 1))
+    if source and (cfg.init or (source / "config.json").is_file()):
+        folder = local_folder(source, "config")
+        model = CuMoConfig.from_original(read_config(folder), folder)
+    else:
+        vision, llm = (
+            budget.KNOWN.get(name) or kind.from_hf(read_config(local_folder(name, "config")))
+            for name, kind in ((cfg.clip, CLIPVisionConfig), (cfg.llm, LLMConfig))
+        )
+        model = CuMoConfig(dataclasses.replace(vision, scales=cfg.scales), llm)
+    if cfg.stage == 3 and cfg.upcycle != "none":
+        model = sparse_config(model, cfg.upcycle.split(","), cfg.num_experts, cfg.top_k)
+    return model
+
+
+def plan_of(cfg):
+    """What a batch of this stage takes: a budget.Plan."""
+    tokens = cfg.rows * cfg.row_tokens
+    return budget.plan_of(model_config(cfg), cfg.stage, tokens, bf16=cfg.bf16)
+
+
+def fixed(cfg):
+    """What the flags say about precision and memory."""
+    given = {name: getattr(cfg, name) for name in ("weights", "moments", "recompute")}
+    return {name: value for name, value in given.items() if value not in ("", None)}
+
+
+def settle(cfg):
+    """Fill in the choices of precision and memory that the flags leave open: the most exact way
+    that this machine has room for. Returns its budget.Plan."""
+    best = budget.first_that_fits(plan_of(cfg), budget.available_memory(cfg.device), **fixed(cfg))
+    cfg.weights, cfg.moments, cfg.recompute = best.weights, best.moments, best.recompute
+    return best
+
+
 def build(cfg):
-    """The model a stage starts from (float32, on the CPU), and where its tokenizer lies."""
+    """The model a stage starts from (on the CPU), and where its tokenizer lies."""
     source = cfg.init or (stage_dir(cfg, cfg.stage - 1) if cfg.stage > 1 else cfg.llm)
+    dtype = torch.float32 if cfg.weights == "fp32" else torch.bfloat16
     if cfg.stage == 1 and not cfg.init:
         if cfg.llm == PRESETS["smol-mini"]["llm"] and not pathlib.Path(cfg.llm).is_dir():
             raise ValueError(f"--llm: {cfg.llm!r} is not there; data/convert_smollm2.py makes it")
         clip, folder = local_folder(cfg.clip), local_folder(cfg.llm)
-        vision, llm = CLIPVision.from_pretrained(clip, cfg.scales), LLM.from_pretrained(folder)
+        vision = CLIPVision.from_pretrained(clip, cfg.scales, dtype)
+        llm = LLM.from_pretrained(folder, dtype)
         with torch.device("meta"):  # a random one of CuMo-7B would be 28 GB to throw away
             model = CuMo(CuMoConfig(vision.cfg, llm.cfg))
         model.vision, model.llm = vision, llm
-        model.connector = Connector(vision.cfg.dim * len(vision.cfg.scales), llm.cfg.dim)
+        model.connector = Connector(vision.cfg.dim * len(vision.cfg.scales), llm.cfg.dim).to(dtype)
     else:
-        model = CuMo.from_pretrained(source)
+        model = CuMo.from_pretrained(source, dtype=dtype)
     if cfg.stage == 3 and cfg.upcycle != "none":
         parts = tuple(cfg.upcycle.split(","))
         model = upcycle(model, parts, cfg.num_experts, cfg.top_k, cfg.seed, cfg.scratch)
+    model.vision.checkpoint = model.llm.checkpoint = bool(cfg.recompute)
     model.requires_grad_(cfg.stage > 1)
     model.connector.requires_grad_(True)
     model.cfg.balance_coef, model.cfg.z_coef = cfg.balance_coef, cfg.z_coef
@@ -256,6 +310,7 @@ def open_data(cfg):
 # ------------------------------------------------------------------------------ one stage
 
 
+RESUME = ("resume.pt", "resume.old.pt")  # the newest first
 PLACE = ("step", "used", "rejected", "seconds")  # how far a Trainer has come
 
 
@@ -270,12 +325,15 @@ class Trainer:
         self.model, source = build(cfg)
         self.model.to(cfg.device)
         self.tokenizer = Tokenizer.from_pretrained(source)
-        self.optimizer = torch.optim.AdamW(param_groups(self.model, cfg), lr=cfg.lr, fused=True)
+        self.optimizer = make_optimizer(self.model, cfg)
         self.order = data_order(len(self.data), cfg.samples or len(self.data), cfg.seed)
         self.step, self.used, self.rejected, self.seconds, self.stop = 0, 0, 0, 0.0, False
-        if cfg.compile:
-            for block in [*self.model.vision.layers, *self.model.llm.model.layers]:
-                block.compile()
+        self.rate = budget.product_rate(cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32)
+        if cfg.compile:  # rows have one length; the number of images differs from batch to batch
+            for block in self.model.llm.model.layers:
+                block.compile(dynamic=False)
+            for block in self.model.vision.layers:
+                block.compile(dynamic=True)
 
     def batches(self):
         """Packed batches from where the last one ended."""
@@ -300,22 +358,27 @@ class Trainer:
         taken = [batch for _, batch in zip(range(cfg.accumulate), batches)]
         if not taken:
             return None
-        tokens, metrics = 0, []
+        tokens, images_seen, metrics = 0, 0, []
         for batch in taken:
             images = torch.stack(batch["images"]).to(cfg.device) if batch["images"] else None
             rows = {k: batch[k].to(cfg.device) for k in ("tokens", "labels", "segments")}
-            with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
+            with torch.autocast(
+                cfg.device, torch.bfloat16, enabled=cfg.bf16 and cfg.weights == "fp32"
+            ):
                 out = self.model(images=images, **rows)
             if out.loss.requires_grad:  # else the connector alone learns, and there is no image
                 (out.loss / len(taken)).backward()
             metrics.append(describe(out))
             tokens += int((batch["segments"] > 0).sum())
+            images_seen += len(batch["images"])
             self.used += batch["samples"]
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.clip_grad).item()
         if not math.isfinite(norm):
+            where = self.order[before : self.used].tolist()
             raise ValueError(
-                f"the loss is not finite after {self.used} samples; lower --lr or try --no-bf16. "
-                f"The last resume point in {self.folder} is good"
+                f"the loss or a gradient is not finite in the batch of samples {where} (numbered "
+                f"in the data from 0); mend them, lower --lr, or try --no-bf16. The last resume "
+                f"point in {self.folder} is good"
             )
         lr = lr_at((before + self.used) / 2 / len(self.order), cfg)
         for group in self.optimizer.param_groups:
@@ -325,22 +388,37 @@ class Trainer:
         self.step += 1
         took = time.perf_counter() - start
         self.seconds += took
+        work = budget.operations(self.model.cfg, cfg.stage, tokens, images_seen, cfg.row_tokens)
         return {"step": self.step, "samples": self.used, **mean(metrics), "lr": lr,
-                "grad_norm": norm, "tokens_per_s": round(tokens / took)}  # fmt: skip
+                "grad_norm": norm, "tokens_per_s": round(tokens / took),
+                "samples_per_s": round((self.used - before) / took, 2),
+                "mfu": round(work / took / self.rate, 4),
+                "memory_gb": round(budget.peak_memory(cfg.device) / budget.GB, 2)}  # fmt: skip
 
     def save_resume(self):
+        """Write resume.pt aside, then put it in place; the one before stays as resume.old.pt."""
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                  "rng": torch.get_rng_state(), **{k: getattr(self, k) for k in PLACE}}  # fmt: skip
-        partial = self.folder / "resume.pt.partial"
-        with open(partial, "wb") as file:
-            torch.save(state, file)
-            os.fsync(file.fileno())
-        partial.replace(self.folder / "resume.pt")
+        newest, older = (self.folder / name for name in RESUME)
+        torch.save(state, self.folder / (newest.name + ".partial"))
+        if newest.is_file():
+            newest.replace(older)
+        publish(newest)
 
     def load_resume(self):
-        state = torch.load(
-            self.folder / "resume.pt", weights_only=True, map_location=self.cfg.device
-        )
+        """Go back to the newest resume point that can be read. ValueError if there is none."""
+        for name in RESUME:
+            file = self.folder / name
+            try:
+                state = torch.load(file, weights_only=True, map_location=self.cfg.device)
+                break
+            except FileNotFoundError:  # the machine stopped between two renames
+                continue
+            except Exception as error:  # cut short or damaged: a zip file has checksums
+                print(f"{file} cannot be read ({error!r:.99}), trying the one before")
+        else:
+            raise ValueError(f"no resume point in {self.folder} can be read; --overwrite begins "
+                             "the stage again")  # fmt: skip
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for name in PLACE:
@@ -364,7 +442,8 @@ class Trainer:
                 log.write(json.dumps(metrics) + "\n")
                 bar.update(self.used - bar.n)
                 bar.set_postfix(loss=f"{metrics['loss']:.3f}", lr=f"{metrics['lr']:.1e}",
-                                tok_s=f"{metrics['tokens_per_s']:.0f}")  # fmt: skip
+                                tok_s=metrics["tokens_per_s"], mfu=f"{metrics['mfu']:.0%}",
+                                GB=metrics["memory_gb"])  # fmt: skip
                 if self.step % self.cfg.save_every == 0:
                     log.flush()
                     self.save_resume()
@@ -393,17 +472,22 @@ def train_stage(cfg):
     folder, name = stage_dir(cfg, cfg.stage), f"stage {cfg.stage}"
     state = None if cfg.overwrite else read_state(folder)
     if state:
+        cfg.weights = cfg.weights or state["config"].get("weights")  # chosen by another card, maybe
+        cfg.moments = cfg.moments or state["config"].get("moments")
         refuse_difference(cfg, state, folder)
         if state["finished"]:
             print(f"{name}: finished in {folder}")
             return True
-    trainer = Trainer(cfg)
+    plan = settle(cfg)
     shown = {k: v for k, v in dataclasses.asdict(cfg).items() if v != ""}
     print(f"{name}: " + " ".join(f"{k}={v}" for k, v in shown.items()))
+    print(f"{name}: takes about {budget.describe(plan)}; "
+          f"there are {budget.available_memory(cfg.device) / budget.GB:.0f}")  # fmt: skip
+    trainer = Trainer(cfg)
     every = sum(p.numel() for p in trainer.model.parameters())
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     print(f"{name}: trains {trained:,} of {every:,} parameters on {len(trainer.order):,} samples")
-    if state and (folder / "resume.pt").is_file():
+    if state and any((folder / name).is_file() for name in RESUME):
         trainer.load_resume()
         print(f"{name}: resumed after {trainer.used:,} samples")
     else:
@@ -417,9 +501,15 @@ def train_stage(cfg):
         trainer.stop = True
 
     handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    done = trainer.loop()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    try:
+        done = trainer.loop()
+    except torch.OutOfMemoryError:
+        saving = "; ".join(budget.remedies(plan)) or "a smaller model"
+        raise ValueError(f"out of memory on {cfg.device}, where {budget.describe(plan)} were "
+                         f"expected. What would help: {saving}") from None  # fmt: skip
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if not done:
         trainer.save_resume()
         print(f"stopped after {trainer.used:,} samples; the same command continues")
@@ -442,40 +532,19 @@ def finish(trainer):
         print(f"stage {cfg.stage}: {len(rejected)} samples had nothing to learn and were left out")
     seconds = round(trainer.seconds, 1)
     state = {"finished": True, "seconds": seconds, "samples": trainer.used}
-    if resource:
-        unit = 2**30 if sys.platform == "darwin" else 2**20
-        state["peak_memory_gb"] = round(
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2
-        )
+    state["peak_memory_gb"] = round(budget.peak_memory(cfg.device) / budget.GB, 2)
     write_json(folder / "train.json", state | {"config": dataclasses.asdict(cfg)})
-    (folder / "resume.pt").unlink(missing_ok=True)
+    for file in folder.glob("resume*"):
+        file.unlink()
     print(f"stage {cfg.stage}: finished in {seconds:.0f} s -> {folder}")
     draw_metrics(folder)
 
 
-def draw_metrics(folder):
-    """loss.png, and for a sparse stage experts.png: the load over the last fifth of the steps."""
-    plt = pyplot()
-    if not plt:
-        return
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    every = dict.fromkeys(name for row in rows for name in row)
-    names = [k for k in every if k == "lm_loss" or k.endswith(("_balance", "_z"))]
-    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), squeeze=False)
-    for axis, name in zip(axes[0], names):
-        points = [(row["samples"], row[name]) for row in rows if name in row]
-        axis.plot(*zip(*points), linewidth=0.8)
-        axis.set(title=name, xlabel="samples", yscale="log" if name == "lm_loss" else "linear")
-    figure.tight_layout()
-    figure.savefig(folder / "loss.png", dpi=100)
-    plt.close(figure)
-    print(f"wrote {folder / 'loss.png'}")
-    late, load = mean(rows[-(len(rows) // 5 + 1) :]), {}
-    for part in ("clip", "mlp", "llm"):
-        shares = np.atleast_2d(late.get(f"{part}_load", [[]]))
-        load |= {f"{part} {layer}": row.tolist() for layer, row in enumerate(shares) if len(row)}
-    if load:
-        draw_load(load, folder / "experts.png")
+def print_estimate(cfg):
+    """What this stage would take on each size of card, with the flags that are given fixed."""
+    batch = f"{cfg.rows} rows of {cfg.row_tokens} tokens"
+    print(f"stage {cfg.stage} of {cfg.preset}, {batch} a batch:")
+    print(budget.table(plan_of(cfg), **fixed(cfg)))
 
 
 def main():
@@ -488,6 +557,9 @@ def main():
     for stage in range(first, last + 1):
         target = cfg.stage in (0, stage)
         stage_cfg = resolve(given, stage, target)
+        if cfg.estimate:
+            print_estimate(stage_cfg) if target else None
+            continue
         if not target:
             state = read_state(stage_dir(stage_cfg, stage))
             if state and state["finished"]:

@@ -69,7 +69,7 @@ def help_lines(cls):
 def parse(cls, argv=None, description=""):
     """Read `argv` into (instance of the dataclass `cls`, set of the field names that were given).
 
-    bool becomes `--x / --no-x`, int, float and str what they are, a tuple comma-separated integers.
+    bool becomes `--x / --no-x` (None: neither was said), int, float and str what they are, a tuple comma-separated integers.
     """
     parser = Parser(description=description, allow_abbrev=False)
     comments, types = help_lines(cls), typing.get_type_hints(cls)
@@ -82,7 +82,7 @@ def parse(cls, argv=None, description=""):
         shown = ",".join(map(str, default)) if kind is tuple else default
         text = f"{comments[field.name]} [{shown}]".replace("%", "%%")
         options = dict(dest=field.name, default=argparse.SUPPRESS, help=text)
-        if kind is bool:
+        if kind in (bool, bool | None):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         else:
             metavar = "N,N" if kind is tuple else kind.__name__.upper()

@@ -139,7 +139,7 @@ def write_tensors(
         whole.unlink(missing_ok=True)
         index.unlink(missing_ok=True)
     for file in files:
-        _publish(folder / file)
+        publish(folder / file)
     if count > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
         shard_of = {name: file for file, shard in zip(files, shards) for name in shard}
@@ -156,7 +156,7 @@ def write_json(file: str | Path, content: dict) -> None:
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.with_name(file.name + ".partial").write_text(json.dumps(content, indent=2) + "\n")
-    _publish(file)
+    publish(file)
 
 
 def check_fields(config: object) -> None:
@@ -269,9 +269,13 @@ def _read_shard(file: Path, shard_of: dict[str, str]) -> Iterator[tuple[str, Ten
         raise ValueError(f"{file} lacks what its index promises: {', '.join(sorted(promised))}")
 
 
-def _publish(file: Path) -> None:
+def publish(file: Path) -> None:
     """Flush `file`.partial to the disk, then rename it: the one step that cannot be halved."""
     partial = file.with_name(file.name + ".partial")
     with open(partial, "rb+") as written:
         os.fsync(written.fileno())
     os.replace(partial, file)
+    if os.name == "posix":  # where a new name, too, is on the disk only once its folder is flushed
+        folder = os.open(file.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)

@@ -1,6 +1,7 @@
 """Three stages on models of a few thousand parameters: what is trained, resumed, refused."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -15,31 +16,18 @@ import torch
 from PIL import Image
 from refused import refusal
 from safetensors.torch import load_file
+from tiny import tiny_weights
 
+import data.weights
 import train
-from clip_moe import CLIPVision, CLIPVisionConfig
-from data.weights import write_json, write_tensors
-from llm import LLM, LLMConfig
 
 ROOT = Path(__file__).parents[1]
-TOKENIZER = ROOT / "data" / "mini" / "llm" / "tokenizer.json"
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """Flags that start a run from tiny random CLIP and LLM directories."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("weights")
-    clip = CLIPVision(
-        CLIPVisionConfig(image_size=64, patch_size=16, dim=32, hidden_dim=48, n_layers=3, n_heads=2)
-    )
-    llm = LLM(LLMConfig(1024, dim=32, hidden_dim=48, n_layers=2, n_heads=2, n_kv_heads=1))
-    for name, model, config in (("clip", clip, clip.cfg), ("llm", llm, llm.cfg)):
-        write_tensors(folder / name, model.original_state_dict())
-        write_json(folder / name / "config.json", config.to_hf())
-    shutil.copy(TOKENIZER, folder / "llm")
-    sizes = dict(samples=40, rows=2, row_tokens=256, accumulate=1, save_every=3)
-    return dict(clip=str(folder / "clip"), llm=str(folder / "llm"), **sizes)
+    return tiny_weights(tmp_path_factory.mktemp("weights"))
 
 
 def run_stages(weights, out, *stages, **options):
@@ -216,6 +204,138 @@ def test_resume_is_bit_exact(weights, finished, tmp_path):
     assert losses[0] == losses[1]
 
 
+class Crash(BaseException):
+    """The plug is pulled."""
+
+
+def crash_in(monkeypatch, owner, name, when, half=None):
+    """The `when`-th call of owner.name ends in a Crash, before it (or `half` of it) is done."""
+    original, calls = getattr(owner, name), iter(range(1, 10**9))
+
+    def crashing(*args, **options):
+        if next(calls) == when:
+            if half:
+                half(*args)
+            raise Crash
+        return original(*args, **options)
+
+    monkeypatch.setattr(owner, name, crashing)
+
+
+def half_a_file(state, file):
+    Path(file).write_bytes(b"PK" + bytes(1000))
+
+
+FAULTS = {  # where the plug is pulled while a resume point or the checkpoint is written
+    "half of a resume point": lambda m: crash_in(m, torch, "save", 2, half_a_file),
+    "a resume point written, not in place": lambda m: crash_in(m, train, "publish", 2),
+    "the older one just moved": lambda m: crash_in(m, data.weights.os, "fsync", 5),
+    "the final checkpoint half written": lambda m: crash_in(m, train.CuMo, "save_pretrained", 1),
+    "the final checkpoint not called so": lambda m: crash_in(m, train, "write_json", 2),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_plug_may_be_pulled_while_files_are_written(fault, weights, finished, tmp_path):
+    cfg = train.resolve(weights | dict(out=str(tmp_path), init=str(finished / "stage1")), 2)
+    with pytest.MonkeyPatch.context() as patch:
+        FAULTS[fault](patch)
+        with pytest.raises(Crash):
+            train.train_stage(cfg)
+    assert not json.loads((tmp_path / "stage2" / "train.json").read_text())["finished"]
+    assert train.train_stage(cfg)
+    moved, names, others = changed(finished / "stage2", tmp_path / "stage2")
+    assert names == others and not moved
+    assert losses_of(tmp_path / "stage2") == losses_of(finished / "stage2")
+    assert not list((tmp_path / "stage2").glob("resume*"))
+
+
+def losses_of(folder):
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").open()]
+
+
+def test_a_damaged_resume_point_gives_way_to_the_one_before(
+    weights, finished, tmp_path, monkeypatch, capsys
+):
+    cfg = train.resolve(weights | dict(out=str(tmp_path), init=str(finished / "stage1")), 2)
+    with pytest.MonkeyPatch.context() as patch:
+        crash_in(patch, train.CuMo, "save_pretrained", 1)
+        with pytest.raises(Crash):
+            train.train_stage(cfg)
+    newest, older = (tmp_path / "stage2" / name for name in train.RESUME)
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1  # one bit
+    newest.write_bytes(content)
+    assert older.is_file() and train.train_stage(cfg)
+    assert "resume.pt cannot be read" in capsys.readouterr().out
+    assert not changed(finished / "stage2", tmp_path / "stage2")[0]
+    assert losses_of(tmp_path / "stage2") == losses_of(finished / "stage2")
+
+
+def test_losses_are_the_same_with_and_without_recomputing(weights, finished, tmp_path):
+    for recompute in (False, True):
+        out = tmp_path / str(recompute)
+        shutil.copytree(finished / "stage2", out / "stage2")
+        options = dict(init=str(out / "stage2"), upcycle="clip,mlp,llm", recompute=recompute)
+        run_stages(weights, out, 3, **options)
+    one, two = (losses_of(tmp_path / name / "stage3") for name in ("False", "True"))
+    assert one == pytest.approx(two, rel=1e-6)
+
+
+def test_compiled_blocks_are_not_compiled_again_after_two_steps(weights, finished, tmp_path):
+    original = torch.nn.Module.compile
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(  # the graph is what is counted, not the machine code
+            torch.nn.Module, "compile", lambda m, **o: original(m, backend="aot_eager", **o)
+        )
+        cfg = train.resolve(
+            weights | dict(out=str(tmp_path), init=str(finished / "stage2"), compile=True), 3
+        )
+        train.settle(cfg)
+        trainer = train.Trainer(cfg)
+        trainer.model.train()
+        batches = trainer.batches()
+        images = []
+        for step in range(6):
+            with torch.compiler.set_stance("fail_on_recompile" if step > 1 else "default"):
+                before = trainer.used
+                assert math.isfinite(trainer.train_step(batches)["loss"])
+                images.append(trainer.used - before)
+    assert len(set(images)) > 1, "the number of images must change, or nothing is tested"
+
+
+@pytest.mark.parametrize("precision", [("bf16-master", "bf16"), ("bf16-sr", "int8")])
+def test_low_precision_trains_and_resumes_bit_exactly(precision, weights, finished, tmp_path):
+    options = dict(zip(("weights", "moments"), precision), init=str(finished / "stage2"))
+    for out, stop in (("calm", 0), ("stopped", 3)):
+        cfg = train.resolve(weights | options | dict(out=str(tmp_path / out), lr=1e-3), 3)
+        if stop:
+            with pytest.MonkeyPatch.context() as patch:
+                crash_in(patch, train.Trainer, "train_step", stop + 2)
+                with pytest.raises(Crash):
+                    train.train_stage(cfg)
+        assert train.train_stage(cfg)
+    calm, stopped = (tmp_path / out / "stage3" for out in ("calm", "stopped"))
+    moved, names, others = changed(calm, stopped)
+    assert names == others and not moved and losses_of(calm) == losses_of(stopped)
+    assert losses_of(calm)[-1] < losses_of(calm)[0]
+    dtypes = {w.dtype for w in load_file(calm / "model.safetensors").values()}
+    assert dtypes == {torch.bfloat16}
+
+
+def test_a_gradient_that_is_not_finite_names_the_samples(weights, finished, tmp_path):
+    def spoil(grad):
+        return grad * torch.nan
+
+    cfg = train.resolve(weights | dict(out=str(tmp_path), init=str(finished / "stage1")), 2)
+    train.settle(cfg)
+    trainer = train.Trainer(cfg)
+    next(trainer.model.parameters()).register_hook(spoil)
+    used = trainer.order[: train.Trainer(cfg).train_step(trainer.batches())["samples"]].tolist()
+    with pytest.raises(ValueError, match=re.escape(f"not finite in the batch of samples {used}")):
+        trainer.train_step(trainer.batches())
+
+
 def test_ctrl_c_saves_and_the_same_command_continues(weights, finished, tmp_path):
     go = command(weights | dict(samples=4000), tmp_path, "--stage", "1")
     process = subprocess.Popen(go, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -227,7 +347,15 @@ def test_ctrl_c_saves_and_the_same_command_continues(weights, finished, tmp_path
     os.kill(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "the same command continues" in output
-    assert not json.loads((tmp_path / "stage1" / "train.json").read_text())["finished"]
+    state = json.loads((tmp_path / "stage1" / "train.json").read_text())
+    assert not state["finished"]
+    steps = len(losses_of(tmp_path / "stage1"))
+    cfg = train.resolve(weights | dict(samples=4000, out=str(tmp_path)), 1)
+    assert state["config"]["samples"] == 4000 and 0 < steps < 400
+    train.settle(cfg)
+    trainer = train.Trainer(cfg)
+    trainer.load_resume()
+    assert trainer.step == steps, "it goes on after the last step of the log"
 
 
 def test_stage_3_runs_what_it_needs_and_says_so(weights, tmp_path, monkeypatch, capsys):

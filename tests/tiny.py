@@ -1,10 +1,16 @@
 """Models of a few thousand parameters, for tests in milliseconds."""
 
+import shutil
+from pathlib import Path
+
 import torch
 
-from clip_moe import CLIPVisionConfig
+from clip_moe import CLIPVision, CLIPVisionConfig
 from cumo import IMAGE_TOKEN, CuMo, CuMoConfig
-from llm import LLMConfig
+from data.weights import write_json, write_tensors
+from llm import LLM, LLMConfig
+
+TOKENIZER = Path(__file__).parents[1] / "data" / "mini" / "llm" / "tokenizer.json"
 
 
 def tiny_cumo(experts=0, llm_experts=0, scales=(1,), seed=0, window=None, vocab=97):
@@ -28,3 +34,18 @@ def question(*runs, image_tokens=9):
     for run in runs:
         ids += [IMAGE_TOKEN] * image_tokens if run == "i" else [run]
     return ids
+
+
+def tiny_weights(folder):
+    """Flags that start a training from tiny random CLIP and LLM directories, written to `folder`."""
+    torch.manual_seed(0)
+    clip = CLIPVision(
+        CLIPVisionConfig(image_size=64, patch_size=16, dim=32, hidden_dim=48, n_layers=3, n_heads=2)
+    )
+    llm = LLM(LLMConfig(1024, dim=32, hidden_dim=48, n_layers=2, n_heads=2, n_kv_heads=1))
+    for name, model, config in (("clip", clip, clip.cfg), ("llm", llm, llm.cfg)):
+        write_tensors(folder / name, model.original_state_dict())
+        write_json(folder / name / "config.json", config.to_hf())
+    shutil.copy(TOKENIZER, folder / "llm")
+    sizes = dict(samples=40, rows=2, row_tokens=256, accumulate=1, save_every=3)
+    return dict(clip=str(folder / "clip"), llm=str(folder / "llm"), **sizes)

@@ -1,0 +1,154 @@
+"""The estimate of memory and work, held against what autograd keeps and what PyTorch counts."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import budget
+import train
+from clip_moe import CLIPVisionConfig
+from cumo import IMAGE_TOKEN, CuMo, CuMoConfig
+from llm import LLMConfig
+
+GB = budget.GB
+
+
+def small(clip_experts=0, mlp_experts=0, llm_experts=0, scales=(1,), **llm):
+    vision = CLIPVisionConfig(image_size=32, patch_size=8, dim=96, hidden_dim=256, n_layers=5,
+                              n_heads=4, num_experts=clip_experts, scales=scales)  # fmt: skip
+    sizes = dict(vocab_size=300, dim=128, hidden_dim=320, n_layers=6, n_heads=4, n_kv_heads=2)
+    return CuMoConfig(vision, LLMConfig(**sizes | llm, num_experts=llm_experts), mlp_experts)
+
+
+def a_batch(model, rows=2, length=96):
+    """Rows of two pictures and text, as training packs them."""
+    row = [1, *[IMAGE_TOKEN] * model.image_tokens] * 2
+    row += [5] * (length - len(row))
+    tokens = torch.tensor([row] * rows)
+    size = model.cfg.vision.image_size
+    return tokens, torch.randn(2 * rows, 3, size, size), tokens.clamp(min=0)
+
+
+def kept(model, batch):
+    """Bytes that autograd really keeps for the backward pass, parameters apart."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes = {}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = model(*batch).loss
+    loss.backward()
+    return sum(sizes.values())
+
+
+MODELS = {
+    "dense": small(),
+    "clip and mlp sparse": small(4, 4),
+    "llm sparse too": small(4, 4, 4),
+    "two scales": small(4, 4, scales=(1, 2)),
+    "wide mlp": small(hidden_dim=1000),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_activations_are_what_autograd_keeps(name):
+    torch.manual_seed(0)
+    model = CuMo(MODELS[name]).train()
+    batch = a_batch(model)
+    plan = budget.plan_of(model.cfg, 3, batch[0].numel(), bf16=False)
+    plan = replace(plan, n_images=len(batch[1]))
+    assert budget.activations(plan) == pytest.approx(kept(model, batch), rel=0.2)
+
+
+def test_stage_1_keeps_nothing_of_clip():
+    model = CuMo(small()).train().requires_grad_(False)
+    model.connector.requires_grad_(True)
+    batch = a_batch(model)
+    plan = budget.plan_of(model.cfg, 1, batch[0].numel(), bf16=False)
+    plan = replace(plan, n_images=len(batch[1]))
+    assert budget.activations(plan) == pytest.approx(kept(model, batch), rel=0.25)
+
+
+def test_recomputing_keeps_less_and_the_estimate_knows_it():
+    plan = budget.plan_of(small(4, 4), 3, 192, bf16=False)
+    less = replace(plan, recompute=True)
+    assert budget.activations(less) < 0.6 * budget.activations(plan)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("stage", (1, 3))
+def test_operations_are_those_that_pytorch_counts(name, stage):
+    model = CuMo(MODELS[name]).train()
+    model.requires_grad_(stage > 1)
+    model.connector.requires_grad_(True)
+    tokens, images, labels = a_batch(model)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, images, labels).loss.backward()
+    work = budget.operations(model.cfg, stage, tokens.numel(), len(images), tokens.shape[1])
+    # ours leaves out what attention masks (half of a causal row), biases and the patch embedding
+    assert work == pytest.approx(counter.get_total_flops(), rel=0.12)
+
+
+def cumo_7b(stage, **choices):
+    cfg = train.resolve(dict(preset="mistral-7b"), stage)
+    return replace(train.plan_of(cfg), **choices)
+
+
+def test_cumo_7b_takes_8_or_12_bytes_a_parameter():
+    plan = cumo_7b(3, weights="bf16-sr", moments="bf16")
+    assert plan.parameters == plan.learning == 8_250_388_480
+    sizes = budget.estimate(plan)
+    fixed = sum(sizes.values()) - sizes["activations"]
+    assert fixed == 8 * plan.parameters and 61 < fixed / GB < 62
+    sizes = budget.estimate(replace(plan, weights="bf16-master"))
+    assert sum(sizes.values()) - sizes["activations"] == 12 * plan.parameters
+
+
+def test_stage_1_trains_the_connector_alone():
+    plan = cumo_7b(1)
+    assert plan.learning == 2 * 1024 * 4096 + 4096 + 4096 * 4096 + 4096
+    assert budget.estimate(plan)["optimizer"] == 8 * plan.learning
+
+
+def test_more_memory_buys_more_exact_training():
+    plan = cumo_7b(3)
+    chosen = [budget.first_that_fits(plan, gb * GB) for gb in (80, 141, 400, 4000)]
+    assert [(p.weights, p.moments) for p in chosen][1:] == [
+        ("bf16-master", "bf16"), ("fp32", "fp32"), ("fp32", "fp32")]  # fmt: skip
+    assert chosen[0].weights == "bf16-sr" and not chosen[3].recompute
+    for gb, best in zip((141, 400, 4000), chosen[1:]):
+        assert budget.total(best) <= budget.FREE * gb * GB
+
+
+def test_what_the_flags_say_stays():
+    best = budget.first_that_fits(cumo_7b(3), 24 * GB, weights="bf16-master", recompute=False)
+    assert best.weights == "bf16-master" and best.recompute is False and best.moments == "int8"
+
+
+def test_estimate_prints_a_line_for_each_card(monkeypatch, capsys):
+    flags = "--preset mistral-7b --stage 3 --estimate"
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
+    train.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["24", "48", "80", "141"]
+    assert "too small" in lines[1] and "--weights bf16-master" in lines[4]
+
+
+def test_out_of_memory_names_the_flags_that_help(monkeypatch, tmp_path):
+    def full(self):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train.Trainer, "loop", full)
+    cfg = train.resolve(dict(out=str(tmp_path), rows=64), 3)
+    cfg.init = ""
+    cfg.stage = 1
+    with pytest.raises(ValueError, match=r"out of memory on cpu.*--rows.* saves \d"):
+        train.train_stage(cfg)
