@@ -106,12 +106,13 @@ def clip_numbers(cfg) -> int:
     return attention + cfg.dim + mlp
 
 
-def llm_numbers(cfg) -> int:
-    """Numbers one block of the language model keeps for a token."""
+def llm_numbers(cfg, learns: bool) -> int:
+    """Numbers one block of the language model keeps for a token. A frozen product does not keep
+    what goes into it: that is only for the gradient of its weights."""
     q, kv = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
     attention = 2 * cfg.dim + q + 2 * kv + q  # x, norm(x); q, k, v; their mixture
     mlp = mlp_numbers(cfg.dim, cfg.hidden_dim, True, cfg.num_experts, cfg.top_k)
-    return attention + cfg.dim + mlp
+    return attention + cfg.dim + mlp - (0 if learns else 2 * cfg.dim + cfg.hidden_dim)
 
 
 def clip_tokens(cfg: CuMoConfig, images: int) -> list[int]:
@@ -125,7 +126,7 @@ def activations(plan: Plan) -> int:
     """Bytes that one batch keeps for the backward pass."""
     cfg, n_tokens = plan.model, plan.tokens
     vision, llm = cfg.vision, cfg.llm
-    blocks = [(llm.n_layers, n_tokens, llm.dim, llm_numbers(llm))]
+    blocks = [(llm.n_layers, n_tokens, llm.dim, llm_numbers(llm, plan.stage > 1))]
     if plan.stage > 1:  # stage 1 does not go back through CLIP
         for n in clip_tokens(cfg, plan.images):
             blocks.append((vision.n_layers - 1, n, vision.dim, clip_numbers(vision)))

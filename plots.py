@@ -21,7 +21,7 @@ def pyplot():
 
 
 def draw_load(load, file):
-    """{name of a sparse block: share of each expert} as a bar for each block, a colour an expert."""
+    """{name of a sparse block: share of each expert}: a bar for each block, a colour an expert."""
     plt = pyplot()
     if not plt:
         return

@@ -67,6 +67,7 @@ class TrainConfig:
     moments: str = ""  # AdamW's: fp32, bf16 or int8; empty: what fits
     recompute: bool | None = None  # activations, to save memory; None: if it takes that to fit
     estimate: bool = False  # print what the stage takes on each size of card, and stop
+    wandb: bool = False  # log to Weights & Biases as well (pip install wandb)
     overwrite: bool = False  # train a finished stage again
     save_every: int = 200  # steps between two resume points
     # the rest belongs to the stages that --stage names
@@ -103,9 +104,9 @@ PRESETS = {
 # Learning rates and lengths as in the paper's Table 6; a step sees about as many samples (256, 128,
 # 128). The miniature's were found by trying (LOG.md).
 PAPER = {
-    1: dict(template="plain", lr=1e-3, rows=16, accumulate=5, row_tokens=2048, image_mode="square"),
-    2: dict(template="mistral_instruct_system", lr=2e-6, rows=4, accumulate=7, row_tokens=4096),
-    3: dict(template="mistral_instruct_system", lr=4e-6, rows=4, accumulate=7, row_tokens=4096),
+    1: dict(template="plain", lr=1e-3, rows=4, accumulate=20, row_tokens=2048, image_mode="square"),
+    2: dict(template="mistral_instruct_system", lr=2e-6, rows=1, accumulate=28, row_tokens=4096),
+    3: dict(template="mistral_instruct_system", lr=4e-6, rows=1, accumulate=28, row_tokens=4096),
 }
 MINI = {
     1: dict(template="plain", lr=2e-3, samples=3_000, row_tokens=280),
@@ -123,7 +124,7 @@ STAGES = {"mini": MINI, "smol-mini": SMOL_MINI, "smol": SMOL, "mistral-7b": PAPE
           "mixtral-8x7b": PAPER}  # fmt: skip
 WORLD_TASK = {1: "name", 2: "describe", 3: "ask"}  # what the emoji world teaches in each stage
 SHARED = ("preset", "clip", "llm", "scales", "seed")  # the same in all stages of one model
-IRRELEVANT = ("stage", "out", "device", "compile", "recompute", "estimate", "overwrite",
+IRRELEVANT = ("stage", "out", "device", "compile", "recompute", "estimate", "wandb", "overwrite",
               "save_every")  # to what is learned  # fmt: skip
 
 
@@ -144,7 +145,7 @@ def resolve(given, stage, target=True):
     cfg = TrainConfig(**(PRESETS[preset] | STAGES[preset][stage] | own))
     cfg.stage = stage
     if "bf16" not in own:
-        cfg.bf16 = has_fast_bf16(cfg.device)
+        cfg.bf16 = cfg.estimate or has_fast_bf16(cfg.device)
     if "compile" not in own:
         cfg.compile = cfg.device.startswith("cuda")
     if cfg.data and "samples" not in own:
@@ -432,7 +433,7 @@ class Trainer:
         bar = tqdm(
             total=len(self.order), initial=self.used, unit="sample", desc=f"stage {self.cfg.stage}"
         )
-        batches = self.batches()
+        batches, wandb = self.batches(), open_wandb(self.cfg)
         self.model.train()
         with open(self.folder / "metrics.jsonl", "a") as log, bar:
             while not self.stop:
@@ -440,6 +441,8 @@ class Trainer:
                 if metrics is None:
                     return True
                 log.write(json.dumps(metrics) + "\n")
+                if wandb:
+                    wandb.log(metrics, step=self.step)
                 bar.update(self.used - bar.n)
                 bar.set_postfix(loss=f"{metrics['loss']:.3f}", lr=f"{metrics['lr']:.1e}",
                                 tok_s=metrics["tokens_per_s"], mfu=f"{metrics['mfu']:.0%}",
@@ -448,6 +451,19 @@ class Trainer:
                     log.flush()
                     self.save_resume()
             return False
+
+
+def open_wandb(cfg):
+    """A run of Weights & Biases to log to, if --wandb asks for one. ValueError without it."""
+    if not cfg.wandb:
+        return None
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("--wandb needs a package: pip install wandb") from None
+    name = f"{pathlib.Path(cfg.out).name}-stage{cfg.stage}"
+    return wandb.init(project="nanocumo", name=name, config=dataclasses.asdict(cfg), resume="allow",
+                      id=name)  # fmt: skip
 
 
 def describe(out):

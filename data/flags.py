@@ -69,7 +69,8 @@ def help_lines(cls):
 def parse(cls, argv=None, description=""):
     """Read `argv` into (instance of the dataclass `cls`, set of the field names that were given).
 
-    bool becomes `--x / --no-x` (None: neither was said), int, float and str what they are, a tuple comma-separated integers.
+    bool becomes `--x / --no-x` (bool | None: it may be that neither was said), int, float and str
+    what they are, a tuple comma-separated integers.
     """
     parser = Parser(description=description, allow_abbrev=False)
     comments, types = help_lines(cls), typing.get_type_hints(cls)

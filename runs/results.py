@@ -14,8 +14,13 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import budget
+import train
+
 TYPES = ("what", "existence", "count", "where", "kind", "background", "side", "list", "all")
 ASKED = {
     "what": "What is at the top left?",
@@ -35,8 +40,11 @@ READING = [
     ("cumo.py", "how a picture becomes words of a sentence; the losses; checkpoints"),
     ("upcycle.py", "dense to sparse without losing anything at step 0"),
     ("train.py", "the three stages, their table, resuming"),
+    ("budget.py", "gigabytes and operations of a training, before it begins"),
+    ("optim.py", "AdamW on bf16 weights: rounding at random, or a float32 copy"),
     ("sample.py", "asking about a picture"),
     ("eval.py", "exact answers by type and split, and which expert does what"),
+    ("plots.py", "loss curves and expert loads as pictures"),
     ("data/world.py", "pictures, captions and questions drawn from a seed"),
     ("data/chat.py", "conversations to ids and labels, segment by segment"),
     ("data/tokenizer.py", "SentencePiece and byte-level BPE, both on tiktoken"),
@@ -105,7 +113,22 @@ def sparse_block():
     return "\n".join(lines)
 
 
-BLOCKS = {"reading": reading_block, "results": results_block, "sparse": sparse_block}
+def memory_block():
+    cfg = train.resolve({"preset": "mistral-7b", "estimate": True}, 3)
+    plan = train.plan_of(cfg)
+    lines = ["| card | flags | GB | weights | gradients | optimizer | activations |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for card in budget.CARDS:
+        best = budget.first_that_fits(plan, card * budget.GB)
+        parts = " | ".join(f"{size / budget.GB:.1f}" for size in budget.estimate(best).values())
+        total = budget.total(best) / budget.GB
+        fits = "" if total <= budget.FREE * card else "too small even with "
+        lines.append(f"| {card} GB | {fits}`{budget.flags(best)}` | {total:.1f} | {parts} |")
+    return "\n".join(lines)
+
+
+BLOCKS = {"reading": reading_block, "results": results_block, "sparse": sparse_block,
+          "memory": memory_block}  # fmt: skip
 
 
 def rewrite(text):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -321,6 +322,23 @@ def test_low_precision_trains_and_resumes_bit_exactly(precision, weights, finish
     assert losses_of(calm)[-1] < losses_of(calm)[0]
     dtypes = {w.dtype for w in load_file(calm / "model.safetensors").values()}
     assert dtypes == {torch.bfloat16}
+
+
+def test_metrics_go_to_wandb_too(weights, tmp_path, monkeypatch):
+    rows = []
+
+    class Run:
+        def log(self, metrics, step):
+            rows.append((step, metrics["loss"]))
+
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="pip install wandb"):
+        run_stages(weights, tmp_path, 1, wandb=True)
+    fake = types.SimpleNamespace(init=lambda **options: Run())
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    run_stages(weights, tmp_path, 1, wandb=True)
+    assert [loss for _, loss in rows] == losses_of(tmp_path / "stage1")
+    assert [step for step, _ in rows] == list(range(1, len(rows) + 1))
 
 
 def test_a_gradient_that_is_not_finite_names_the_samples(weights, finished, tmp_path):

@@ -37,7 +37,7 @@ def question(*runs, image_tokens=9):
 
 
 def tiny_weights(folder):
-    """Flags that start a training from tiny random CLIP and LLM directories, written to `folder`."""
+    """Flags that start a training from tiny random CLIP and LLM directories made in `folder`."""
     torch.manual_seed(0)
     clip = CLIPVision(
         CLIPVisionConfig(image_size=64, patch_size=16, dim=32, hidden_dim=48, n_layers=3, n_heads=2)
