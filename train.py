@@ -26,6 +26,7 @@ import pathlib
 import shutil
 import signal
 import time
+import zipfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -235,6 +236,8 @@ def model_config(cfg):
         folder = local_folder(source, "config")
         model = CuMoConfig.from_original(read_config(folder), folder)
     else:
+        if cfg.llm == PRESETS["smol-mini"]["llm"] and not pathlib.Path(cfg.llm).is_dir():
+            raise ValueError(f"--llm: {cfg.llm!r} is not there; data/convert_smollm2.py makes it")
         vision, llm = (
             budget.KNOWN.get(name) or kind.from_hf(read_config(local_folder(name, "config")))
             for name, kind in ((cfg.clip, CLIPVisionConfig), (cfg.llm, LLMConfig))
@@ -270,8 +273,6 @@ def build(cfg):
     source = cfg.init or (stage_dir(cfg, cfg.stage - 1) if cfg.stage > 1 else cfg.llm)
     dtype = torch.float32 if cfg.weights == "fp32" else torch.bfloat16
     if cfg.stage == 1 and not cfg.init:
-        if cfg.llm == PRESETS["smol-mini"]["llm"] and not pathlib.Path(cfg.llm).is_dir():
-            raise ValueError(f"--llm: {cfg.llm!r} is not there; data/convert_smollm2.py makes it")
         clip, folder = local_folder(cfg.clip), local_folder(cfg.llm)
         vision = CLIPVision.from_pretrained(clip, cfg.scales, dtype)
         llm = LLM.from_pretrained(folder, dtype)
@@ -313,6 +314,13 @@ def open_data(cfg):
 
 RESUME = ("resume.pt", "resume.old.pt")  # the newest first
 PLACE = ("step", "used", "rejected", "seconds")  # how far a Trainer has come
+
+
+def check_zip(file):
+    """BadZipFile unless every part of a file of torch.save has its checksum; loading ignores it."""
+    with zipfile.ZipFile(file) as archive:
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"{damaged} is damaged")
 
 
 class Trainer:
@@ -411,11 +419,12 @@ class Trainer:
         for name in RESUME:
             file = self.folder / name
             try:
+                check_zip(file)
                 state = torch.load(file, weights_only=True, map_location=self.cfg.device)
                 break
             except FileNotFoundError:  # the machine stopped between two renames
                 continue
-            except Exception as error:  # cut short or damaged: a zip file has checksums
+            except (zipfile.BadZipFile, RuntimeError, EOFError) as error:  # cut short or damaged
                 print(f"{file} cannot be read ({error!r:.99}), trying the one before")
         else:
             raise ValueError(f"no resume point in {self.folder} can be read; --overwrite begins "
