@@ -3,9 +3,9 @@
     python tests/crash.py --kills 10 --seed 0
 
 A tiny stage 2 that writes a resume point after every step is killed (SIGKILL) so many times, each
-time at a random moment, every other time while it saves; the same command goes on each time. In the end its weights must equal those of a run that nobody disturbed, bit for bit, and so
-must the loss of every step. Prints how far each life came and what it was doing; exits 1 if the
-two runs differ.
+time at a random moment, every other time while it saves; the same command goes on each time. In the
+end its weights must equal those of a run that nobody disturbed, bit for bit, and so must the loss
+of every step. Prints how far each life came and what it was doing; exits 1 if the two runs differ.
 """
 
 import argparse
