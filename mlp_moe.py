@@ -89,7 +89,12 @@ class Router(nn.Module):
             raise ValueError(f"top_k={top_k} of num_experts={num_experts} is impossible: "
                              f"choose top_k from 1 to {num_experts}")  # fmt: skip
         self.top_k = top_k
-        self.weight = nn.Parameter(torch.empty(num_experts, dim).uniform_(-1, 1) * dim**-0.5)
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        bound = self.weight.shape[1] ** -0.5  # nn.Linear's default
+        nn.init.uniform_(self.weight, -bound, bound)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Aux]:
         # In float32 whatever surrounds it: near ties decide which expert learns.
@@ -153,14 +158,21 @@ class Experts(nn.Module):
             raise ValueError(f"unknown activation {act!r}: choose one of {', '.join(ACTIVATIONS)}")
         self.act = act
 
-        def uniform(fan_in: int, *shape: int) -> nn.Parameter:  # nn.Linear's default
-            return nn.Parameter(torch.empty(num_experts, *shape).uniform_(-1, 1) * fan_in**-0.5)
+        def stack(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(num_experts, *shape))
 
-        self.w1 = uniform(in_dim, in_dim, hidden_dim)
-        self.w2 = uniform(hidden_dim, hidden_dim, out_dim)
-        self.w3 = uniform(in_dim, in_dim, hidden_dim) if gated else None
-        self.b1 = uniform(in_dim, hidden_dim) if bias and not gated else None
-        self.b2 = uniform(hidden_dim, out_dim) if bias and not gated else None
+        self.w1 = stack(in_dim, hidden_dim)
+        self.w2 = stack(hidden_dim, out_dim)
+        self.w3 = stack(in_dim, hidden_dim) if gated else None
+        self.b1 = stack(hidden_dim) if bias and not gated else None
+        self.b2 = stack(out_dim) if bias and not gated else None
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        fan_in = {"w2": self.w2.shape[1], "b2": self.w2.shape[1]}
+        for name, weight in self.named_parameters():  # uniform, as nn.Linear's default
+            bound = fan_in.get(name, self.w1.shape[1]) ** -0.5
+            nn.init.uniform_(weight, -bound, bound)
 
     def forward(self, x_MD: Tensor, ends_E: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x_MD.device.type):  # it does not know grouped products

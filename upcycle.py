@@ -28,6 +28,7 @@ from cumo import CuMo
 from data.flags import Parser, run
 from data.hub import resolve
 from data.weights import load_into
+from mlp_moe import Experts, Router
 
 PARTS = ("clip", "mlp", "llm")
 
@@ -86,11 +87,15 @@ def upcycle(model, parts=("clip", "mlp"), num_experts=4, top_k=2, seed=0, scratc
     random and copies only the rest. ValueError for unknown or already sparse parts.
     """
     cfg = sparse_config(model.cfg, parts, num_experts, top_k)
+    weight = next(model.parameters())
+    with torch.device("meta"):
+        sparse = CuMo(cfg).to(weight.dtype)
+    sparse = sparse.to_empty(device=weight.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        sparse = CuMo(cfg)
-    weight = next(model.parameters())
-    sparse = sparse.to(weight.device, weight.dtype)
+        for module in sparse.modules():
+            if isinstance(module, Router) or (scratch and isinstance(module, Experts)):
+                module.reset_parameters()
     dense = model.original_state_dict()
     targets = sparse.original_state_dict()
     copied = {name: view for name, view in targets.items()
