@@ -1,0 +1,319 @@
+"""How fast, how large, beside whom: every figure in one run, peers and us in turn.
+
+    python bench.py                  # all sections
+    python bench.py moe llm          # some of them
+    python bench.py moe --runs 9
+
+"Fast" means nothing without the peer in the same run on the same machine. So each case is a race:
+after a warm-up the contestants take turns, run by run, and whatever slows the machine slows all of
+them. What is printed is the median of each and its ratio to ours (2.0: ours takes half the time);
+`bench/<machine>.json` keeps every sample, the versions and the commit.
+
+    moe     the sparse block, forward and backward, beside a dense MLP of the same active work, the
+            original's loop over samples and experts, and transformers' Mixtral block; and beside
+            itself with more experts
+    llm     the language model, forward and backward, beside transformers' Mistral
+    train   a training step of the miniature, beside the machine's matrix product: MFU
+    load    from_pretrained beside transformers: seconds
+    memory  the estimate (budget.py) beside the peak that a training really took
+
+All peers run at their best setting here: bfloat16 where the processor multiplies it in hardware,
+float32 elsewhere, and PyTorch's fused attention.
+"""
+
+import argparse
+import gc
+import json
+import pathlib
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+from torch import nn
+
+import budget
+import train
+from cumo import has_fast_bf16
+from data.weights import write_json, write_tensors
+from llm import LLM, LLMConfig
+from mlp_moe import ACTIVATIONS, SparseMoE
+
+ROOT = pathlib.Path(__file__).resolve().parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if has_fast_bf16(DEVICE) else torch.float32
+
+# name -> (dim, hidden, out, images, tokens an image, activation)
+MOE_SHAPES = {
+    "CLIP-L": (1024, 4096, 1024, 4, 577, "quick_gelu"),
+    "CuMo-7B's connector": (2048, 4096, 4096, 4, 576, "gelu"),
+    "miniature CLIP": (192, 768, 192, 16, 65, "quick_gelu"),
+}
+
+
+# ------------------------------------------------------------------------------ racing
+
+
+def race(contestants, runs):
+    """{name: function} -> {name: [seconds, ...]}, run in turn after one warm-up each."""
+    seconds = {name: [] for name in contestants}
+    for turn in range(runs + 1):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            run()
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def row(section, case, seconds, **more):
+    """A line of the table: medians, and how many times ours each peer takes."""
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    ours = next(iter(medians.values()))
+    ratios = {name: round(value / ours, 3) for name, value in medians.items()}
+    cells = (f"{name} {medians[name] * 1e3:.1f} ms ({ratios[name]:.2f})" for name in seconds)
+    print(f"{section:7} {case:34} " + "; ".join(cells), flush=True)
+    spread = {name: [min(values), max(values)] for name, values in seconds.items()}
+    return {"section": section, "case": case, "medians": medians, "ratios": ratios,
+            "spread": spread, "seconds": seconds} | more  # fmt: skip
+
+
+def forward_backward(module, x, pick=lambda y: y):
+    """A function that runs both passes of module(x) and forgets the gradients."""
+
+    def run():
+        y = pick(module(x))
+        y.backward(torch.ones_like(y))
+        for p in [*module.parameters(), x]:
+            p.grad = None
+
+    return run
+
+
+# ------------------------------------------------------------------------------ sections
+
+
+class DenseMLP(nn.Sequential):
+    def __init__(self, dim, hidden, out, act):
+        super().__init__(nn.Linear(dim, hidden), Activation(act), nn.Linear(hidden, out))
+
+
+class Activation(nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        self.function = ACTIVATIONS[name]
+
+    def forward(self, x):
+        return self.function(x)
+
+
+class LoopMoE(nn.Module):
+    """The same block as the original runs it: sample by sample, expert by expert."""
+
+    def __init__(self, dim, hidden, out, act, num_experts=4, top_k=2):
+        super().__init__()
+        self.gate, self.top_k = nn.Linear(dim, num_experts, bias=False), top_k
+        self.experts = nn.ModuleList(DenseMLP(dim, hidden, out, act) for _ in range(num_experts))
+        self.out = out
+
+    def forward(self, x):
+        weights, choice = self.gate(x).float().softmax(-1).topk(self.top_k)
+        weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
+        samples = []
+        for x_TD, weights_TK, choice_TK in zip(x, weights, choice):
+            y = x_TD.new_zeros(len(x_TD), self.out)
+            for e, expert in enumerate(self.experts):
+                token, slot = torch.where(choice_TK == e)
+                y = y.index_add(0, token, weights_TK[token, slot, None] * expert(x_TD[token]))
+            samples.append(y)
+        return torch.stack(samples)
+
+
+def moe(runs):
+    rows = []
+    for case, (dim, hidden, out, images, tokens, act) in MOE_SHAPES.items():
+        x = torch.randn(images, tokens, dim, device=DEVICE, dtype=DTYPE, requires_grad=True)
+
+        def block(num_experts=4, dim=dim, hidden=hidden, out=out, act=act):
+            return SparseMoE(dim, hidden, num_experts, 2, out, act).to(DEVICE, DTYPE)
+
+        modules = {"ours": block(), "dense, same work": DenseMLP(dim, 2 * hidden, out, act),
+                   "loop": LoopMoE(dim, hidden, out, act)}  # fmt: skip
+        first = lambda y: y[0] if isinstance(y, tuple) else y
+        contestants = {name: forward_backward(module.to(DEVICE, DTYPE), x, first)
+                       for name, module in modules.items()}  # fmt: skip
+        rows.append(row("moe", f"{case}, {images} images", race(contestants, runs)))
+        contestants = {f"{E} experts": forward_backward(block(E), x, first)
+                       for E in (4, 8, 16, 32)}  # fmt: skip
+        rows.append(row("moe", f"{case}, more experts", race(contestants, runs)))
+    rows.append(mixtral_block(runs))
+    return rows
+
+
+def mixtral_block(runs, dim=1024, hidden=3584, tokens=1024):
+    """SwiGLU experts, 8 of them, beside transformers' block for the same model."""
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    config = MixtralConfig(hidden_size=dim, intermediate_size=hidden, num_local_experts=8,
+                           num_experts_per_tok=2)  # fmt: skip
+    theirs = MixtralSparseMoeBlock(config).to(DEVICE, DTYPE)
+    for p in theirs.parameters():
+        nn.init.normal_(p, std=0.02)
+    ours = SparseMoE(dim, hidden, 8, 2, act="silu", gated=True, bias=False).to(DEVICE, DTYPE)
+    x = torch.randn(1, tokens, dim, device=DEVICE, dtype=DTYPE, requires_grad=True)
+    first = lambda y: y[0] if isinstance(y, tuple) else y
+    contestants = {"ours": forward_backward(ours, x, first),
+                   "transformers": forward_backward(theirs, x, first)}  # fmt: skip
+    return row("moe", f"Mixtral's block, {tokens} tokens", race(contestants, runs))
+
+
+def llm(runs, layers=6, rows=2, tokens=512):
+    """SmolLM2-135M's shape, a fifth of its layers; the head and the loss are in it."""
+    import transformers
+
+    cfg = LLMConfig(49152, 576, 1536, layers, 9, 3, tie_embeddings=True)
+    ours = LLM(cfg).to(DEVICE, DTYPE).train()
+    config = transformers.MistralConfig(**cfg.to_hf() | {"sliding_window": None})
+    theirs = transformers.MistralForCausalLM._from_config(config, attn_implementation="sdpa")
+    theirs = theirs.to(DEVICE, DTYPE).train()
+    ids = torch.randint(cfg.vocab_size, (rows, tokens), device=DEVICE)
+
+    def step(model, loss):
+        def run():
+            loss().backward()
+            model.zero_grad(set_to_none=True)
+
+        return run
+
+    contestants = {
+        "ours": step(ours, lambda: ours.loss(ours.hidden(ours.embed(ids))[0], ids)),
+        "transformers": step(theirs, lambda: theirs(ids, labels=ids, use_cache=False).loss),
+    }
+    return [row("llm", f"{layers} layers, {rows} x {tokens} tokens", race(contestants, runs))]
+
+
+def training(stage=3, **options):
+    """A Trainer of the miniature in a folder of its own, and its batches."""
+    place = tempfile.TemporaryDirectory()
+    given = {"out": place.name, "init": str(ROOT / "out" / "stage2")} | options
+    cfg = train.resolve(given, stage)
+    train.settle(cfg)
+    trainer = train.Trainer(cfg)
+    trainer.model.train()
+    return trainer, trainer.batches(), place
+
+
+def train_(runs):
+    """Stage 3 of the miniature; the peer is a large matrix product of as many operations."""
+    if not (ROOT / "out" / "stage2" / "config.json").is_file():
+        raise ValueError("section train starts from out/stage2: run `python train.py --stage 2`")
+    trainer, batches, place = training()
+    dtype = torch.bfloat16 if trainer.cfg.bf16 else torch.float32
+    seconds, products, shares, speeds = [], [], [], []
+    trainer.train_step(batches)
+    for _ in range(runs):
+        before = trainer.seconds
+        metrics = trainer.train_step(batches)
+        took, rate = trainer.seconds - before, budget.product_rate(DEVICE, dtype)
+        work = metrics["mfu"] * trainer.rate * took
+        seconds.append(took)
+        products.append(work / rate)
+        shares.append(work / took / rate)
+        speeds.append(metrics["tokens_per_s"])
+    place.cleanup()
+    more = {"mfu": statistics.median(shares), "tokens_per_s": statistics.median(speeds),
+            "peak_memory_gb": metrics["memory_gb"]}  # fmt: skip
+    result = row("train", "miniature, stage 3, one step",
+                 {"ours": seconds, "one large product": products}, **more)  # fmt: skip
+    print(f"        MFU {more['mfu']:.0%}, {more['tokens_per_s']:.0f} tokens/s")
+    return [result]
+
+
+def load(runs, layers=12):
+    """A language model of 340 MB in bfloat16, four shards, from the file cache."""
+    import transformers
+
+    cfg = LLMConfig(32000, 1024, 4096, layers, 16, 4)
+    with tempfile.TemporaryDirectory() as folder:
+        model = LLM(cfg).to(torch.bfloat16)
+        write_tensors(folder, model.original_state_dict(), max_shard_bytes=2**27)
+        write_json(pathlib.Path(folder) / "config.json", cfg.to_hf())
+        del model
+        gc.collect()
+        contestants = {
+            "ours": lambda: LLM.from_pretrained(folder, torch.bfloat16, DEVICE),
+            "transformers": lambda: transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.bfloat16, low_cpu_mem_usage=True
+            ).to(DEVICE),
+        }
+        return [row("load", f"{layers} layers, bfloat16", race(contestants, runs))]
+
+
+def memory(runs):
+    """Peak memory of a training in a process of its own, above what importing takes."""
+    rows = []
+    for name, flags in {
+        "float32": "",
+        "recomputing": "--recompute",
+        "bf16-sr, int8 moments": "--weights bf16-sr --moments int8",
+    }.items():
+        code = (
+            "import sys, torch; sys.argv[1:] = sys.argv[1:]; import bench, budget, train;"
+            "from data.flags import parse; cfg, given = parse(train.TrainConfig, sys.argv[1:]);"
+            "start = budget.peak_memory('cpu'); given = {k: getattr(cfg, k) for k in given};"
+            "trainer, batches, place = bench.training(**given); plan = train.settle(trainer.cfg);"
+            "[trainer.train_step(batches) for _ in range(3)];"
+            "print(budget.peak_memory(trainer.cfg.device) - start, budget.total(plan))"
+        )
+        words = [sys.executable, "-c", code, "--rows", "16", *flags.split()]
+        said = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+        peak, expected = map(int, said.split()[-2:])
+        print(f"memory  {name:34} peak {peak / 2**20:.0f} MB, estimate {expected / 2**20:.0f} MB "
+              f"({expected / peak:.2f})")  # fmt: skip
+        rows.append({"section": "memory", "case": name, "peak": peak, "estimate": expected})
+    return rows
+
+
+SECTIONS = {"moe": moe, "llm": llm, "train": train_, "load": load, "memory": memory}
+
+
+def machine():
+    cpu = re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())
+    name = (
+        torch.cuda.get_device_name() if DEVICE == "cuda" else cpu[1] if cpu else platform.machine()
+    )
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, cwd=ROOT)
+    return {"machine": name, "threads": torch.get_num_threads(), "precision": str(DTYPE),
+            "torch": torch.__version__, "python": platform.python_version(),
+            "commit": commit.stdout.decode().strip(), "command": " ".join(["python", *sys.argv])}  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("sections", nargs="*", help="moe llm train load memory; none: all")
+    parser.add_argument("--runs", type=int, default=5, help="runs of each, in turn")
+    args = parser.parse_args()
+    unknown = [name for name in args.sections if name not in SECTIONS]
+    if unknown or args.runs < 1:
+        parser.error(f"{' '.join(unknown) or args.runs}: sections are {' '.join(SECTIONS)}, "
+                     "--runs 1 or more")  # fmt: skip
+    here = machine()
+    print(f"{here['machine']}, {here['threads']} threads, {here['precision']}")
+    file = ROOT / "bench" / (re.sub(r"\W+", "-", here["machine"]).strip("-").lower() + ".json")
+    known = json.loads(file.read_text())["rows"] if file.is_file() else []
+    for name in args.sections or SECTIONS:
+        rows = SECTIONS[name](args.runs)
+        known = [r for r in known if r["section"] != name] + rows
+        write_json(file, here | {"rows": known})
+    print(f"wrote {file.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
