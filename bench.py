@@ -286,13 +286,13 @@ SECTIONS = {"moe": moe, "llm": llm, "train": train_, "load": load, "memory": mem
 
 def machine():
     cpu = re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())
-    name = (
-        torch.cuda.get_device_name() if DEVICE == "cuda" else cpu[1] if cpu else platform.machine()
-    )
+    name = cpu[1] if cpu else platform.machine()
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else name
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, cwd=ROOT)
     return {"machine": name, "threads": torch.get_num_threads(), "precision": str(DTYPE),
             "torch": torch.__version__, "python": platform.python_version(),
-            "commit": commit.stdout.decode().strip(), "command": " ".join(["python", *sys.argv])}  # fmt: skip
+            "commit": commit.stdout.decode().strip(),
+            "command": " ".join(["python", *sys.argv])}  # fmt: skip
 
 
 def main():
