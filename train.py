@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import parallel
 from clip_moe import CLIPVision
 from cumo import CuMo, CuMoConfig, check_device, has_fast_bf16
 from data.chat import TEMPLATES, Rejected, template_of
@@ -261,11 +262,13 @@ class Trainer:
 
     def __init__(self, cfg):
         check_device(cfg.device)
+        parallel.check_rows(cfg.rows)
         torch.manual_seed(cfg.seed)
         self.cfg, self.folder = cfg, stage_dir(cfg, cfg.stage)
         self.data = open_data(cfg)
-        self.model, source = build(cfg)
-        self.model.to(cfg.device)
+        with parallel.in_turn():
+            self.model, source = build(cfg)
+            parallel.shard(self.model, cfg.device, cfg.bf16)
         self.tokenizer = Tokenizer.from_pretrained(source)
         self.optimizer = torch.optim.AdamW(param_groups(self.model, cfg), lr=cfg.lr, fused=True)
         self.order = data_order(len(self.data), cfg.samples or len(self.data), cfg.seed)
@@ -299,16 +302,16 @@ class Trainer:
             return None
         tokens, metrics = 0, []
         for batch in taken:
-            images = torch.stack(batch["images"]).to(cfg.device) if batch["images"] else None
-            rows = {k: batch[k].to(cfg.device) for k in ("tokens", "labels", "segments")}
+            mine = parallel.own_rows(batch, self.model.image_tokens)
             with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
-                out = self.model(images=images, **rows)
+                out = self.model(**{name: x.to(cfg.device) for name, x in mine.items()})
             if out.loss.requires_grad:  # else the connector alone learns, and there is no image
                 (out.loss / len(taken)).backward()
             metrics.append(describe(out))
             tokens += int((batch["segments"] > 0).sum())
             self.used += batch["samples"]
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.clip_grad).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.clip_grad)
+        norm = parallel.full(norm).item()
         if not math.isfinite(norm):
             raise ValueError(
                 f"the loss is not finite after {self.used} samples; lower --lr or try --no-bf16. "
@@ -328,6 +331,9 @@ class Trainer:
     def save_resume(self):
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                  "rng": torch.get_rng_state(), **{k: getattr(self, k) for k in PLACE}}  # fmt: skip
+        state = parallel.gather(state)
+        if not parallel.first():
+            return
         partial = self.folder / "resume.pt.partial"
         with open(partial, "wb") as file:
             torch.save(state, file)
@@ -335,26 +341,25 @@ class Trainer:
         partial.replace(self.folder / "resume.pt")
 
     def load_resume(self):
-        state = torch.load(
-            self.folder / "resume.pt", weights_only=True, map_location=self.cfg.device
-        )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        state = torch.load(self.folder / "resume.pt", weights_only=True, map_location="cpu")
+        parallel.load(self.model, self.optimizer, state)
         for name in PLACE:
             setattr(self, name, state[name])
-        torch.set_rng_state(state["rng"].cpu())
+        torch.set_rng_state(state["rng"])
+        if not parallel.first():
+            return
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()[: self.step]
         (self.folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
 
     def loop(self):
         """Train to the end of the data -> True, or until Ctrl-C -> False."""
-        bar = tqdm(
-            total=len(self.order), initial=self.used, unit="sample", desc=f"stage {self.cfg.stage}"
-        )
+        first, device = parallel.first(), self.cfg.device
+        bar = tqdm(total=len(self.order), initial=self.used, unit="sample",
+                   desc=f"stage {self.cfg.stage}", disable=not first)  # fmt: skip
         batches = self.batches()
         self.model.train()
-        with open(self.folder / "metrics.jsonl", "a") as log, bar:
-            while not self.stop:
+        with open(self.folder / "metrics.jsonl" if first else os.devnull, "a") as log, bar:
+            while not parallel.anyone(self.stop, device):
                 metrics = self.train_step(batches)
                 if metrics is None:
                     return True
@@ -403,12 +408,13 @@ def train_stage(cfg):
     if state and (folder / "resume.pt").is_file():
         trainer.load_resume()
         print(f"{name}: resumed after {trainer.used:,} samples")
-    else:
+    elif parallel.first():
         if folder.exists() and any(folder.iterdir()) and not read_state(folder):
             raise ValueError(f"{folder} holds files that no training made; name another --out")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-    write_json(folder / "train.json", {"finished": False, "config": dataclasses.asdict(cfg)})
+    if parallel.first():
+        write_json(folder / "train.json", {"finished": False, "config": dataclasses.asdict(cfg)})
 
     def stop(*_):
         trainer.stop = True
@@ -421,17 +427,20 @@ def train_stage(cfg):
         trainer.save_resume()
         print(f"stopped after {trainer.used:,} samples; the same command continues")
         return False
-    finish(trainer)
-    return True
-
-
-def finish(trainer):
-    """Turn a fully trained stage into a checkpoint, and draw its curves."""
-    folder, cfg = trainer.folder, trainer.cfg
     if trainer.rejected == len(trainer.order):
         raise ValueError(f"none of the {trainer.rejected} samples holds an answer to learn within "
                          f"--row-tokens {cfg.row_tokens}")  # fmt: skip
-    trainer.model.save_pretrained(folder)
+    model = parallel.whole_model(trainer.model)
+    if parallel.first():
+        finish(trainer, model)
+    parallel.wait()
+    return True
+
+
+def finish(trainer, model):
+    """Turn a fully trained stage into a checkpoint, and draw its curves."""
+    folder, cfg = trainer.folder, trainer.cfg
+    model.save_pretrained(folder)
     for file in trainer.tokenizer.files:
         shutil.copy(file, folder)
     rejected = [*getattr(trainer.data, "rejected", []), *[""] * trainer.rejected]
@@ -480,6 +489,7 @@ def main():
     given = {name: getattr(cfg, name) for name in given}
     if cfg.stage not in (0, 1, 2, 3):
         raise ValueError(f"--stage {cfg.stage}: choose 1, 2, 3, or 0 for all three")
+    parallel.start(cfg.device)
     last = cfg.stage or 3
     first = last if cfg.init else 1
     for stage in range(first, last + 1):
