@@ -41,24 +41,22 @@ from torch import Tensor
 
 from cumo import IGNORE, IMAGE_TOKEN, CuMo
 
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # among the processes of this machine
-STARTED = int(os.environ.get("WORLD_SIZE", 1))  # processes in all, by torchrun
-if STARTED > 1:  # a second of imports that a single process does without
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+def told(name, alone):
+    """A number that torchrun gives to each process it starts."""
+    return int(os.environ.get(name, alone))
 
 
 def start(device):
     """Join the others if torchrun started several processes; only the first one prints."""
-    if STARTED == 1:
+    if told("WORLD_SIZE", 1) == 1:
         return
-    gpu = torch.device(device).type == "cuda"
-    if gpu and LOCAL_RANK >= torch.cuda.device_count():
-        raise ValueError(f"no GPU is left for process {LOCAL_RANK} of this machine: "
+    gpu, here = torch.device(device).type == "cuda", told("LOCAL_RANK", 0)
+    if gpu and here >= torch.cuda.device_count():
+        raise ValueError(f"no GPU is left for process {here} of this machine: "
                          f"--nproc_per_node may be up to {torch.cuda.device_count()}")  # fmt: skip
     if gpu:
-        torch.cuda.set_device(LOCAL_RANK)
+        torch.cuda.set_device(here)
     # an hour: the others wait while the first writes a checkpoint
     dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=1))
     atexit.register(dist.destroy_process_group)
@@ -95,8 +93,8 @@ def anyone(flag, device):
 @contextmanager
 def in_turn():
     """What the processes of a machine do one after the other, for want of memory."""
-    for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
-        if turn == LOCAL_RANK:
+    for turn in range(told("LOCAL_WORLD_SIZE", 1)):
+        if turn == told("LOCAL_RANK", 0):
             yield
         wait()
 
@@ -113,6 +111,11 @@ def shard(model, device, bf16):
     """
     if not dist.is_initialized():
         return model.to(device)
+    # here and in `like`: a second of imports that a single process does without
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import Shard
+
     N, kind = dist.get_world_size(), torch.device(device).type
 
     def cut(weight):  # experts [E, in, out] are too few for many GPUs: each gets a part of all
@@ -189,17 +192,15 @@ def whole_batch(lm_loss, aux, n_images, labels, segments):
 
 def full(x):
     """A sharded tensor, whole; anything else as it is. All processes must ask for it."""
-    return x.full_tensor() if dist.is_initialized() and isinstance(x, DTensor) else x
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def gather(state):
     """Nested dicts of sharded tensors -> of whole ones in main memory, in the first process; what
     the others get is of no use."""
-    if not dist.is_initialized():
-        return state
     if isinstance(state, dict):
         return {name: gather(value) for name, value in state.items()}
-    if not isinstance(state, DTensor):
+    if not hasattr(state, "full_tensor"):
         return state
     whole = state.full_tensor()
     return whole.cpu() if first() else None
@@ -207,8 +208,10 @@ def gather(state):
 
 def like(whole, sharded):
     """A whole tensor, cut as its counterpart is: each process keeps its part of its own copy."""
-    if not dist.is_initialized() or whole.shape != sharded.shape:
+    if not hasattr(sharded, "full_tensor") or whole.shape != sharded.shape:
         return whole
+    from torch.distributed.tensor import distribute_tensor
+
     where = sharded.device_mesh, sharded.placements
     return distribute_tensor(whole.to(sharded.device), *where, src_data_rank=None)
 
