@@ -76,11 +76,12 @@ class Plan:
     stage: int
     parameters: int
     learning: int  # parameters that this stage trains
-    tokens: int  # a batch, over all rows
+    tokens: int  # a batch, over the rows of a process
     weights: str = "fp32"
     moments: str = "fp32"
     recompute: bool = False
     bf16: bool = True  # products in bf16, so that activations take 2 bytes
+    processes: int = 1  # that share weights, gradients and moments (parallel.py)
     n_images: int | None = None  # in a batch; None: as many as there is room for
 
     @property
@@ -152,10 +153,11 @@ def plan_of(cfg: CuMoConfig, stage: int, tokens: int, **choices) -> Plan:
 
 
 def estimate(plan: Plan) -> dict[str, int]:
-    """Bytes by what they are for."""
+    """Bytes of one process, by what they are for."""
     size = WEIGHTS[plan.weights]
-    return {"weights": plan.parameters * size, "gradients": plan.learning * size,
-            "optimizer": plan.learning * (MASTER[plan.weights] + MOMENTS[plan.moments]),
+    parameters, learning = (n // plan.processes for n in (plan.parameters, plan.learning))
+    return {"weights": parameters * size, "gradients": learning * size,
+            "optimizer": learning * (MASTER[plan.weights] + MOMENTS[plan.moments]),
             "activations": activations(plan)}  # fmt: skip
 
 

@@ -153,6 +153,7 @@ class CuMo(nn.Module):
         features = cfg.vision.dim * len(cfg.vision.scales)
         self.connector = Connector(features, cfg.llm.dim, cfg.mlp_experts, cfg.mlp_top_k)
         self.llm = LLM(cfg.llm)
+        self.whole_batch = None  # other processes have rows too: from means to theirs (parallel.py)
 
     @property
     def image_tokens(self):
@@ -190,8 +191,10 @@ class CuMo(nn.Module):
             raise ValueError(f"{int(is_image.sum())} IMAGE_TOKENs for {n_images} images; each "
                              f"takes a run of {self.image_tokens}")  # fmt: skip
         x = self.llm.embed(tokens.masked_fill(is_image, 0))
-        if not n_images:
+        if images is None or not n_images and not self.whole_batch:
             return x, {"clip": None, "mlp": None}
+        if not n_images:  # a blank one, for no text: others have some, so this process must join in
+            images = images.new_zeros(1, *images.shape[1:])
         features, aux = self.encode_images(images, with_aux=True)
         return x.masked_scatter(is_image[..., None], features.to(x.dtype)), aux
 
@@ -203,7 +206,11 @@ class CuMo(nn.Module):
         logits = None if self.training and labels is not None else self.llm.logits(x)
         loss = lm_loss = None
         if labels is not None:
-            loss = lm_loss = self.llm.loss(x, labels)
+            lm_loss = self.llm.loss(x, labels)
+            if self.whole_batch:
+                n_images = 0 if images is None else len(images)
+                lm_loss, aux = self.whole_batch(lm_loss, aux, n_images, labels, segments)
+            loss = lm_loss
             for part in filter(None, aux.values()):
                 loss = loss + self.cfg.balance_coef * part.balance + self.cfg.z_coef * part.z
         losses = {k: (a.balance, a.z) if a else None for k, a in aux.items()}

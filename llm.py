@@ -332,7 +332,8 @@ class LLM(nn.Module):
         """Embeddings [B, T, D] -> x after the final norm, and the routers' Aux (None when dense).
 
         segments [B, T]: 0 is padding, 1..n number the documents of a row; None: one document a row.
-        Aux has means over the layers for losses, and load [L, E], choice [L, B, T, K].
+        Aux has means over the layers for losses, and load [L, E], choice [L, B, T, K], prob and
+        share [L, 1, E].
         """
         assert segments is None or cache is None or cache.seen == 0, "padding comes first"
         if segments is None:
@@ -359,8 +360,9 @@ class LLM(nn.Module):
         x = self.model.norm(x)
         if not self.cfg.num_experts:
             return x, None
-        balance, z, load, choice = (torch.stack(values) for values in zip(*auxes))
-        return x, Aux(balance.mean(), z.mean(), load, choice.view(len(auxes), *x.shape[:2], -1))
+        balance, z, load, choice, *rest = (torch.stack(values) for values in zip(*auxes))
+        choice = choice.view(len(auxes), *x.shape[:2], -1)
+        return x, Aux(balance.mean(), z.mean(), load, choice, *rest)
 
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of predicting labels[:, t + 1] from x[:, t], x as from `hidden`.

@@ -74,6 +74,8 @@ class Aux(NamedTuple):
     z: Tensor  # scalar
     load: Tensor  # [E] share of the assignments that went to each expert; sums to 1, no gradient
     choice: Tensor  # [B, T, K] chosen experts, best first; E (no expert) where padded
+    prob: Tensor | None = None  # [B, E] mean probability: balance comes from its product with
+    share: Tensor | None = None  # [B, E] the share of tokens whose first choice it is, no gradient
 
 
 class Router(nn.Module):
@@ -125,7 +127,7 @@ class Router(nn.Module):
         count = tokens_B.sum().clamp(min=1)
         z = (real_BT * logits_BTE.logsumexp(-1) ** 2).sum() / count
         load_E = chosen_BTKE.flatten(0, -2).sum(0) / (count * self.top_k)
-        return weights_BTK, Aux(balance, z, load_E, choice_BTK)
+        return weights_BTK, Aux(balance, z, load_E, choice_BTK, prob_BE, share_BE)
 
 
 def grouped_matmul(x_MD: Tensor, w_EDF: Tensor, ends_E: Tensor, rows_ME: Tensor) -> Tensor:

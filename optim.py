@@ -29,7 +29,8 @@ another random number could disturb, the same bits on every device. A resumed ru
 
 Under FSDP2 each process steps its rows; an element's noise comes from its place in the whole
 parameter, so the same gradients give the weights of a single process, bit for bit, with any number
-of processes. In int8 not: blocks end where the rows of a process end.
+of processes. Not so of experts, which are cut along another axis: there it is other noise. In int8
+blocks would end where the rows of a process end; that is refused.
 """
 
 import functools
@@ -191,11 +192,13 @@ def first_place(p: Tensor) -> Tensor:
     cut = [(i, s) for i, s in enumerate(getattr(p, "placements", ())) if not s.is_replicate()]
     if cut:
         (i, shard), *more = cut
-        if more or not shard.is_shard(0):
-            raise ValueError(f"AdamW steps parameters cut along their rows, not {p.placements}")
-        rows = -(-p.shape[0] // p.device_mesh.size(i))  # of a process, as torch.chunk cuts
-        first = min(rows * p.device_mesh.get_local_rank(i), p.shape[0])
-        start = first * (p.numel() // p.shape[0])
+        if more:
+            raise ValueError(f"AdamW steps parameters cut along one axis, not {p.placements}")
+        rank = p.device_mesh.get_local_rank(i)
+        start = rank * local(p).numel()  # along another axis all parts are alike
+        if shard.is_shard(0):
+            rows = -(-p.shape[0] // p.device_mesh.size(i))  # of a process, as torch.chunk cuts
+            start = min(rows * rank, p.shape[0]) * (p.numel() // p.shape[0])
     return torch.tensor(start).to(torch.int32)  # past 2^31 it wraps around, like the noise
 
 

@@ -22,6 +22,7 @@ rows are packed with as many conversations as fit.
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import shutil
 import signal
@@ -34,6 +35,7 @@ import torch
 from tqdm import tqdm
 
 import budget
+import parallel
 from clip_moe import CLIPVision, CLIPVisionConfig
 from cumo import CuMo, CuMoConfig, check_device, has_fast_bf16
 from data.chat import TEMPLATES, Rejected, template_of
@@ -194,6 +196,8 @@ def param_groups(model, cfg):
 def make_optimizer(model, cfg):
     """PyTorch's own AdamW in float32, ours (optim.py) for all else."""
     groups = param_groups(model, cfg)
+    if cfg.moments == "int8" and parallel.world()[1] > 1:
+        raise ValueError("--moments int8 is for one process; take bf16, which many have room for")
     if (cfg.weights, cfg.moments) == ("fp32", "fp32"):
         return torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
     return AdamW(groups, lr=cfg.lr, weights=cfg.weights, moments=cfg.moments, seed=cfg.seed)
@@ -250,8 +254,9 @@ def model_config(cfg):
 
 def plan_of(cfg):
     """What a batch of this stage takes: a budget.Plan."""
-    tokens = cfg.rows * cfg.row_tokens
-    return budget.plan_of(model_config(cfg), cfg.stage, tokens, bf16=cfg.bf16)
+    _, processes = parallel.world()
+    tokens = cfg.rows * cfg.row_tokens // processes
+    return budget.plan_of(model_config(cfg), cfg.stage, tokens, bf16=cfg.bf16, processes=processes)
 
 
 def fixed(cfg):
@@ -328,11 +333,13 @@ class Trainer:
 
     def __init__(self, cfg):
         check_device(cfg.device)
+        parallel.check_rows(cfg.rows)
         torch.manual_seed(cfg.seed)
         self.cfg, self.folder = cfg, stage_dir(cfg, cfg.stage)
         self.data = open_data(cfg)
-        self.model, source = build(cfg)
-        self.model.to(cfg.device)
+        with parallel.in_turn():
+            self.model, source = build(cfg)
+            parallel.shard(self.model, cfg.device, cfg.bf16)
         self.tokenizer = Tokenizer.from_pretrained(source)
         self.optimizer = make_optimizer(self.model, cfg)
         self.order = data_order(len(self.data), cfg.samples or len(self.data), cfg.seed)
@@ -369,19 +376,17 @@ class Trainer:
             return None
         tokens, images_seen, metrics = 0, 0, []
         for batch in taken:
-            images = torch.stack(batch["images"]).to(cfg.device) if batch["images"] else None
-            rows = {k: batch[k].to(cfg.device) for k in ("tokens", "labels", "segments")}
-            with torch.autocast(
-                cfg.device, torch.bfloat16, enabled=cfg.bf16 and cfg.weights == "fp32"
-            ):
-                out = self.model(images=images, **rows)
+            mine = parallel.own_rows(batch, self.model.image_tokens)
+            with torch.autocast(cfg.device, torch.bfloat16, cfg.bf16 and cfg.weights == "fp32"):
+                out = self.model(**{name: x.to(cfg.device) for name, x in mine.items()})
             if out.loss.requires_grad:  # else the connector alone learns, and there is no image
                 (out.loss / len(taken)).backward()
             metrics.append(describe(out))
             tokens += int((batch["segments"] > 0).sum())
             images_seen += len(batch["images"])
             self.used += batch["samples"]
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.clip_grad).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.clip_grad)
+        norm = parallel.full(norm).item()
         if not math.isfinite(norm):
             where = self.order[before : self.used].tolist()
             raise ValueError(
@@ -408,6 +413,9 @@ class Trainer:
         """Write resume.pt aside, then put it in place; the one before stays as resume.old.pt."""
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                  "rng": torch.get_rng_state(), **{k: getattr(self, k) for k in PLACE}}  # fmt: skip
+        state = parallel.gather(state)
+        if not parallel.first():
+            return
         newest, older = (self.folder / name for name in RESUME)
         torch.save(state, self.folder / (newest.name + ".partial"))
         if newest.is_file():
@@ -420,7 +428,7 @@ class Trainer:
             file = self.folder / name
             try:
                 check_zip(file)
-                state = torch.load(file, weights_only=True, map_location=self.cfg.device)
+                state = torch.load(file, weights_only=True, map_location="cpu")
                 break
             except FileNotFoundError:  # the machine stopped between two renames
                 continue
@@ -429,23 +437,24 @@ class Trainer:
         else:
             raise ValueError(f"no resume point in {self.folder} can be read; --overwrite begins "
                              "the stage again")  # fmt: skip
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        parallel.load(self.model, self.optimizer, state)
         for name in PLACE:
             setattr(self, name, state[name])
-        torch.set_rng_state(state["rng"].cpu())
+        torch.set_rng_state(state["rng"])
+        if not parallel.first():
+            return
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()[: self.step]
         (self.folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
 
     def loop(self):
         """Train to the end of the data -> True, or until Ctrl-C -> False."""
-        bar = tqdm(
-            total=len(self.order), initial=self.used, unit="sample", desc=f"stage {self.cfg.stage}"
-        )
-        batches, wandb = self.batches(), open_wandb(self.cfg)
+        first, device = parallel.first(), self.cfg.device
+        bar = tqdm(total=len(self.order), initial=self.used, unit="sample",
+                   desc=f"stage {self.cfg.stage}", disable=not first)  # fmt: skip
+        batches, wandb = self.batches(), open_wandb(self.cfg) if first else None
         self.model.train()
-        with open(self.folder / "metrics.jsonl", "a") as log, bar:
-            while not self.stop:
+        with open(self.folder / "metrics.jsonl" if first else os.devnull, "a") as log, bar:
+            while not parallel.anyone(self.stop, device):
                 metrics = self.train_step(batches)
                 if metrics is None:
                     return True
@@ -515,12 +524,13 @@ def train_stage(cfg):
     if state and any((folder / name).is_file() for name in RESUME):
         trainer.load_resume()
         print(f"{name}: resumed after {trainer.used:,} samples")
-    else:
+    elif parallel.first():
         if folder.exists() and any(folder.iterdir()) and not read_state(folder):
             raise ValueError(f"{folder} holds files that no training made; name another --out")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-    write_json(folder / "train.json", {"finished": False, "config": dataclasses.asdict(cfg)})
+    if parallel.first():
+        write_json(folder / "train.json", {"finished": False, "config": dataclasses.asdict(cfg)})
 
     def stop(*_):
         trainer.stop = True
@@ -539,17 +549,20 @@ def train_stage(cfg):
         trainer.save_resume()
         print(f"stopped after {trainer.used:,} samples; the same command continues")
         return False
-    finish(trainer)
-    return True
-
-
-def finish(trainer):
-    """Turn a fully trained stage into a checkpoint, and draw its curves."""
-    folder, cfg = trainer.folder, trainer.cfg
     if trainer.rejected == len(trainer.order):
         raise ValueError(f"none of the {trainer.rejected} samples holds an answer to learn within "
                          f"--row-tokens {cfg.row_tokens}")  # fmt: skip
-    trainer.model.save_pretrained(folder)
+    model = parallel.whole_model(trainer.model)
+    if parallel.first():
+        finish(trainer, model)
+    parallel.wait()
+    return True
+
+
+def finish(trainer, model):
+    """Turn a fully trained stage into a checkpoint, and draw its curves."""
+    folder, cfg = trainer.folder, trainer.cfg
+    model.save_pretrained(folder)
     for file in trainer.tokenizer.files:
         shutil.copy(file, folder)
     rejected = [*getattr(trainer.data, "rejected", []), *[""] * trainer.rejected]
@@ -577,6 +590,7 @@ def main():
     given = {name: getattr(cfg, name) for name in given}
     if cfg.stage not in (0, 1, 2, 3):
         raise ValueError(f"--stage {cfg.stage}: choose 1, 2, 3, or 0 for all three")
+    parallel.start(cfg.device)
     last = cfg.stage or 3
     first = last if cfg.init else 1
     for stage in range(first, last + 1):
