@@ -1,0 +1,172 @@
+#!/usr/bin/env bash
+# CuMo-7B as in the paper: public weights, the data of three stages, three trainings.
+#
+# The full run has not been made with this code yet. Its parts are tested small (tests/), but not
+# the downloads nor the full size: expect to mend something. Read data/MIXTURE.md first: sources,
+# sizes, and licences that together allow research only.
+#
+#     LAST=1 LIMIT=5000 runs/cumo_7b.sh    # first try: stage 1 on 5,000 samples, a 45 GB download
+#     LIMIT=5000 runs/cumo_7b.sh           # every stage on 5,000 samples
+#     runs/cumo_7b.sh                      # everything, on one GPU
+#     GPUS=4 runs/cumo_7b.sh               # on four of one machine
+#
+#     LAST=3               the last stage to get data for and to train
+#     LIMIT=N              samples a stage; saves time, no disk: they come from the whole mixture
+#     GPUS=1               2 and 4 divide the rows of every stage; for 8 run LAST=1 first, then all
+#                          with --rows 8 --accumulate 4
+#     DATA=mixture         folder of the data, OUT=out/cumo_7b of the results; 680 GB in all
+#     SKIP_MISSING=1       train without the records whose pictures are not there; says how many
+#     CHECK=1              open every picture before training (hours), not only look for its file
+#     IGNORE_DISK=1        go on though there seems to be too little room
+#
+# Flags of the script go to every train.py. What is there is not fetched again, a finished stage is
+# not trained again, and an interrupted one continues: run the same command.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+LAST=${LAST:-3} DATA=${DATA:-mixture} OUT=${OUT:-out/cumo_7b} GPUS=${GPUS:-1}
+mistral=weights/Mistral-7B-Instruct-v0.2 clip=weights/clip-vit-large-patch14-336
+fail() { echo "$*" >&2 && exit 1; }
+case $LAST in 1 | 2 | 3) ;; *) fail "LAST=$LAST: choose 1, 2 or 3" ;; esac
+for program in python3 wget unzip; do
+  command -v $program >/dev/null || fail "please install $program"
+done
+
+# What is fetched: the first stage that needs it, MB, folder below $DATA, a data set of the hub (or
+# an address) and its file, an option of unzip. Archives are unpacked into the folder and deleted.
+sources=(
+  "1   181 llava/llava_pretrain        liuhaotian/LLaVA-Pretrain blip_laion_cc_sbu_558k.json"
+  "1 27400 llava/llava_pretrain/images liuhaotian/LLaVA-Pretrain images.zip"
+  "2  1664 jsons                       shi-labs/CuMo_dataset cumo_pft_allava.json"
+  "2 36300 ALLaVA/allava_vflan/images  Vision-Flan/vision-flan_191-task_1k image_191-task_1k.zip"
+  "3  2713 jsons                       shi-labs/CuMo_dataset cumo_vit_1649K.json"
+  "3 19300 coco     http://images.cocodataset.org/zips train2017.zip"
+  "3 21811 gqa      https://downloads.cs.stanford.edu/nlp/data/gqa images.zip"
+  "3  7070 textvqa  https://dl.fbaipublicfiles.com/textvqa/images train_val_images.zip"
+  "3  9732 vg       https://cs.stanford.edu/people/rak248/VG_100K_2 images.zip"
+  "3  5472 vg       https://cs.stanford.edu/people/rak248/VG_100K_2 images2.zip"
+)
+for i in {0..9}; do  # -j: without the folders inside the archive, as ALLaVA's own script has it
+  chunk="FreedomIntelligence/ALLaVA-4V allava_laion/image_chunks/images_$i.zip"
+  sources+=("2 9228 ALLaVA/allava_laion/images $chunk -j")
+done
+# What stage 3 wants besides, behind forms, logins or Google Drive: MB (0: not stated) and folder
+# below $DATA. data/MIXTURE.md says from where.
+by_hand=("8890 ocr_vqa" "19700 sam" "126 share_textvqa" "185 wikiart" "103 web-celebrity"
+         "227 web-landmark" "2000 gpt4v-dataset" "0 docvqa" "41200 syndog-en" "875 chartqa"
+         "6500 dvqa" "0 ai2d" "1420 infovqa")
+
+# ---------------------------------------------------------------- is there room?
+marker() { echo "$DATA/.done/${1//\//_}_${2//\//_}"; }  # a file that says: fetched and unpacked
+
+mkdir -p "$DATA/.done"
+training=(0 92000 303000 358000)  # MB of checkpoints and three resume points, in float32
+need=${training[LAST]}
+[ -f $mistral/model-00003-of-00003.safetensors ] || need=$((need + 16500))
+for line in "${sources[@]}"; do
+  read -r stage mb _ from file _ <<<"$line"
+  if ((stage <= LAST)) && [ ! -f "$(marker "$from" "$file")" ]; then need=$((need + mb)); fi
+done
+for line in "${by_hand[@]}"; do
+  read -r mb folder <<<"$line"
+  if ((LAST == 3)) && [ ! -d "$DATA/$folder" ]; then need=$((need + mb)); fi
+done
+room=$(df --output=avail -B 1000000 "$DATA" | tail -1)
+echo "up to $(((need + 999) / 1000)) GB are needed, and $((room / 1000)) GB are free"
+((room >= need)) || [ -n "${IGNORE_DISK:-}" ] ||
+  fail "too little: another disk (DATA, OUT), fewer stages (LAST), or IGNORE_DISK=1"
+
+# ---------------------------------------------------------------- programs and weights
+[ -x .venv/bin/python ] || python3 -m venv .venv
+.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+.venv/bin/pip install --quiet --disable-pip-version-check -e ".[plot]" "huggingface_hub>=0.34"
+launch=(.venv/bin/python)
+((GPUS == 1)) || launch=(.venv/bin/torchrun "--nproc_per_node=$GPUS")
+
+# If the hub asks who you are: .venv/bin/hf auth login
+.venv/bin/hf download openai/clip-vit-large-patch14-336 config.json pytorch_model.bin \
+  --local-dir $clip
+.venv/bin/hf download mistralai/Mistral-7B-Instruct-v0.2 config.json tokenizer.model \
+  tokenizer_config.json model.safetensors.index.json model-0000{1,2,3}-of-00003.safetensors \
+  --local-dir $mistral
+.venv/bin/python train.py --preset mistral-7b --stage "$LAST" --estimate "$@"  # will it fit?
+
+# ---------------------------------------------------------------- data
+fetch() {  # fetch FOLDER FROM FILE [UNZIP'S OPTION], or go on where it was interrupted
+  local path=$1/$3
+  if [ -f "$(marker "$2" "$3")" ]; then return; fi
+  mkdir -p "$1"
+  case $2 in
+    http*) wget --continue --directory-prefix "$1" "$2/$3" ;;
+    *) .venv/bin/hf download "$2" "$3" --repo-type dataset --local-dir "$1" ;;
+  esac
+  if [[ $path == *.zip ]]; then
+    unzip -q -o ${4:+"$4"} "$path" -d "$1"
+    rm "$path"
+  fi
+  touch "$(marker "$2" "$3")"
+}
+
+for line in "${sources[@]}"; do
+  read -r stage _ folder from file option <<<"$line"
+  if ((stage <= LAST)); then fetch "$DATA/$folder" "$from" "$file" "$option"; fi
+done
+for line in "${by_hand[@]}"; do
+  read -r _ folder <<<"$line"
+  if ((LAST == 3)) && [ ! -d "$DATA/$folder" ]; then
+    echo "stage 3 wants $DATA/$folder, which is fetched by hand: data/MIXTURE.md"
+  fi
+done
+
+present() {  # present JSON FOLDER KEPT: are the pictures there? KEPT, if named, gets their records
+  .venv/bin/python - "$@" <<'PYTHON'
+import json
+import sys
+from pathlib import Path
+
+source, folder, target = sys.argv[1:]
+kept, absent = [], {}
+for record in json.loads(Path(source).read_text(encoding="utf-8")):
+    names = record.get("image") or []
+    names = names if isinstance(names, list) else [names]
+    lost = [name for name in names if not Path(folder, name).is_file()]
+    if lost:
+        absent.setdefault(lost[0].split("/")[0], []).append(lost[0])
+    else:
+        kept.append(record)
+print(f"{source}: {len(kept):,} records have their pictures")
+for top, names in sorted(absent.items()):
+    print(f"  {len(names):,} of {folder}/{top} have not; the first: {names[0]}")
+if target:
+    partial = Path(target + ".partial")
+    partial.write_text(json.dumps(kept), encoding="utf-8")
+    partial.replace(target)
+elif absent:
+    sys.exit("fetch or move them (data/MIXTURE.md), or train without them: SKIP_MISSING=1")
+PYTHON
+}
+
+# ---------------------------------------------------------------- the three stages
+finished() { grep -qs '"finished": true' "$OUT/stage$1/train.json"; }
+
+train() {  # train STAGE JSON IMAGE_FOLDER TEMPLATE [FLAGS]
+  local stage=$1 json=$2 folder=$3 template=$4 kept=""
+  if finished "$stage"; then echo "stage $stage is finished" && return; fi
+  [ -z "${SKIP_MISSING:-}" ] || kept=${json%.json}_present.json
+  if [ ! -f "$kept" ]; then present "$json" "$folder" "$kept"; fi
+  if [ -n "${CHECK:-}" ]; then
+    .venv/bin/python -m data.check "${kept:-$json}" --image-folder "$folder" --llm $mistral \
+      --clip $clip --template "$template" --row-tokens 4096
+  fi
+  "${launch[@]}" train.py --preset mistral-7b --stage "$stage" --data "${kept:-$json}" \
+    --image-folder "$folder" --out "$OUT" ${LIMIT:+--limit "$LIMIT"} "${@:5}"
+  finished "$stage" || exit 0  # Ctrl-C
+}
+
+# 1: the connector learns from captions. 2: everything learns from long captions.
+# 3: CLIP and the connector become mixtures of four experts, and everything learns to answer.
+llava=$DATA/llava/llava_pretrain chat=mistral_instruct_system
+train 1 "$llava/blip_laion_cc_sbu_558k.json" "$llava/images" plain "$@"
+((LAST < 2)) || train 2 "$DATA/jsons/cumo_pft_allava.json" "$DATA" $chat "$@"
+((LAST < 3)) || train 3 "$DATA/jsons/cumo_vit_1649K.json" "$DATA" $chat "$@"
+
+.venv/bin/python sample.py --model "$OUT/stage$LAST" --image cat.jpg --ask "What is this?"

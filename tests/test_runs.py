@@ -1,0 +1,137 @@
+"""runs/*.sh are documentation that runs: they parse, their flags exist, what is there is kept."""
+
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data.check import CheckConfig
+from eval import EvalConfig
+from sample import SampleConfig
+from train import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted(ROOT.glob("runs/*.sh"))
+CONFIGS = {"train.py": TrainConfig, "eval.py": EvalConfig, "sample.py": SampleConfig,
+           "-m data.check": CheckConfig}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_script_parses_and_is_executable(script):
+    done = subprocess.run(["bash", "-n", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert os.access(script, os.X_OK)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_flags_in_the_scripts_exist(script):
+    for line in script.read_text().replace("\\\n", " ").splitlines():
+        for program, cls in CONFIGS.items():
+            _, found, arguments = line.partition(f"{program} ")
+            flags = set(re.findall(r"--([a-z][a-z-]*)", arguments)) if found else set()
+            fields = {field.name.replace("_", "-") for field in dataclasses.fields(cls)}
+            assert {flag.removeprefix("no-") for flag in flags} <= fields, line
+
+
+STUB = """#!/usr/bin/env bash
+# Stands for python, hf, wget and so on: notes how it was called, and leaves files as they do.
+name=${0##*/} all=$* last="${@: -1}"
+echo "$name $all" >>calls
+after() { sed -E "s/.* --?$1 ([^ ]+).*/\\1/" <<<" $all "; }
+case "$name $all" in
+  "python - "*) exec PYTHON -I -S "$@" ;;  # the script's own lines; they need no package
+  df*) printf 'Avail\\n137000\\n' ;;  # MB
+  wget*) touch "$(after directory-prefix)/${last##*/}" ;;
+  unzip*) touch "$(after d)/a.jpg" ;;
+  *--repo-type*)
+    file=$(after local-dir)/$3
+    mkdir -p "${file%/*}"
+    case $file in *llava_pretrain*) image=a ;; *) image=coco/b ;; esac
+    echo '[{"image": "'$image'.jpg"}, {"id": 1}]' >"$file" ;;
+  *'--out '*)
+    folder=$(after out)/stage$(after stage)
+    mkdir -p "$folder"
+    echo '"finished": true' >"$folder/train.json" ;;
+esac
+""".replace("PYTHON", sys.executable)
+
+
+@pytest.fixture
+def cumo_7b(tmp_path):
+    """Run cumo_7b.sh in a copy whose programs are stubs -> (exit status, what they were told)."""
+    for folder in ("runs", "bin", ".venv/bin"):
+        (tmp_path / folder).mkdir(parents=True)
+    shutil.copy(ROOT / "runs" / "cumo_7b.sh", tmp_path / "runs")
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    names = [
+        "bin/wget",
+        "bin/unzip",
+        "bin/df",
+        *(f".venv/bin/{n}" for n in "python pip hf torchrun".split()),
+    ]
+    for name in names:
+        (tmp_path / name).write_text(STUB)
+        (tmp_path / name).chmod(0o755)
+
+    def run(*flags, **settings):
+        (tmp_path / "calls").write_text("")
+        path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+        done = subprocess.run(["runs/cumo_7b.sh", *flags], cwd=tmp_path, text=True,
+                              env={"PATH": path, "IGNORE_DISK": "1", **settings},
+                              capture_output=True)  # fmt: skip
+        return done, (tmp_path / "calls").read_text().splitlines()
+
+    return run
+
+
+def test_first_try_fetches_and_trains_stage_1_alone(cumo_7b):
+    done, calls = cumo_7b(LAST="1", LIMIT="5000")
+    assert done.returncode == 0, done.stderr
+    assert sum("--repo-type dataset" in call for call in calls) == 2  # JSON and pictures
+    trained = [call for call in calls if "--out " in call]
+    assert len(trained) == 1 and trained[0].startswith("python train.py --preset mistral-7b")
+    assert trained[0].endswith("--stage 1 --data mixture/llava/llava_pretrain/"
+                               "blip_laion_cc_sbu_558k.json --image-folder mixture/llava/"
+                               "llava_pretrain/images --out out/cumo_7b --limit 5000")  # fmt: skip
+
+
+def test_second_run_fetches_and_trains_only_what_is_not_there(cumo_7b):
+    assert cumo_7b(LAST="1")[0].returncode == 0
+    done, calls = cumo_7b("--lr", "1e-6", SKIP_MISSING="1", GPUS="4")
+    assert done.returncode == 0, done.stderr
+    fetched = [call for call in calls if "--repo-type dataset" in call or call.startswith("wget")]
+    assert len(fetched) == 18 and not any("LLaVA-Pretrain" in call for call in fetched)
+    trained = [call for call in calls if "--out " in call]
+    assert [re.search(r"--stage (\d)", call)[1] for call in trained] == ["2", "3"]
+    assert all(call.startswith("torchrun --nproc_per_node=4 train.py") for call in trained)
+    assert all("_present.json" in call and call.endswith("--lr 1e-6") for call in trained)
+    assert cumo_7b()[0].returncode == 0
+    assert not any("--out " in call or "--repo-type" in call for call in cumo_7b()[1])
+
+
+def test_missing_pictures_stop_it_and_are_named(cumo_7b):
+    done, calls = cumo_7b(LAST="2")
+    assert done.returncode == 1
+    assert "1 of mixture/coco have not; the first: coco/b.jpg" in done.stdout
+    assert "SKIP_MISSING=1" in done.stderr and sum("--out " in call for call in calls) == 1
+
+
+def test_too_small_a_disk_stops_it_before_the_first_download(cumo_7b):
+    done, calls = cumo_7b(IGNORE_DISK="", LAST="2")
+    assert done.returncode == 1 and [call.split()[0] for call in calls] == ["df"]
+    assert done.stdout == "up to 478 GB are needed, and 137 GB are free\n"
+    assert cumo_7b(IGNORE_DISK="", LAST="1")[0].returncode == 0
+
+
+def test_the_disk_of_the_readme_and_the_mixture_is_what_the_script_counts(cumo_7b):
+    readme, mixture = (ROOT / name for name in ("README.md", "data/MIXTURE.md"))
+    needs = [
+        re.search(r"\d+ GB", cumo_7b(IGNORE_DISK="", LAST=last)[0].stdout)[0] for last in "321"
+    ]
+    assert f"| together | {' | '.join(reversed(needs))} |" in mixture.read_text()
+    assert needs[0] in readme.read_text() and needs[2] in readme.read_text()
