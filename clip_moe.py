@@ -278,12 +278,12 @@ def mean_aux(auxes: list[list[Aux]]) -> Aux | None:
     """Means over the layers of each scale, then over the scales, however many tiles they have."""
     if not auxes[0]:
         return None
-    balance, z, load = (
+    balance, z, load, entropy = (
         torch.stack([torch.stack([getattr(aux, name) for aux in layers]) for layers in auxes])
-        for name in ("balance", "z", "load")
+        for name in ("balance", "z", "load", "entropy")
     )
     choice = torch.stack([aux.choice for aux in auxes[0]])
-    return Aux(balance.mean(), z.mean(), load.mean(0), choice)
+    return Aux(balance.mean(), z.mean(), load.mean(0), choice, entropy=entropy.mean(0))
 
 
 def is_unused(name: str) -> bool:

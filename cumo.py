@@ -141,6 +141,7 @@ class Output(NamedTuple):
     lm_loss: Tensor | None
     aux: dict  # {"clip" | "mlp" | "llm": (balance, z), or None where that part is dense}
     load: dict  # {"clip": [L, E], "mlp": [E], "llm": [L, E]} share of the assignments, or None
+    entropy: dict  # {"clip": [L], "mlp": [], "llm": [L]} of the routers, in nats, or None
 
 
 class CuMo(nn.Module):
@@ -213,10 +214,11 @@ class CuMo(nn.Module):
             loss = lm_loss
             for part in filter(None, aux.values()):
                 loss = loss + self.cfg.balance_coef * part.balance + self.cfg.z_coef * part.z
-        losses = {k: (a.balance, a.z) if a else None for k, a in aux.items()}
-        return Output(
-            logits, loss, lm_loss, losses, {k: a.load if a else None for k, a in aux.items()}
+        losses, load, entropy = (
+            {part: get(a) if a else None for part, a in aux.items()}
+            for get in (lambda a: (a.balance, a.z), lambda a: a.load, lambda a: a.entropy)
         )
+        return Output(logits, loss, lm_loss, losses, load, entropy)
 
     @torch.no_grad()
     def generate(self, tokens, images=None, segments=None, **options):

@@ -333,7 +333,7 @@ class LLM(nn.Module):
 
         segments [B, T]: 0 is padding, 1..n number the documents of a row; None: one document a row.
         Aux has means over the layers for losses, and load [L, E], choice [L, B, T, K], prob and
-        share [L, 1, E].
+        share [L, 1, E], entropy [L].
         """
         assert segments is None or cache is None or cache.seen == 0, "padding comes first"
         if segments is None:

@@ -76,6 +76,7 @@ class Aux(NamedTuple):
     choice: Tensor  # [B, T, K] chosen experts, best first; E (no expert) where padded
     prob: Tensor | None = None  # [B, E] mean probability: balance comes from its product with
     share: Tensor | None = None  # [B, E] the share of tokens whose first choice it is, no gradient
+    entropy: Tensor | None = None  # scalar, nats: 0 (sure of one expert) to log E (no idea)
 
 
 class Router(nn.Module):
@@ -127,7 +128,9 @@ class Router(nn.Module):
         count = tokens_B.sum().clamp(min=1)
         z = (real_BT * logits_BTE.logsumexp(-1) ** 2).sum() / count
         load_E = chosen_BTKE.flatten(0, -2).sum(0) / (count * self.top_k)
-        return weights_BTK, Aux(balance, z, load_E, choice_BTK, prob_BE, share_BE)
+        entropy = torch.special.entr(probs_BTE.detach()).sum(-1)  # entr(p) = -p log p
+        entropy = (real_BT * entropy).sum() / count
+        return weights_BTK, Aux(balance, z, load_E, choice_BTK, prob_BE, share_BE, entropy)
 
 
 def grouped_matmul(x_MD: Tensor, w_EDF: Tensor, ends_E: Tensor, rows_ME: Tensor) -> Tensor:

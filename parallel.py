@@ -179,11 +179,13 @@ def whole_batch(lm_loss, aux, n_images, labels, segments):
         if said is None:
             continue
         count = counts[part]
-        balance, z, load = (mean_of_all(x, count) for x in (said.balance, said.z, said.load))
+        balance, z, load, entropy = (
+            mean_of_all(x, count) for x in (said.balance, said.z, said.load, said.entropy)
+        )
         if part == "llm":
             prob_LBE, share_LBE = mean_of_all(said.prob, count), mean_of_all(said.share, count)
             balance = prob_LBE.shape[-1] * (prob_LBE * share_LBE).sum(-1).mean()
-        whole[part] = said._replace(balance=balance, z=z, load=load)
+        whole[part] = said._replace(balance=balance, z=z, load=load, entropy=entropy)
     return mean_of_all(lm_loss, (labels[:, 1:] != IGNORE).sum().float()), whole
 
 

@@ -491,6 +491,7 @@ def describe(out):
         if losses:
             metrics |= {f"{part}_balance": losses[0].item(), f"{part}_z": losses[1].item()}
             metrics[f"{part}_load"] = out.load[part].tolist()
+            metrics[f"{part}_entropy"] = out.entropy[part].tolist()
     return metrics
 
 

@@ -1,6 +1,7 @@
 """The router, the experts and the connector, against a token-by-token reference and by law."""
 
 import copy
+import math
 
 import pytest
 import reference
@@ -146,6 +147,23 @@ def test_top_1_gives_the_router_no_gradient_but_its_losses():
     assert moe.gate.weight.grad.abs().max() < 1e-6
     sum(moe(x)[1][:2]).backward()
     assert moe.gate.weight.grad.abs().max() > 1e-3
+
+
+def test_entropy_says_how_sure_the_router_is():
+    router = Router(6, 4, 2)
+    x = torch.randn(2, 5, 6)
+    with torch.no_grad():
+        router.weight.zero_()
+    assert router(x)[1].entropy == pytest.approx(math.log(4))
+    with torch.no_grad():
+        router.weight.copy_(torch.eye(4, 6) * 100)
+    sure = torch.eye(4, 6)[None]
+    assert router(sure)[1].entropy < 1e-6
+    mask = torch.tensor([[True, True, False, False]])
+    router.reset_parameters()
+    both, cut = router(sure[:, :2])[1].entropy, router(sure, mask)[1].entropy
+    torch.testing.assert_close(both, cut)
+    assert not both.requires_grad
 
 
 def test_load_has_no_gradient():
