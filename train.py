@@ -24,8 +24,10 @@ import json
 import math
 import os
 import pathlib
+import shlex
 import shutil
 import signal
+import sys
 import time
 import zipfile
 from dataclasses import dataclass
@@ -417,10 +419,16 @@ class Trainer:
         if not parallel.first():
             return
         newest, older = (self.folder / name for name in RESUME)
-        torch.save(state, self.folder / (newest.name + ".partial"))
-        if newest.is_file():
-            newest.replace(older)
-        publish(newest)
+        partial = self.folder / (newest.name + ".partial")
+        try:
+            torch.save(state, partial)
+            if newest.is_file():
+                newest.replace(older)
+            publish(newest)
+        except (OSError, RuntimeError) as error:  # PyTorch's writer has no OSError
+            partial.unlink(missing_ok=True)
+            raise ValueError(f"{newest} cannot be written (is the disk full?): {error!r:.99}; the "
+                             "one before is good, and the same command continues") from None  # fmt: skip
 
     def load_resume(self):
         """Go back to the newest resume point that can be read. ValueError if there is none."""
@@ -548,7 +556,8 @@ def train_stage(cfg):
             signal.signal(number, handler)
     if not done:
         trainer.save_resume()
-        print(f"stopped after {trainer.used:,} samples; the same command continues")
+        again = shlex.join(["python", *sys.argv])
+        print(f"stopped after {trainer.used:,} samples; the same command continues: {again}")
         return False
     if trainer.rejected == len(trainer.order):
         raise ValueError(f"none of the {trainer.rejected} samples holds an answer to learn within "

@@ -276,6 +276,31 @@ def test_a_damaged_resume_point_gives_way_to_the_one_before(
     assert losses_of(tmp_path / "stage2") == losses_of(finished / "stage2")
 
 
+def test_a_full_disk_is_named_and_the_resume_point_before_is_good(weights, finished, tmp_path):
+    resource = pytest.importorskip("resource")
+    options = dict(out=str(tmp_path), init=str(finished / "stage1"), save_every=2)
+    cfg = train.resolve(weights | options, 2)
+    limits, save = resource.getrlimit(resource.RLIMIT_FSIZE), torch.save
+    calls = iter(range(9))
+
+    def save_to_a_full_disk(state, file):
+        if next(calls) == 1:  # the second one: no file may grow past 100 kB
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        save(state, file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "save", save_to_a_full_disk)
+        try:
+            with pytest.raises(ValueError, match="resume.pt cannot be written.* disk full.*contin"):
+                train.train_stage(cfg)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [file.name for file in (tmp_path / "stage2").glob("resume*")] == ["resume.pt"]
+    assert train.train_stage(cfg)
+    assert not changed(finished / "stage2", tmp_path / "stage2")[0]
+    assert losses_of(tmp_path / "stage2") == losses_of(finished / "stage2")
+
+
 def test_losses_are_the_same_with_and_without_recomputing(weights, finished, tmp_path):
     for recompute in (False, True):
         out = tmp_path / str(recompute)
