@@ -62,9 +62,8 @@ def bytes_per_parameter(weights: str, moments: str) -> float:
     check_choice("weights", weights, WEIGHTS)
     check_choice("moments", moments, MOMENTS)
     master, scales = 4 * (weights == "bf16-master"), 2 * 4 / BLOCK * (moments == "int8")
-    return (
-        2 * WEIGHTS[weights].itemsize + master + sum(d.itemsize for d in MOMENTS[moments]) + scales
-    )
+    sizes = [dtype.itemsize for dtype in (WEIGHTS[weights],) * 2 + MOMENTS[moments]]
+    return sum(sizes) + master + scales
 
 
 # --------------------------------------------------------------------------------- rounding
@@ -159,9 +158,8 @@ def adamw(p, g, m, v, master, m_scale, v_scale, numbers, keys, start):
     if m_scale is not None:
         v_code, v_top = pack_v(v_new, noise(p, key_v, start))
         m_code, m_top = pack_m(m_new, unpack_v(v_code, v_top), noise(p, key_m, start))
-        pairs = (m, m_code), (v, v_code), (m_scale, m_top), (v_scale, v_top)
-        for stored, new in pairs:
-            stored.copy_(new)
+        for old, new in (m, m_code), (v, v_code), (m_scale, m_top), (v_scale, v_top):
+            old.copy_(new)
     elif m.dtype == torch.bfloat16:
         m.copy_(stochastic_round(m_new, noise(p, key_m, start)))
         v.copy_(stochastic_round(v_new, noise(p, key_v, start)))
