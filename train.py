@@ -28,7 +28,9 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -36,11 +38,12 @@ from tqdm import tqdm
 
 from clip_moe import CLIPVision
 from cumo import CuMo, CuMoConfig, check_device, has_fast_bf16
-from data.chat import TEMPLATES, Rejected, template_of
+from data.chat import TEMPLATES, template_of
 from data.flags import parse, run
 from data.hub import resolve as local_folder
 from data.images import MODES
-from data.llava import LlavaData, encode
+from data.llava import LlavaData, check_row, encode
+from data.loader import KINDS, Loader, data_order, default_workers, told
 from data.packing import pack
 from data.tokenizer import Tokenizer
 from data.weights import write_json
@@ -67,11 +70,13 @@ class TrainConfig:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to train
     bf16: bool = True  # bf16 products over float32 weights, where the hardware has them
     compile: bool = False  # torch.compile the blocks
+    workers: int = 0  # processes that read the data; unless given up to 4 on a GPU, else none
     overwrite: bool = False  # train a finished stage again
     save_every: int = 200  # steps between two resume points
     # the rest belongs to the stages that --stage names
     data: str = ""  # LLaVA JSON or JSONL; empty: the emoji world
     image_folder: str = ""  # where the image paths of --data start
+    limit: int = 0  # use only so many records of --data, the first ones; 0: all
     samples: int = 0  # how many samples to see; 0: all of --data, once
     augment: bool = True  # recolour the drawings of the emoji world
     init: str = ""  # start from this checkpoint; without --stage, stage 3 alone
@@ -123,7 +128,8 @@ STAGES = {"mini": MINI, "smol-mini": SMOL_MINI, "smol": SMOL, "mistral-7b": PAPE
           "mixtral-8x7b": PAPER}  # fmt: skip
 WORLD_TASK = {1: "name", 2: "describe", 3: "ask"}  # what the emoji world teaches in each stage
 SHARED = ("preset", "clip", "llm", "scales", "seed")  # the same in all stages of one model
-IRRELEVANT = ("stage", "out", "device", "compile", "overwrite", "save_every")  # to what is learned
+IRRELEVANT = ("stage", "out", "device", "compile", "workers", "overwrite",
+              "save_every")  # to what is learned  # fmt: skip
 
 
 # ------------------------------------------------------------------------------ pure arithmetic
@@ -144,14 +150,16 @@ def resolve(given, stage, target=True):
     cfg.stage = stage
     if "bf16" not in own:
         cfg.bf16 = has_fast_bf16(cfg.device)
+    if "workers" not in own:
+        cfg.workers = default_workers(cfg.device)
     if cfg.data and "samples" not in own:
         cfg.samples = 0  # one's own data is seen once
     check_choice("template", cfg.template, TEMPLATES)
     check_choice("image-mode", cfg.image_mode, MODES)
     if not 0 <= cfg.warmup < 1 or cfg.lr <= 0:
         raise ValueError(f"--warmup {cfg.warmup} must be from 0 to below 1, --lr {cfg.lr} above 0")
-    for name in ("samples", "rows", "row_tokens", "accumulate", "save_every"):
-        value, least = getattr(cfg, name), int(name != "samples")
+    for name in ("samples", "limit", "workers", "rows", "row_tokens", "accumulate", "save_every"):
+        value, least = getattr(cfg, name), int(name not in ("samples", "limit", "workers"))
         if value < least:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} {value} is too small, take {least} or more")
@@ -180,13 +188,6 @@ def param_groups(model, cfg):
         {"params": groups[True], "weight_decay": cfg.weight_decay},
         {"params": groups[False], "weight_decay": 0.0},
     ]
-
-
-def data_order(n, samples, seed):
-    """Indices of the samples in the order of use: every epoch a new permutation of all `n`."""
-    epochs = -(-samples // n)
-    generator = torch.Generator().manual_seed(seed)
-    return torch.cat([torch.randperm(n, generator=generator) for _ in range(epochs)])[:samples]
 
 
 # ------------------------------------------------------------------------------ starting a stage
@@ -239,7 +240,9 @@ def build(cfg):
 
 def open_data(cfg):
     if cfg.data:
-        return LlavaData(cfg.data, cfg.image_folder)
+        return LlavaData(cfg.data, cfg.image_folder, cfg.limit)
+    if cfg.limit:
+        raise ValueError(f"--limit {cfg.limit} is for --data; the emoji world has --samples")
     if cfg.preset not in ("mini", "smol-mini"):
         raise ValueError(
             f"stage {cfg.stage} of {cfg.preset} needs data of its own: run it by itself, with "
@@ -253,7 +256,7 @@ def open_data(cfg):
 # ------------------------------------------------------------------------------ one stage
 
 
-PLACE = ("step", "used", "rejected", "seconds")  # how far a Trainer has come
+PLACE = ("step", "used", "counts", "seconds")  # how far a Trainer has come
 
 
 class Trainer:
@@ -267,9 +270,11 @@ class Trainer:
         self.model, source = build(cfg)
         self.model.to(cfg.device)
         self.tokenizer = Tokenizer.from_pretrained(source)
+        check_row(cfg.row_tokens, self.tokenizer, cfg.template, self.model.image_tokens)
         self.optimizer = torch.optim.AdamW(param_groups(self.model, cfg), lr=cfg.lr, fused=True)
         self.order = data_order(len(self.data), cfg.samples or len(self.data), cfg.seed)
-        self.step, self.used, self.rejected, self.seconds, self.stop = 0, 0, 0, 0.0, False
+        self.step, self.used, self.seconds, self.stop = 0, 0, 0.0, False
+        self.counts = dict.fromkeys(KINDS, 0)
         if cfg.compile:
             for block in [*self.model.vision.layers, *self.model.llm.model.layers]:
                 block.compile()
@@ -277,19 +282,13 @@ class Trainer:
     def batches(self):
         """Packed batches from where the last one ended."""
         cfg, model = self.cfg, self.model
-        image = (model.image_tokens, model.cfg.vision.image_size, cfg.image_mode)
-
-        def encoded():
-            for i in self.order[self.used :].tolist():
-                try:
-                    yield encode(self.data[i], self.tokenizer, cfg.template, *image, cfg.row_tokens)
-                except Rejected as reason:
-                    self.rejected += 1
-                    if self.rejected <= 3:
-                        tqdm.write(f"left out: {reason}")
-                    yield [], [], []
-
-        return pack(encoded(), cfg.rows, cfg.row_tokens)
+        code = partial(
+            encode, tokenizer=self.tokenizer, template=cfg.template, max_tokens=cfg.row_tokens,
+            image_tokens=model.image_tokens, image_size=model.cfg.vision.image_size,
+            image_mode=cfg.image_mode)  # fmt: skip
+        skipped = self.folder / "skipped.jsonl"
+        loader = Loader(self.data, self.order, code, cfg.workers, self.counts, skipped)
+        return pack(loader.samples(self.used), cfg.rows, cfg.row_tokens)
 
     def train_step(self, batches):
         """One optimizer step over `accumulate` batches -> metrics; None at the end of the data."""
@@ -351,9 +350,9 @@ class Trainer:
         bar = tqdm(
             total=len(self.order), initial=self.used, unit="sample", desc=f"stage {self.cfg.stage}"
         )
-        batches = self.batches()
         self.model.train()
-        with open(self.folder / "metrics.jsonl", "a") as log, bar:
+        log = open(self.folder / "metrics.jsonl", "a")
+        with log, bar, closing(self.batches()) as batches:  # closing ends the workers
             while not self.stop:
                 metrics = self.train_step(batches)
                 if metrics is None:
@@ -428,15 +427,12 @@ def train_stage(cfg):
 def finish(trainer):
     """Turn a fully trained stage into a checkpoint, and draw its curves."""
     folder, cfg = trainer.folder, trainer.cfg
-    if trainer.rejected == len(trainer.order):
-        raise ValueError(f"none of the {trainer.rejected} samples holds an answer to learn within "
-                         f"--row-tokens {cfg.row_tokens}")  # fmt: skip
+    lines = told(trainer.counts, getattr(trainer.data, "rejected", []), cfg.row_tokens)
     trainer.model.save_pretrained(folder)
     for file in trainer.tokenizer.files:
         shutil.copy(file, folder)
-    rejected = [*getattr(trainer.data, "rejected", []), *[""] * trainer.rejected]
-    if rejected:
-        print(f"stage {cfg.stage}: {len(rejected)} samples had nothing to learn and were left out")
+    for line in lines:
+        print(f"stage {cfg.stage}: {line}")
     seconds = round(trainer.seconds, 1)
     state = {"finished": True, "seconds": seconds, "samples": trainer.used}
     if resource:
