@@ -30,7 +30,9 @@ import signal
 import sys
 import time
 import zipfile
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -40,11 +42,12 @@ import budget
 import parallel
 from clip_moe import CLIPVision, CLIPVisionConfig
 from cumo import CuMo, CuMoConfig, check_device, has_fast_bf16
-from data.chat import TEMPLATES, Rejected, template_of
+from data.chat import TEMPLATES, template_of
 from data.flags import parse, run
 from data.hub import resolve as local_folder
 from data.images import MODES
-from data.llava import LlavaData, encode
+from data.llava import LlavaData, check_row, encode
+from data.loader import KINDS, Loader, data_order, default_workers, told
 from data.packing import pack
 from data.tokenizer import Tokenizer
 from data.weights import publish, read_config, write_json
@@ -73,11 +76,13 @@ class TrainConfig:
     recompute: bool | None = None  # activations, to save memory; None: if it takes that to fit
     estimate: bool = False  # print what the stage takes on each size of card, and stop
     wandb: bool = False  # log to Weights & Biases as well (pip install wandb)
+    workers: int = 0  # processes that read the data; unless given up to 4 on a GPU, else none
     overwrite: bool = False  # train a finished stage again
     save_every: int = 200  # steps between two resume points
     # the rest belongs to the stages that --stage names
     data: str = ""  # LLaVA JSON or JSONL; empty: the emoji world
     image_folder: str = ""  # where the image paths of --data start
+    limit: int = 0  # use only so many records of --data, the first ones; 0: all
     samples: int = 0  # how many samples to see; 0: all of --data, once
     augment: bool = True  # recolour the drawings of the emoji world
     init: str = ""  # start from this checkpoint; without --stage, stage 3 alone
@@ -129,8 +134,8 @@ STAGES = {"mini": MINI, "smol-mini": SMOL_MINI, "smol": SMOL, "mistral-7b": PAPE
           "mixtral-8x7b": PAPER}  # fmt: skip
 WORLD_TASK = {1: "name", 2: "describe", 3: "ask"}  # what the emoji world teaches in each stage
 SHARED = ("preset", "clip", "llm", "scales", "seed")  # the same in all stages of one model
-IRRELEVANT = ("stage", "out", "device", "compile", "recompute", "estimate", "wandb", "overwrite",
-              "save_every")  # to what is learned  # fmt: skip
+IRRELEVANT = ("stage", "out", "device", "compile", "recompute", "estimate", "wandb", "workers",
+              "overwrite", "save_every")  # to what is learned  # fmt: skip
 
 
 # ------------------------------------------------------------------------------ pure arithmetic
@@ -153,6 +158,8 @@ def resolve(given, stage, target=True):
         cfg.bf16 = cfg.estimate or has_fast_bf16(cfg.device)
     if "compile" not in own:
         cfg.compile = cfg.device.startswith("cuda")
+    if "workers" not in own:
+        cfg.workers = default_workers(cfg.device)
     if cfg.data and "samples" not in own:
         cfg.samples = 0  # one's own data is seen once
     check_choice("template", cfg.template, TEMPLATES)
@@ -161,8 +168,8 @@ def resolve(given, stage, target=True):
     check_choice("moments", cfg.moments, ["", *budget.MOMENTS])
     if not 0 <= cfg.warmup < 1 or cfg.lr <= 0:
         raise ValueError(f"--warmup {cfg.warmup} must be from 0 to below 1, --lr {cfg.lr} above 0")
-    for name in ("samples", "rows", "row_tokens", "accumulate", "save_every"):
-        value, least = getattr(cfg, name), int(name != "samples")
+    for name in ("samples", "limit", "workers", "rows", "row_tokens", "accumulate", "save_every"):
+        value, least = getattr(cfg, name), int(name not in ("samples", "limit", "workers"))
         if value < least:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} {value} is too small, take {least} or more")
@@ -203,13 +210,6 @@ def make_optimizer(model, cfg):
     if (cfg.weights, cfg.moments) == ("fp32", "fp32"):
         return torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
     return AdamW(groups, lr=cfg.lr, weights=cfg.weights, moments=cfg.moments, seed=cfg.seed)
-
-
-def data_order(n, samples, seed):
-    """Indices of the samples in the order of use: every epoch a new permutation of all `n`."""
-    epochs = -(-samples // n)
-    generator = torch.Generator().manual_seed(seed)
-    return torch.cat([torch.randperm(n, generator=generator) for _ in range(epochs)])[:samples]
 
 
 # ------------------------------------------------------------------------------ starting a stage
@@ -305,7 +305,9 @@ def build(cfg):
 
 def open_data(cfg):
     if cfg.data:
-        return LlavaData(cfg.data, cfg.image_folder)
+        return LlavaData(cfg.data, cfg.image_folder, cfg.limit)
+    if cfg.limit:
+        raise ValueError(f"--limit {cfg.limit} is for --data; the emoji world has --samples")
     if cfg.preset not in ("mini", "smol-mini"):
         raise ValueError(
             f"stage {cfg.stage} of {cfg.preset} needs data of its own: run it by itself, with "
@@ -320,7 +322,7 @@ def open_data(cfg):
 
 
 RESUME = ("resume.pt", "resume.old.pt")  # the newest first
-PLACE = ("step", "used", "rejected", "seconds")  # how far a Trainer has come
+PLACE = ("step", "used", "counts", "seconds")  # how far a Trainer has come
 
 
 def check_zip(file):
@@ -343,9 +345,11 @@ class Trainer:
             self.model, source = build(cfg)
             parallel.shard(self.model, cfg.device, cfg.bf16)
         self.tokenizer = Tokenizer.from_pretrained(source)
+        check_row(cfg.row_tokens, self.tokenizer, cfg.template, self.model.image_tokens)
         self.optimizer = make_optimizer(self.model, cfg)
         self.order = data_order(len(self.data), cfg.samples or len(self.data), cfg.seed)
-        self.step, self.used, self.rejected, self.seconds, self.stop = 0, 0, 0, 0.0, False
+        self.step, self.used, self.seconds, self.stop = 0, 0, 0.0, False
+        self.counts = dict.fromkeys(KINDS, 0)
         self.rate = budget.product_rate(cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32)
         if cfg.compile:  # rows have one length; the number of images differs from batch to batch
             for block in self.model.llm.model.layers:
@@ -356,19 +360,13 @@ class Trainer:
     def batches(self):
         """Packed batches from where the last one ended."""
         cfg, model = self.cfg, self.model
-        image = (model.image_tokens, model.cfg.vision.image_size, cfg.image_mode)
-
-        def encoded():
-            for i in self.order[self.used :].tolist():
-                try:
-                    yield encode(self.data[i], self.tokenizer, cfg.template, *image, cfg.row_tokens)
-                except Rejected as reason:
-                    self.rejected += 1
-                    if self.rejected <= 3:
-                        tqdm.write(f"left out: {reason}")
-                    yield [], [], []
-
-        return pack(encoded(), cfg.rows, cfg.row_tokens)
+        code = partial(
+            encode, tokenizer=self.tokenizer, template=cfg.template, max_tokens=cfg.row_tokens,
+            image_tokens=model.image_tokens, image_size=model.cfg.vision.image_size,
+            image_mode=cfg.image_mode)  # fmt: skip
+        skipped = self.folder / "skipped.jsonl" if parallel.first() else None
+        loader = Loader(self.data, self.order, code, cfg.workers, self.counts, skipped)
+        return pack(loader.samples(self.used), cfg.rows, cfg.row_tokens)
 
     def train_step(self, batches):
         """One optimizer step over `accumulate` batches -> metrics; None at the end of the data."""
@@ -427,8 +425,10 @@ class Trainer:
             publish(newest)
         except (OSError, RuntimeError) as error:  # PyTorch's writer has no OSError
             partial.unlink(missing_ok=True)
-            raise ValueError(f"{newest} cannot be written (is the disk full?): {error!r:.99}; the "
-                             "one before is good, and the same command continues") from None  # fmt: skip
+            raise ValueError(
+                f"{newest} cannot be written (is the disk full?): {error!r:.99}; the one before is "
+                "good, and the same command continues"
+            ) from None
 
     def load_resume(self):
         """Go back to the newest resume point that can be read. ValueError if there is none."""
@@ -459,9 +459,10 @@ class Trainer:
         first, device = parallel.first(), self.cfg.device
         bar = tqdm(total=len(self.order), initial=self.used, unit="sample",
                    desc=f"stage {self.cfg.stage}", disable=not first)  # fmt: skip
-        batches, wandb = self.batches(), open_wandb(self.cfg) if first else None
+        wandb = open_wandb(self.cfg) if first else None
         self.model.train()
-        with open(self.folder / "metrics.jsonl" if first else os.devnull, "a") as log, bar:
+        log = open(self.folder / "metrics.jsonl" if first else os.devnull, "a")
+        with log, bar, closing(self.batches()) as batches:  # closing ends the workers
             while not parallel.anyone(self.stop, device):
                 metrics = self.train_step(batches)
                 if metrics is None:
@@ -559,12 +560,12 @@ def train_stage(cfg):
         again = shlex.join(["python", *sys.argv])
         print(f"stopped after {trainer.used:,} samples; the same command continues: {again}")
         return False
-    if trainer.rejected == len(trainer.order):
-        raise ValueError(f"none of the {trainer.rejected} samples holds an answer to learn within "
-                         f"--row-tokens {cfg.row_tokens}")  # fmt: skip
+    lines = told(trainer.counts, getattr(trainer.data, "rejected", []), cfg.row_tokens)
     model = parallel.whole_model(trainer.model)
     if parallel.first():
         finish(trainer, model)
+        for line in lines:
+            print(f"{name}: {line}")
     parallel.wait()
     return True
 
@@ -575,9 +576,6 @@ def finish(trainer, model):
     model.save_pretrained(folder)
     for file in trainer.tokenizer.files:
         shutil.copy(file, folder)
-    rejected = [*getattr(trainer.data, "rejected", []), *[""] * trainer.rejected]
-    if rejected:
-        print(f"stage {cfg.stage}: {len(rejected)} samples had nothing to learn and were left out")
     seconds = round(trainer.seconds, 1)
     state = {"finished": True, "seconds": seconds, "samples": trainer.used}
     state["peak_memory_gb"] = round(budget.peak_memory(cfg.device) / budget.GB, 2)

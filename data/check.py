@@ -6,10 +6,11 @@
     python -m data.check captions.json --image-folder pics --template plain   # as stage 1 reads it
 
 Every record is read, every picture opened and every conversation tokenized, as a training would. A
-faulty record (roles, image tags, a picture that is missing or damaged) stops a training; one that
-teaches nothing (an empty answer, or none within --row-tokens) is left out and counted. Both are
-listed with id and reason. The exit status is 1 if a training would stop, or have nothing to learn,
-and else 0.
+faulty record (roles, image tags, a picture that is missing) stops a training; one with a damaged
+picture is skipped, unless they are more than 1 %; one that teaches nothing (an empty answer, or
+none within --row-tokens) is left out. All are listed with id and reason. A conversation longer than
+--row-tokens is cut: it loses its last questions and answers. The exit status is 1 if a training
+would stop, or have nothing to learn, and else 0.
 
 `--show N` prints the first N samples; what is learned is green, or, where there are no colours (not
 a terminal, or NO_COLOR is set), stands between « and ».
@@ -26,7 +27,8 @@ from tqdm import tqdm
 from data.chat import IGNORE, IMAGE_TOKEN, Rejected, check_template, render, template_of
 from data.flags import parse, run
 from data.images import MODES
-from data.llava import check_record, encode, open_sample, read_records
+from data.llava import Unreadable, check_record, check_row, encode, open_sample, read_records
+from data.loader import too_many
 from data.tokenizer import Tokenizer
 from data.weights import read_config
 
@@ -39,7 +41,7 @@ class CheckConfig:
     clip: str = "data/mini/clip"  # folder with CLIP's config.json
     template: str = ""  # how conversations are written; empty: as the tokenizer suggests
     image_mode: str = "pad"  # how pictures become square: pad or square
-    row_tokens: int = 256  # tokens a row; what goes past it is cut
+    row_tokens: int = 256  # tokens a row; a conversation loses the turns that go past it
     show: int = 0  # samples to show
     list: int = 20  # rejected records to list; 0: all of them
 
@@ -48,24 +50,33 @@ class Report:
     """What was found: of every used sample its lengths, of every other one its reason."""
 
     def __init__(self):
-        self.faults, self.left_out, self.sizes = [], [], []
-        self.lengths, self.learned, self.cut = [], [], 0
+        self.faults, self.skipped, self.left_out, self.sizes = [], [], [], []
+        self.lengths, self.learned, self.cut, self.dropped = [], [], 0, 0
 
-    def add(self, ids, labels, length, sizes):
+    def add(self, coded, length, sizes):
         self.sizes += sizes
         self.lengths.append(length)
-        self.learned.append(sum(label != IGNORE for label in labels))
-        self.cut += length > len(ids)
+        self.learned.append(sum(label != IGNORE for label in coded.labels))
+        self.cut += coded.dropped > 0
+        self.dropped += coded.dropped
+
+    def stops(self, n):
+        """Whether a training would end at a fault, or at more broken pictures than it bears."""
+        return bool(self.faults) or too_many(len(self.skipped), n)
 
     def print(self, cfg, n):
         print(f"{cfg.data}: {n:,} records; {len(self.lengths):,} are used, {len(self.left_out):,} "
-              f"left out, {len(self.faults):,} would stop a training")  # fmt: skip
-        for kind, reasons in (("stops", self.faults), ("left out", self.left_out)):
+              f"left out, {len(self.skipped):,} skipped, {len(self.faults):,} would stop a "
+              "training")  # fmt: skip
+        kinds = ("stops", self.faults), ("skipped", self.skipped), ("left out", self.left_out)
+        for kind, reasons in kinds:
             shown = reasons[: cfg.list or None]
             for reason in shown:
                 print(f"  {kind}: {reason}")
             if len(reasons) > len(shown):
                 print(f"  {kind}: {len(reasons) - len(shown):,} more; --list 0 lists all")
+        if too_many(len(self.skipped), n):
+            print(f"{len(self.skipped):,} of {n:,} cannot be read; so many would stop a training")
         if self.sizes:
             w, h = np.array(self.sizes).T
             print(f"images: {len(w):,}; width {w.min()} to {w.max()}, median {np.median(w):.0f}; "
@@ -74,7 +85,8 @@ class Report:
             percentiles("tokens a sample", self.lengths)
             percentiles("of them learned", self.learned)
             print(f"longer than --row-tokens {cfg.row_tokens}, hence cut: {self.cut:,} "
-                  f"({100 * self.cut / len(self.lengths):.1f} %)")  # fmt: skip
+                  f"({100 * self.cut / len(self.lengths):.1f} %), by {self.dropped:,} questions "
+                  "and answers")  # fmt: skip
 
 
 def percentiles(name, values):
@@ -113,6 +125,7 @@ def main():
     check_template(template, tokenizer)
     if cfg.image_mode not in MODES:
         raise ValueError(f"--image-mode {cfg.image_mode!r} is unknown; choose from {MODES}")
+    check_row(cfg.row_tokens, tokenizer, template, patches)
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     report, shown, records = Report(), [], read_records(cfg.data)
     for k, record in enumerate(tqdm(records, unit="record", leave=False)):
@@ -121,19 +134,21 @@ def main():
             images = sample["images"]
             options = (tokenizer, template, patches)
             whole, _ = render(sample["conversations"], *options, len(images))
-            ids, labels, _ = encode(sample, *options, size, cfg.image_mode, cfg.row_tokens)
+            coded = encode(sample, *options, size, cfg.image_mode, cfg.row_tokens)
         except Rejected as reason:
             report.left_out.append(reason)
+        except Unreadable as fault:
+            report.skipped.append(fault)
         except ValueError as fault:
             report.faults.append(fault)
         else:
-            report.add(ids, labels, len(whole), [image.size for image in images])
+            report.add(coded, len(whole), [image.size for image in images])
             if len(shown) < cfg.show:
-                shown.append(f"--- {sample['id']}\n{painted(ids, labels, tokenizer, color)}")
+                shown.append(f"--- {sample['id']}\n{painted(*coded[:2], tokenizer, color)}")
     report.print(cfg, len(records))
     for text in shown:
         print(text)
-    if report.faults or not report.lengths:
+    if report.stops(len(records)) or not report.lengths:
         sys.exit(1)
 
 

@@ -22,7 +22,9 @@ def open_image(path):
     """The picture at `path`, fully read, RGB. ValueError with one line if there is none."""
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            image = image.convert("RGB")
+        image.filename = str(path)  # as Pillow's own have it, to name it in an error
+        return image
     except FileNotFoundError:
         raise ValueError(f"{path}: no such image; check the path") from None
     except IsADirectoryError:

@@ -13,9 +13,19 @@ in `rejected`. A picture itself is opened when its turn comes; data/check.py ope
 import json
 import os
 import pathlib
+import re
+from bisect import bisect_right
+from typing import NamedTuple
 
-from data.chat import IGNORE, IMAGE_TOKEN, Rejected, check, lacks, render
+from data.chat import IGNORE, IMAGE_TAG, Rejected, check, lacks, render
 from data.images import open_image, preprocess
+
+
+class Unreadable(ValueError):
+    """(id, path, reason) of a sample whose picture cannot be used; a training skips it."""
+
+    def __str__(self):
+        return f"sample {self.args[0]}: {self.args[2]}"
 
 
 def read_records(path):
@@ -44,6 +54,8 @@ def parse(text, where):
         raise ValueError(f"{where}: is nested too deeply to be a list of samples") from None
     except json.JSONDecodeError as error:
         hint = "; name it .jsonl if each line is a sample" if error.msg == "Extra data" else ""
+        before = re.findall(r'"id"\s*:\s*("[^"\n]*"|\d+)', text[: error.pos])
+        hint += f"; the last id before it is {before[-1]:.60}" if before else ""
         raise ValueError(f"{where}: is not valid JSON ({error}){hint}") from None
 
 
@@ -78,20 +90,21 @@ def image_paths(record, folder, where):
 
 def open_sample(record, k, paths):
     """Record `k` with its pictures read: {"id", "images": [PIL], "conversations"}."""
-    name = str(record.get("id", k))
-    try:
-        images = [open_image(path) for path in paths]
-    except ValueError as error:
-        raise ValueError(f"sample {name}: {error}") from None
+    name, images = str(record.get("id", k)), []
+    for path in paths:
+        try:
+            images.append(open_image(path))
+        except ValueError as error:
+            raise Unreadable(name, str(path), str(error)) from None
     return {"id": name, "images": images, "conversations": record["conversations"]}
 
 
 class LlavaData:
-    """The samples of a LLaVA file; used like World."""
+    """The samples of a LLaVA file, of its first `limit` records (0: of all); used like World."""
 
-    def __init__(self, path, image_folder=""):
+    def __init__(self, path, image_folder="", limit=0):
         self.folder, self.records, self.rejected, faults = image_folder, [], [], []
-        for k, record in enumerate(read_records(path)):
+        for k, record in enumerate(read_records(path)[: limit or None]):
             try:
                 check_record(record, k, path, image_folder)
                 self.records.append((k, record))
@@ -114,25 +127,57 @@ class LlavaData:
         return open_sample(record, k, image_paths(record, self.folder, f"record {k}"))
 
 
+class Encoded(NamedTuple):
+    ids: list
+    labels: list  # of equal length; IGNORE where nothing is learned
+    images: list  # of tensors [3, S, S]
+    dropped: int  # pairs of question and answer that did not fit
+
+
 def encode(sample, tokenizer, template, image_tokens, image_size, image_mode="pad",
            max_tokens=None):  # fmt: skip
-    """A sample -> (ids, labels, [image tensors [3, S, S]]), ready to be packed.
+    """A sample, ready to be packed. One longer than `max_tokens` loses its last questions, with
+    their answers and images. `Rejected` when nothing is left to learn, `Unreadable` for a picture
+    that cannot be made square.
 
-    What goes past `max_tokens` is cut off, as in the original; but an image that would be cut goes
-    as a whole. Raises `Rejected` when nothing is left to learn.
+    CuMo: the original cuts anywhere, also in an image, whose features then go nowhere.
     """
     where, images = f"sample {sample['id']}", sample["images"]
-    turns = sample["conversations"]
-    ids, labels = render(turns, tokenizer, template, image_tokens, len(images), where)
+    turns = check(sample["conversations"], len(images), where)
+
+    def first(pairs):
+        """The first `pairs` of question and answer as (ids, labels, number of images)."""
+        kept = turns[: 2 * pairs]
+        n = sum(turn["value"].count(IMAGE_TAG) for turn in kept)
+        return *render(kept, tokenizer, template, image_tokens, n, where), n
+
+    pairs = (len(turns) + 1) // 2  # the last may be a question alone
+    ids, labels, n = first(pairs)
+    fit = pairs
     if max_tokens and len(ids) > max_tokens:
-        ids, labels = ids[:max_tokens], labels[:max_tokens]
-        if images:
-            whole, rest = divmod(ids.count(IMAGE_TOKEN), image_tokens)
-            keep = len(ids) - rest
-            ids, labels, images = ids[:keep], labels[:keep], images[:whole]
+        fit = bisect_right(range(1, pairs), max_tokens, key=lambda k: len(first(k)[0]))
+        if not fit:
+            raise Rejected(f"{where}: its first question and answer alone do not fit in "
+                           f"--row-tokens {max_tokens}")  # fmt: skip
+        ids, labels, n = first(fit)
     if all(label == IGNORE for label in labels):
-        raise Rejected(f"{where}: there is no answer to learn in its first {len(ids)} tokens")
-    try:
-        return ids, labels, [preprocess(image, image_size, image_mode) for image in images]
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise Rejected(f"{where}: there is no answer to learn in its {len(ids)} tokens")
+    pixels = []
+    for image in images[:n]:
+        try:
+            pixels.append(preprocess(image, image_size, image_mode))
+        except ValueError as error:
+            path = getattr(image, "filename", "")
+            raise Unreadable(sample["id"], path, str(error)) from None
+    return Encoded(ids, labels, pixels, pairs - fit)
+
+
+def check_row(row_tokens, tokenizer, template, image_tokens):
+    """ValueError if a row of `row_tokens` has no room for an image and the words around it."""
+    talk = [{"from": "human", "value": IMAGE_TAG}, {"from": "gpt", "value": "a"}]
+    least = len(render(talk, tokenizer, template, image_tokens, n_images=1)[0])
+    if row_tokens < least:
+        enough = -(-(least + 64) // 64) * 64  # 64 tokens or more for a question and its answer
+        raise ValueError(f"--row-tokens {row_tokens} is too short: an image takes {image_tokens} "
+                         f"tokens, {least} with what template {template} writes around it; take "
+                         f"--row-tokens {enough} or more")  # fmt: skip

@@ -49,6 +49,7 @@ READING = [
     ("data/chat.py", "conversations to ids and labels, segment by segment"),
     ("data/tokenizer.py", "SentencePiece and byte-level BPE, both on tiktoken"),
     ("data/check.py", "what a training would make of a data set"),
+    ("data/loader.py", "samples in order, from worker processes; broken pictures"),
     ("data/packing.py", "conversations laid end to end in rows"),
     ("data/weights.py", "reading, checking and writing checkpoints"),
     ("data/hub.py", "names of public models to folders: local, cached or downloaded"),

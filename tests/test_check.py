@@ -19,8 +19,8 @@ def talk(*texts):
 
 
 GOOD = {"id": "good", "image": "red.png", "conversations": talk("<image>\nWhat?", "a cat")}
-LONG = {"id": "long", "conversations": talk("Count.", "one two " * 300)}
-LATE = {"id": "late", "conversations": talk("Count. " * 200, "one")}  # its answer is cut off
+LONG = {"id": "long", "conversations": talk("Count.", "one", *("More.", "one two " * 150) * 3)}
+LATE = {"id": "late", "conversations": talk("Count. " * 200, "one")}  # its answer does not fit
 EMPTY = {"id": "empty", "conversations": talk("Q", " ")}
 DAMAGED = GOOD | {"id": "damaged", "image": "text.png"}
 THIN = GOOD | {"id": "thin", "image": "thin.png"}
@@ -59,9 +59,9 @@ def report(tmp_path, monkeypatch, capsys):
 def test_good_data_has_its_sizes_and_lengths_and_status_0(report):
     status, out = report([GOOD, GOOD | {"id": 2}, LONG])
     assert status == 0
-    assert "3 records; 3 are used, 0 left out, 0 would stop" in out
+    assert "3 records; 3 are used, 0 left out, 0 skipped, 0 would stop" in out
     assert "images: 2; width 20 to 20, median 20; height 10 to 10" in out
-    assert "longer than --row-tokens 256, hence cut: 1 (33.3 %)" in out
+    assert "longer than --row-tokens 256, hence cut: 1 (33.3 %), by 3 questions" in out
     assert int(re.search(r"tokens a sample: .*most ([\d,]+)", out)[1].replace(",", "")) > 256
     assert int(re.search(r"of them learned: .*most (\d+)", out)[1]) < 256
 
@@ -69,20 +69,33 @@ def test_good_data_has_its_sizes_and_lengths_and_status_0(report):
 def test_every_fault_is_named_with_its_record_and_status_is_1(report):
     status, out = report([GOOD, *FAULTY, EMPTY, LATE])
     assert status == 1
-    assert "9 records; 1 are used, 2 left out, 6 would stop a training" in out
+    assert "9 records; 1 are used, 2 left out, 2 skipped, 4 would stop a training" in out
     stops = re.findall(r"  stops: (.*)", out)
     reasons = ["(id 'gone'): no image", "(id 'tagless'): the number of images is 1",
-               "(id 'robot'): turn 0 is from 'robot'", "sample damaged: ", "sample thin: a picture",
+               "(id 'robot'): turn 0 is from 'robot'",
                'record 6 (id None): has no field "conversations"']  # fmt: skip
-    assert len(stops) == 6 and all(reason in stop for reason, stop in zip(reasons, stops))
+    assert len(stops) == 4 and all(reason in stop for reason, stop in zip(reasons, stops))
+    damaged, thin = re.findall(r"  skipped: (.*)", out)
+    assert "sample damaged: " in damaged and "sample thin: a picture of 20000x1" in thin
     first, second = re.findall(r"  left out: (.*)", out)
     assert "(id 'empty'): answer 1 is empty" in first
-    assert "sample late: there is no answer to learn in its first 256 tokens" in second
+    assert "sample late: its first question and answer alone do not fit" in second
 
 
 def test_samples_that_are_left_out_stop_no_training(report):
     assert report([GOOD, EMPTY])[0] == 0
     assert report([EMPTY])[0] == 1, "nothing would be left"
+
+
+def test_broken_pictures_have_status_1_only_when_they_would_stop_a_training(report):
+    assert report([GOOD] + [DAMAGED] * 9)[0] == 0, "of so few one percent says nothing"
+    status, out = report([GOOD] + [DAMAGED] * 10)
+    assert status == 1 and "10 of 11 cannot be read; so many would stop a training" in out
+
+
+def test_row_too_short_for_an_image_is_one_clear_line(report):
+    with pytest.raises(ValueError, match="--row-tokens 64 is too short: an image takes 64 tokens"):
+        report([GOOD], "--row-tokens", "64")
 
 
 def test_longer_rows_cut_less(report):

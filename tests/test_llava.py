@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.chat import IGNORE, IMAGE_TOKEN, Rejected
+from data.chat import IGNORE, IMAGE_TOKEN, Rejected, render
 from data.images import preprocess
-from data.llava import LlavaData, encode, read_records
+from data.llava import LlavaData, Unreadable, check_row, encode, read_records
 from data.tokenizer import Tokenizer
 from data.world import World
 
@@ -182,8 +182,28 @@ def test_missing_file_folder_and_binary_are_one_clear_line(folder):
 def test_image_that_is_no_image_is_named_when_its_turn_comes(folder):
     (folder / "pics" / "text.jpg").write_text("I am no picture")
     data = load(folder, [record("<image>", "A", image="text.jpg")])
-    with pytest.raises(ValueError, match="text.jpg: is no image Pillow can read"):
+    with pytest.raises(Unreadable, match="text.jpg: is no image Pillow can read") as fault:
         data[0]
+    assert fault.value.args[:2] == ("r1", str(folder / "pics" / "text.jpg"))
+
+
+@pytest.mark.parametrize("name", ["many.json", "many.jsonl"])
+def test_broken_record_in_the_middle_of_many_is_named_by_its_id(name, folder):
+    """Whether it is faulty JSON or a faulty record."""
+    records = [record(id=f"n{k}") for k in range(3000)]
+    records[1500]["conversations"][1]["from"] = "nobody"
+    with pytest.raises(ValueError, match=r"record 1500 \(id 'n1500'\): turn 1 is from 'nobody'"):
+        text = ("\n".join(map(json.dumps, records)), json.dumps(records))[name == "many.json"]
+        load(folder, text, name)
+    with pytest.raises(ValueError, match='is not valid JSON .*; the last id before it is "n1500"'):
+        load(folder, text.replace('"nobody"', "nobody"), name)
+
+
+def test_limit_takes_the_first_records_only(folder):
+    records = [record("Q", " "), record(id=2), record(id=3), record("<image>", "faulty")]
+    (folder / "data.json").write_text(json.dumps(records))
+    data = LlavaData(folder / "data.json", limit=3)
+    assert [data[k]["id"] for k in range(len(data))] == ["2", "3"] and len(data.rejected) == 1
 
 
 values = st.recursive(
@@ -223,26 +243,52 @@ def picture_sample(*texts, n_images=1):
 
 def test_encoded_sample_has_ids_labels_and_pixels(tokenizer):
     sample = picture_sample("<image>\nWhat?", "a cat")
-    ids, labels, images = encode(sample, tokenizer, "mistral_instruct", 4, 16, "square")
+    ids, labels, images, _ = encode(sample, tokenizer, "mistral_instruct", 4, 16, "square")
     assert len(ids) == len(labels) and ids.count(IMAGE_TOKEN) == 4
     assert torch.equal(images[0], preprocess(sample["images"][0], 16, "square"))
     assert tokenizer.decode([i for i in labels if i != IGNORE]) == " a cat "
 
 
-def test_long_sample_is_cut_but_never_within_an_image(tokenizer):
-    sample = picture_sample("<image> Q", "A", "And <image>?", "B", n_images=2)
-    whole_ids, whole_labels, _ = encode(sample, tokenizer, "mistral_instruct", 5, 8)
-    for n in range(len(whole_ids) - 1, 0, -1):
-        try:
-            ids, labels, images = encode(sample, tokenizer, "mistral_instruct", 5, 8, max_tokens=n)
-        except Rejected as error:
-            assert all(label == IGNORE for label in whole_labels[:n])
-            assert "sample s: there is no answer to learn" in str(error)
-            continue
-        assert ids == whole_ids[: len(ids)] and labels == whole_labels[: len(ids)]
-        assert ids.count(IMAGE_TOKEN) == 5 * len(images)
-        assert n - 5 < len(ids) <= n
-        assert len(ids) == n or whole_ids[len(ids)] == whole_ids[n - 1] == IMAGE_TOKEN
+words = st.text("ab <>/é\n", min_size=1, max_size=9).filter(str.strip)
+asked = st.tuples(words, st.integers(0, 2), words)  # question, images in it, answer
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), pairs=st.lists(asked, min_size=1, max_size=5), late=st.booleans())
+@pytest.mark.parametrize("template", ["mistral_instruct", "mistral_instruct_system"])
+def test_long_sample_loses_its_last_turns_and_nothing_else(template, data, pairs, late, tokenizer):
+    """Whatever the row, what is left is what `render` makes of a conversation of so few turns."""
+    texts = [text for q, n, a in pairs for text in (q + "<image>" * n, a)] + ["and?"] * late
+    sample = picture_sample(*texts, n_images=sum(n for _, n, _ in pairs))
+    shorter = []
+    for k in range(1, len(pairs) + 1):
+        n = sum(n for _, n, _ in pairs[:k])
+        shorter.append((*render(talk(*texts[: 2 * k]), tokenizer, template, 5, n), n))
+    whole = render(sample["conversations"], tokenizer, template, 5, len(sample["images"]))
+    length = data.draw(st.integers(1, len(whole[0]) + 2))
+    fit = [short for short in shorter if len(short[0]) <= length]
+    if len(whole[0]) <= length:
+        ids, labels, images, dropped = encode(sample, tokenizer, template, 5, 8, max_tokens=length)
+        assert (ids, labels) == whole and not dropped and len(images) == len(sample["images"])
+    elif fit:
+        ids, labels, images, dropped = encode(sample, tokenizer, template, 5, 8, max_tokens=length)
+        assert (ids, labels, len(images)) == fit[-1]
+        assert dropped == len(pairs) + late - len(fit)
+        assert all(map(torch.equal, images, (preprocess(x, 8) for x in sample["images"])))
+    else:
+        with pytest.raises(Rejected, match=f"sample s: its first .* fit in --row-tokens {length}"):
+            encode(sample, tokenizer, template, 5, 8, max_tokens=length)
+
+
+def test_row_without_room_for_an_image_names_what_it_takes_and_what_would_do(tokenizer):
+    for template in ("plain", "mistral_instruct", "mistral_instruct_system"):
+        with pytest.raises(
+            ValueError, match="--row-tokens 64 is too short: an image takes 64"
+        ) as e:
+            check_row(64, tokenizer, template, 64)
+        enough = int(str(e.value).split("--row-tokens ")[-1].split()[0])
+        check_row(enough, tokenizer, template, 64)
+        encode(picture_sample("<image>", "a cat"), tokenizer, template, 64, 8, max_tokens=enough)
 
 
 def test_sample_that_fits_is_not_touched(tokenizer):
@@ -259,5 +305,5 @@ def test_prompt_teaches_nothing_and_is_rejected_with_its_id(tokenizer):
 
 def test_fault_of_a_picture_names_the_sample(tokenizer):
     sample = picture_sample("<image> Q", "A") | {"images": [Image.new("L", (20_000, 1))]}
-    with pytest.raises(ValueError, match="sample s: a picture of 20000x1 is too narrow"):
+    with pytest.raises(Unreadable, match="sample s: a picture of 20000x1 is too narrow"):
         encode(sample, tokenizer, "mistral_instruct", 5, 8)

@@ -76,7 +76,7 @@ def test_a_stage_of_one_step_still_learns(weights, finished, tmp_path):
 
 def test_nothing_to_learn_is_said_and_not_called_finished(weights, tmp_path):
     with pytest.raises(ValueError, match="none of the 3 samples holds an answer"):
-        run_stages(weights, tmp_path, 1, samples=3, row_tokens=10)
+        run_stages(weights, tmp_path, 1, samples=3, row_tokens=19)
     assert not json.loads((tmp_path / "stage1" / "train.json").read_text())["finished"]
 
 
