@@ -15,6 +15,9 @@ the released CuMo, `train.json` (the configuration, resolved), `metrics.jsonl` a
 it trains, `resume.pt` holds everything needed to go on after Ctrl-C or a crash as if nothing had
 happened: weights, moments, random state and the place in the data.
 
+The settings and the table of the stages are in stages.py; here is what is done with them: build
+the model a stage starts from, step through the data, save, resume, finish.
+
 The learning rate follows the share of the data that has been used, not the number of steps, because
 rows are packed with as many conversations as fit.
 """
@@ -31,7 +34,6 @@ import sys
 import time
 import zipfile
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -40,154 +42,34 @@ from tqdm import tqdm
 
 import budget
 import parallel
-from clip_moe import CLIPVision, CLIPVisionConfig
-from cumo import CuMo, CuMoConfig, check_device, has_fast_bf16
-from data.chat import TEMPLATES, template_of
+from clip_moe import CLIPVision
+from cumo import CuMo, CuMoConfig, check_device
+from data.chat import template_of
 from data.flags import parse, run
 from data.hub import resolve as local_folder
-from data.images import MODES
 from data.llava import LlavaData, check_row, encode
-from data.loader import KINDS, Loader, data_order, default_workers, told
+from data.loader import KINDS, Loader, data_order, told
 from data.packing import pack
 from data.tokenizer import Tokenizer
-from data.weights import publish, read_config, write_json
+from data.weights import publish, write_json
 from data.world import World
-from llm import LLM, LLMConfig
+from llm import LLM
 from mlp_moe import Connector
 from optim import AdamW
 from plots import draw_metrics
-from upcycle import sparse_config, upcycle
-
-
-@dataclass
-class TrainConfig:
-    preset: str = "mini"  # mini, smol-mini, smol, mistral-7b or mixtral-8x7b
-    stage: int = 0  # train this stage, and first those it needs; 0: all three
-    out: str = "out"  # folder of the three stages
-    clip: str = ""  # the CLIP weights: a folder, or a name on the hub
-    llm: str = ""  # the language model's: a folder, or a name on the hub
-    scales: tuple = (1,)  # S2 scales of the image features
-    seed: int = 0  # of weights, data order and routers
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to train
-    bf16: bool = True  # bf16 products over float32 weights, where the hardware has them
-    compile: bool = False  # torch.compile the blocks; on unless --no-compile on a GPU
-    weights: str = ""  # fp32, bf16-master or bf16-sr; empty: what fits (--estimate)
-    moments: str = ""  # AdamW's: fp32, bf16 or int8; empty: what fits
-    recompute: bool | None = None  # activations, to save memory; None: if it takes that to fit
-    estimate: bool = False  # print what the stage takes on each size of card, and stop
-    wandb: bool = False  # log to Weights & Biases as well (pip install wandb)
-    workers: int = 0  # processes that read the data; unless given up to 4 on a GPU, else none
-    overwrite: bool = False  # train a finished stage again
-    save_every: int = 200  # steps between two resume points
-    # the rest belongs to the stages that --stage names
-    data: str = ""  # LLaVA JSON or JSONL; empty: the emoji world
-    image_folder: str = ""  # where the image paths of --data start
-    limit: int = 0  # use only so many records of --data, the first ones; 0: all
-    samples: int = 0  # how many samples to see; 0: all of --data, once
-    augment: bool = True  # recolour the drawings of the emoji world
-    init: str = ""  # start from this checkpoint; without --stage, stage 3 alone
-    template: str = "mistral_instruct_system"  # how conversations are written
-    image_mode: str = "pad"  # how pictures become square: pad or square
-    rows: int = 8  # packed rows a batch
-    row_tokens: int = 256  # tokens a row
-    accumulate: int = 1  # batches a step
-    lr: float = 1e-3  # peak learning rate
-    warmup: float = 0.03  # share of the samples with a rising learning rate
-    weight_decay: float = 0.0  # of the matrices
-    clip_grad: float = 1.0  # largest gradient norm
-    upcycle: str = "clip,mlp"  # parts made sparse in stage 3 (clip, mlp, llm); "none": stay dense
-    num_experts: int = 4  # experts of a sparse block
-    top_k: int = 2  # experts a token visits
-    scratch: bool = False  # random experts instead of copies (ablation)
-    balance_coef: float = 0.1  # weight of the balance losses
-    z_coef: float = 0.01  # weight of the router z-losses
-
-
-CLIP_L = "openai/clip-vit-large-patch14-336"
-PRESETS = {
-    "mini": dict(clip="data/mini/clip", llm="data/mini/llm"),
-    "smol-mini": dict(clip="data/mini/clip", llm="weights/SmolLM2-135M-Instruct"),
-    "smol": dict(clip="openai/clip-vit-base-patch16", llm="HuggingFaceTB/SmolLM2-135M-Instruct"),
-    "mistral-7b": dict(clip=CLIP_L, llm="mistralai/Mistral-7B-Instruct-v0.2", scales=(1, 3)),
-    "mixtral-8x7b": dict(clip=CLIP_L, llm="mistralai/Mixtral-8x7B-Instruct-v0.1", scales=(1, 3)),
-}
-# Learning rates and lengths as in the paper's Table 6; a step sees about as many samples (256, 128,
-# 128). The miniature's were found by trying (LOG.md).
-PAPER = {
-    1: dict(template="plain", lr=1e-3, rows=4, accumulate=20, row_tokens=2048, image_mode="square"),
-    2: dict(template="mistral_instruct_system", lr=2e-6, rows=1, accumulate=28, row_tokens=4096),
-    3: dict(template="mistral_instruct_system", lr=4e-6, rows=1, accumulate=28, row_tokens=4096),
-}
-MINI = {
-    1: dict(template="plain", lr=2e-3, samples=3_000, row_tokens=280),
-    2: dict(template="mistral_instruct", lr=2.5e-4, samples=3_000, row_tokens=224),
-    3: dict(template="mistral_instruct", lr=2e-4, samples=5_200, row_tokens=288),
-}
-CHATML = dict(template="chatml")
-SMOL = {1: PAPER[1], 2: PAPER[2] | CHATML, 3: PAPER[3] | CHATML}
-SMOL_MINI = {  # a real language model under the miniature CLIP; only stage 1 has been run
-    1: dict(template="plain", lr=1e-3, samples=1_000, rows=2, row_tokens=216, accumulate=1),
-    2: dict(template="chatml", lr=1e-4, samples=2_000, rows=2, row_tokens=384, accumulate=4),
-    3: dict(template="chatml", lr=5e-5, samples=4_000, rows=2, row_tokens=384, accumulate=4),
-}
-STAGES = {"mini": MINI, "smol-mini": SMOL_MINI, "smol": SMOL, "mistral-7b": PAPER,
-          "mixtral-8x7b": PAPER}  # fmt: skip
-WORLD_TASK = {1: "name", 2: "describe", 3: "ask"}  # what the emoji world teaches in each stage
-SHARED = ("preset", "clip", "llm", "scales", "seed")  # the same in all stages of one model
-IRRELEVANT = ("stage", "out", "device", "compile", "recompute", "estimate", "wandb", "workers",
-              "overwrite", "save_every")  # to what is learned  # fmt: skip
-
-
-# ------------------------------------------------------------------------------ pure arithmetic
-
-
-def resolve(given, stage, target=True):
-    """The configuration of one stage: defaults, then preset, stage table and command line.
-
-    given: {field: value} from the command line. Of a stage that runs only because another needs it
-    (`target=False`), the stage's own fields keep their table's values.
-    """
-    preset = given.get("preset", "mini")
-    check_choice("preset", preset, PRESETS)
-    names = [f.name for f in dataclasses.fields(TrainConfig)]
-    shared = set(names[: names.index("data")])
-    own = {k: v for k, v in given.items() if target or k in shared}
-    cfg = TrainConfig(**(PRESETS[preset] | STAGES[preset][stage] | own))
-    cfg.stage = stage
-    if "bf16" not in own:
-        cfg.bf16 = cfg.estimate or has_fast_bf16(cfg.device)
-    if "compile" not in own:
-        cfg.compile = cfg.device.startswith("cuda")
-    if "workers" not in own:
-        cfg.workers = default_workers(cfg.device)
-    if cfg.data and "samples" not in own:
-        cfg.samples = 0  # one's own data is seen once
-    check_choice("template", cfg.template, TEMPLATES)
-    check_choice("image-mode", cfg.image_mode, MODES)
-    check_choice("weights", cfg.weights, ["", *budget.WEIGHTS])
-    check_choice("moments", cfg.moments, ["", *budget.MOMENTS])
-    if not 0 <= cfg.warmup < 1 or cfg.lr <= 0:
-        raise ValueError(f"--warmup {cfg.warmup} must be from 0 to below 1, --lr {cfg.lr} above 0")
-    for name in ("samples", "limit", "workers", "rows", "row_tokens", "accumulate", "save_every"):
-        value, least = getattr(cfg, name), int(name not in ("samples", "limit", "workers"))
-        if value < least:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} {value} is too small, take {least} or more")
-    return cfg
-
-
-def check_choice(flag, value, choices):
-    if value not in choices:
-        raise ValueError(
-            f"--{flag} {value!r} is unknown; choose from {', '.join(filter(None, choices))}"
-        )
-
-
-def lr_at(done, cfg):
-    """Learning rate when a share `done` (0 to 1) of the samples is used: warm-up, cosine."""
-    if done < cfg.warmup:
-        return cfg.lr * (done + 1e-3) / (cfg.warmup + 1e-3)
-    return cfg.lr * 0.5 * (1 + math.cos(math.pi * min(1, (done - cfg.warmup) / (1 - cfg.warmup))))
+from stages import (
+    SHARED,
+    WORLD_TASK,
+    TrainConfig,
+    lr_at,
+    print_estimate,
+    read_state,
+    refuse_difference,
+    resolve,
+    settle,
+    stage_dir,
+)
+from upcycle import upcycle
 
 
 def param_groups(model, cfg):
@@ -213,66 +95,6 @@ def make_optimizer(model, cfg):
 
 
 # ------------------------------------------------------------------------------ starting a stage
-
-
-def stage_dir(cfg, stage):
-    return pathlib.Path(cfg.out) / f"stage{stage}"
-
-
-def read_state(folder):
-    """The train.json of a stage, its configuration and state; None if it was not begun."""
-    file = folder / "train.json"
-    return json.loads(file.read_text()) if file.is_file() else None
-
-
-def refuse_difference(cfg, state, folder, fields=None):
-    """ValueError that names the `fields` (None: all) in which `folder`'s configuration differs."""
-    then, now = state["config"], json.loads(json.dumps(dataclasses.asdict(cfg)))
-    differ = [k for k in fields or now if k not in IRRELEVANT and now[k] != then.get(k)]
-    if differ:
-        shown = ", ".join(f"{k} was {then.get(k)!r}, now {now[k]!r}" for k in differ)
-        raise ValueError(f"{folder} was made with another configuration: {shown}. Use the same "
-                         "flags, another --out, or --overwrite")  # fmt: skip
-
-
-def model_config(cfg):
-    """The configuration of the model that `build` will make, read or known without its weights."""
-    source = cfg.init or (cfg.stage > 1 and stage_dir(cfg, cfg.stage - 1))
-    if source and (cfg.init or (source / "config.json").is_file()):
-        folder = local_folder(source, "config")
-        model = CuMoConfig.from_original(read_config(folder), folder)
-    else:
-        if cfg.llm == PRESETS["smol-mini"]["llm"] and not pathlib.Path(cfg.llm).is_dir():
-            raise ValueError(f"--llm: {cfg.llm!r} is not there; data/convert_smollm2.py makes it")
-        vision, llm = (
-            budget.KNOWN.get(name) or kind.from_hf(read_config(local_folder(name, "config")))
-            for name, kind in ((cfg.clip, CLIPVisionConfig), (cfg.llm, LLMConfig))
-        )
-        model = CuMoConfig(dataclasses.replace(vision, scales=cfg.scales), llm)
-    if cfg.stage == 3 and cfg.upcycle != "none":
-        model = sparse_config(model, cfg.upcycle.split(","), cfg.num_experts, cfg.top_k)
-    return model
-
-
-def plan_of(cfg):
-    """What a batch of this stage takes: a budget.Plan."""
-    _, processes = parallel.world()
-    tokens = cfg.rows * cfg.row_tokens // processes
-    return budget.plan_of(model_config(cfg), cfg.stage, tokens, bf16=cfg.bf16, processes=processes)
-
-
-def fixed(cfg):
-    """What the flags say about precision and memory."""
-    given = {name: getattr(cfg, name) for name in ("weights", "moments", "recompute")}
-    return {name: value for name, value in given.items() if value not in ("", None)}
-
-
-def settle(cfg):
-    """Fill in the choices of precision and memory that the flags leave open: the most exact way
-    that this machine has room for. Returns its budget.Plan."""
-    best = budget.first_that_fits(plan_of(cfg), budget.available_memory(cfg.device), **fixed(cfg))
-    cfg.weights, cfg.moments, cfg.recompute = best.weights, best.moments, best.recompute
-    return best
 
 
 def build(cfg):
@@ -584,13 +406,6 @@ def finish(trainer, model):
         file.unlink()
     print(f"stage {cfg.stage}: finished in {seconds:.0f} s -> {folder}")
     draw_metrics(folder)
-
-
-def print_estimate(cfg):
-    """What this stage would take on each size of card, with the flags that are given fixed."""
-    batch = f"{cfg.rows} rows of {cfg.row_tokens} tokens"
-    print(f"stage {cfg.stage} of {cfg.preset}, {batch} a batch:")
-    print(budget.table(plan_of(cfg), **fixed(cfg)))
 
 
 def main():

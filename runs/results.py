@@ -19,7 +19,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import budget
-import train
+import stages
 
 TYPES = ("what", "existence", "count", "where", "kind", "background", "side", "list", "all")
 ASKED = {
@@ -39,7 +39,9 @@ READING = [
     ("llm.py", "a Mistral: RoPE, grouped queries, sliding window, cache, generation"),
     ("cumo.py", "how a picture becomes words of a sentence; the losses; checkpoints"),
     ("upcycle.py", "dense to sparse without losing anything at step 0"),
-    ("train.py", "the three stages, their table, resuming"),
+    ("stages.py", "the table of the three stages, every setting, what fits in memory"),
+    ("train.py", "building, stepping, resuming, finishing a stage"),
+    ("parallel.py", "one model on many GPUs, with the loss of one process"),
     ("budget.py", "gigabytes and operations of a training, before it begins"),
     ("optim.py", "AdamW on bf16 weights: rounding at random, or a float32 copy"),
     ("sample.py", "asking about a picture"),
@@ -115,8 +117,8 @@ def sparse_block():
 
 
 def memory_block():
-    cfg = train.resolve({"preset": "mistral-7b", "estimate": True}, 3)
-    plan = train.plan_of(cfg)
+    cfg = stages.resolve({"preset": "mistral-7b", "estimate": True}, 3)
+    plan = stages.plan_of(cfg)
     lines = ["| card | flags | GB | weights | gradients | optimizer | activations |"]
     lines.append("|---|---|---|---|---|---|---|")
     for card in budget.CARDS:

@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import budget
+import stages
 import train
 from clip_moe import CLIPVisionConfig
 from cumo import IMAGE_TOKEN, CuMo, CuMoConfig
@@ -101,7 +102,7 @@ def test_operations_are_those_that_pytorch_counts(name, stage):
 
 def cumo_7b(stage, **choices):
     cfg = train.resolve(dict(preset="mistral-7b", bf16=True), stage)
-    return replace(train.plan_of(cfg), **choices)
+    return replace(stages.plan_of(cfg), **choices)
 
 
 def test_cumo_7b_takes_8_or_12_bytes_a_parameter():

@@ -20,7 +20,9 @@ from safetensors.torch import load_file
 from tiny import tiny_weights
 
 import data.weights
+import stages
 import train
+from data.loader import data_order
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,12 +61,10 @@ def test_learning_rate_warms_up_then_follows_a_cosine_to_zero():
 
 
 def test_every_epoch_is_a_new_permutation_of_all_samples():
-    order = train.data_order(50, 120, seed=3).tolist()
+    order = data_order(50, 120, seed=3).tolist()
     assert sorted(order[:50]) == sorted(order[50:100]) == list(range(50))
     assert order[:50] != order[50:100] and len(order) == 120
-    assert (
-        order == train.data_order(50, 120, seed=3).tolist() != train.data_order(50, 120, 4).tolist()
-    )
+    assert order == data_order(50, 120, seed=3).tolist() != data_order(50, 120, 4).tolist()
 
 
 def test_a_stage_of_one_step_still_learns(weights, finished, tmp_path):
@@ -406,8 +406,8 @@ def test_ctrl_c_saves_and_the_same_command_continues(weights, finished, tmp_path
 
 
 def test_stage_3_runs_what_it_needs_and_says_so(weights, tmp_path, monkeypatch, capsys):
-    small = {k: stage | dict(samples=6) for k, stage in train.STAGES["mini"].items()}
-    monkeypatch.setitem(train.STAGES, "mini", small)
+    small = {k: stage | dict(samples=6) for k, stage in stages.STAGES["mini"].items()}
+    monkeypatch.setitem(stages.STAGES, "mini", small)
     go = command({k: weights[k] for k in ("clip", "llm")}, tmp_path, "--stage", "3")
     monkeypatch.setattr(sys, "argv", go[1:])
     train.main()
