@@ -69,15 +69,6 @@ def test_learning_rate_warms_up_then_follows_a_cosine_to_zero():
     assert all(a > b for a, b in zip(rates[10:], rates[11:]))
 
 
-def test_every_epoch_is_a_new_permutation_of_all_samples():
-    order = train.data_order(50, 120, seed=3).tolist()
-    assert sorted(order[:50]) == sorted(order[50:100]) == list(range(50))
-    assert order[:50] != order[50:100] and len(order) == 120
-    assert (
-        order == train.data_order(50, 120, seed=3).tolist() != train.data_order(50, 120, 4).tolist()
-    )
-
-
 def test_a_stage_of_one_step_still_learns(weights, finished, tmp_path):
     small = dict(samples=2, save_every=9, init=str(finished / "stage1"))
     run_stages(weights, tmp_path, 2, **small)
