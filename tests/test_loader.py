@@ -41,8 +41,8 @@ def folder(tmp_path):
     for k in range(30):
         Image.new("RGB", (9 + k, 20), (8 * k, 0, 0)).save(tmp_path / f"{k}.png")
         turns = talk("<image>\nWhat?", f"number {k}") if k % 3 else talk("Hi", f"ho {k}")
-        turns += talk("And?", "one two " * (30 if k % 7 == 2 else k % 5 + 1))
-        turns = talk("Q " * LENGTH, "A") if k == 6 else turns
+        turns += talk("And?", "one two " * (60 if k % 7 == 2 else k % 5 + 1))
+        turns = talk("Q " * 200, "A") if k == 6 else turns
         records.append({"id": f"n{k}", "conversations": turns})
         records[-1] |= {"image": f"{k}.png"} if "<image>" in turns[0]["value"] else {}
     (tmp_path / "13.png").write_text("no picture")
@@ -367,6 +367,26 @@ def test_training_sees_the_same_batches_with_workers(weights, tmp_path):  # noqa
         cfg = train.resolve(weights | dict(out=str(tmp_path), workers=workers), 1)
         batches.append(list(train.Trainer(cfg).batches()))
     assert len(batches[0]) == len(batches[1]) > 1 and all(map(alike, *batches))
+
+
+def test_stopped_training_lists_a_broken_picture_once(weights, folder, capsys, monkeypatch):  # noqa: F811
+    own = dict(data=str(folder / "data.json"), image_folder=str(folder), out=str(folder / "out"))
+    own |= dict(template="mistral_instruct", row_tokens=120, samples=60, workers=1, save_every=2)
+    cfg = train.resolve(weights | own, 1)
+    step = train.Trainer.train_step
+    for stop in (3, 7, 1000):
+
+        def interrupted(self, batches, stop=stop):
+            self.stop = self.step == stop
+            return step(self, batches)
+
+        monkeypatch.setattr(train.Trainer, "train_step", interrupted)
+        assert train.train_stage(cfg) == (stop == 1000)
+    lines = (folder / "out" / "stage1" / "skipped.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["n13"]
+    said = capsys.readouterr().out
+    assert "stage 1: 2 samples had a picture that cannot be read; skipped.jsonl lists" in said
+    assert "stage 1: 2 samples had nothing to learn" in said and "lost their last turns" in said
 
 
 def test_row_too_short_for_an_image_is_said_before_the_first_step(weights, tmp_path):  # noqa: F811
