@@ -258,7 +258,8 @@ class Trainer:
             file = self.folder / name
             try:
                 check_zip(file)
-                state = torch.load(file, weights_only=True, map_location="cpu")
+                mmap = parallel.world()[1] > 1  # each process reads its share alone
+                state = torch.load(file, weights_only=True, map_location="cpu", mmap=mmap)
                 break
             except FileNotFoundError:  # the machine stopped between two renames
                 continue

@@ -48,8 +48,8 @@ def data_order(n, samples, seed):
 
 
 def default_workers(device):
-    """None beside a CPU that has to train; 4 to feed a GPU (about 80 photos a second each, and a
-    large model asks for 20), or as many cores as there are for each of this machine's processes."""
+    """None beside a CPU that has to train; 4 to feed a GPU (each reads some 50 photos a second), or
+    as many as there are cores for each of this machine's training processes."""
     if not device.startswith("cuda"):
         return 0
     affinity = getattr(os, "sched_getaffinity", None)  # Linux: the cores we may use
@@ -76,22 +76,6 @@ def too_many(skipped, seen):
     return skipped >= SKIPPED_LEAST and skipped > SKIPPED_SHARE * seen
 
 
-class Coded:
-    """`data[i]` encoded; the fault of a sample is handed over, not raised, as it is what a worker
-    can say. Pictures go as arrays: tensors would lie in shared memory, of which a container has
-    64 MB, until their batch is complete."""
-
-    def __init__(self, data, code):
-        self.data, self.code = data, code
-
-    def __getitem__(self, i):
-        try:
-            ids, labels, images, dropped = self.code(self.data[i])
-        except (ValueError, OSError) as fault:
-            return fault
-        return ids, labels, [image.numpy() for image in images], dropped
-
-
 def as_it_is(x):  # DataLoader's own way walks through every list of token ids
     return x
 
@@ -112,13 +96,23 @@ def start_worker(_):
 class Loader:
     """Serves `data` in `order` (indices), through `code`: sample -> `data.llava.Encoded`.
 
-    counts: {"used", "cut", "rejected", "skipped"} so far, kept up to date here. log: the file that
-    lists skipped samples; None: they are listed nowhere.
+    counts: how many of each of KINDS so far, kept up to date here. log: the file that lists skipped
+    samples; None: they are listed nowhere.
     """
 
     def __init__(self, data, order, code, workers=0, counts=None, log=None):
-        self.coded, self.order, self.workers, self.log = Coded(data, code), order, workers, log
-        self.counts = dict.fromkeys(KINDS, 0) if counts is None else counts
+        self.data, self.order, self.code, self.workers = data, order, code, workers
+        self.counts, self.log = dict.fromkeys(KINDS, 0) if counts is None else counts, log
+
+    def __getitem__(self, i):
+        """`data[i]` encoded, by a worker. Its fault is handed over, not raised, to come out as it
+        is. Pictures go as arrays: tensors would lie in shared memory, of which a container has
+        64 MB, until the last of their step is there."""
+        try:
+            coded = self.code(self.data[i])
+        except (ValueError, OSError) as fault:
+            return fault
+        return coded._replace(images=[image.numpy() for image in coded.images])
 
     def samples(self, start=0):
         """Yields (ids, labels, images [3, S, S]) from place `start` of the order on."""
@@ -129,28 +123,27 @@ class Loader:
                 self.skip(coded, place, listed)
             elif isinstance(coded, Rejected):
                 kind = "rejected"
-                if self.counts["rejected"] < 3:
+                if self.counts[kind] < 3:
                     tqdm.write(f"left out: {coded}")
             elif isinstance(coded, Exception):
                 raise coded
             else:
-                ids, labels, images, dropped = coded
-                sample = ids, labels, [torch.from_numpy(image) for image in images]
-                kind = "cut" if dropped else "used"
+                sample = coded.ids, coded.labels, [torch.from_numpy(x) for x in coded.images]
+                kind = "cut" if coded.dropped else "used"
             yield sample
-            # Only now: one that `pack` keeps for its next batch is not used yet, and comes again
-            # after a resume.
+            # Only now: a sample that `pack` keeps for its next batch is not used yet, and comes
+            # again after a resume.
             self.counts[kind] += 1
 
     def stream(self, start):
-        """What `self.coded` gives for the order from `start` on, computed ahead by the workers."""
+        """What `self[i]` is for the order from `start` on, computed ahead by the workers."""
         generator = torch.Generator()  # else DataLoader draws its seed from the training's
         options = dict(batch_size=None, collate_fn=as_it_is, generator=generator)
         if self.workers:
             fork = "fork" if sys.platform == "linux" else None  # records need not be copied
             options |= dict(num_workers=self.workers, prefetch_factor=AHEAD,
                             worker_init_fn=start_worker, multiprocessing_context=fork)  # fmt: skip
-        stream = iter(DataLoader(self.coded, sampler=self.order[start:].tolist(), **options))
+        stream = iter(DataLoader(self, sampler=self.order[start:].tolist(), **options))
         main = threading.current_thread() is threading.main_thread()
         if self.workers and main and hasattr(signal, "SIGCHLD"):
             # DataLoader would raise a worker's death wherever the training is; wait for `next`
@@ -162,6 +155,9 @@ class Loader:
                 raise
             raise ValueError(f"a process that reads the data has died ({error}), maybe for lack of "
                              "memory; try fewer --workers") from None  # fmt: skip
+        finally:
+            if self.workers:  # now; when garbage is collected it takes them 10 seconds
+                stream._shutdown_workers()
 
     def listed_before(self, start):
         """{(id, path): reason} of what the log held when a training was at `start`; later lines

@@ -22,7 +22,6 @@ from tiny import tiny_weights
 import data.weights
 import stages
 import train
-from data.loader import data_order
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,13 +57,6 @@ def test_learning_rate_warms_up_then_follows_a_cosine_to_zero():
     assert rates[0] < 0.05 and max(rates) == rates[10] == 2.0
     assert rates[55] == pytest.approx(1.0) and rates[100] == pytest.approx(0)
     assert all(a > b for a, b in zip(rates[10:], rates[11:]))
-
-
-def test_every_epoch_is_a_new_permutation_of_all_samples():
-    order = data_order(50, 120, seed=3).tolist()
-    assert sorted(order[:50]) == sorted(order[50:100]) == list(range(50))
-    assert order[:50] != order[50:100] and len(order) == 120
-    assert order == data_order(50, 120, seed=3).tolist() != data_order(50, 120, 4).tolist()
 
 
 def test_a_stage_of_one_step_still_learns(weights, finished, tmp_path):
