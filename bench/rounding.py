@@ -27,8 +27,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data import world
 from data.weights import write_json
-from eval import pyplot
 from optim import WEIGHTS, AdamW
+from plots import pyplot
 
 LR, STEPS, CONTEXT, SMOOTH = 4e-6, 1000, 16, 20
 NEAREST = ("nearest", "nearest")
