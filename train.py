@@ -341,7 +341,8 @@ class Trainer:
         partial.replace(self.folder / "resume.pt")
 
     def load_resume(self):
-        state = torch.load(self.folder / "resume.pt", weights_only=True, map_location="cpu")
+        options = dict(map_location="cpu", mmap=parallel.world()[1] > 1)  # each reads its share
+        state = torch.load(self.folder / "resume.pt", weights_only=True, **options)
         parallel.load(self.model, self.optimizer, state)
         for name in PLACE:
             setattr(self, name, state[name])

@@ -35,6 +35,7 @@ READING = [
     ("cumo.py", "how a picture becomes words of a sentence; the losses; checkpoints"),
     ("upcycle.py", "dense to sparse without losing anything at step 0"),
     ("train.py", "the three stages, their table, resuming"),
+    ("parallel.py", "the same training, sharded over many GPUs"),
     ("sample.py", "asking about a picture"),
     ("eval.py", "exact answers by type and split, and which expert does what"),
     ("data/world.py", "pictures, captions and questions drawn from a seed"),
