@@ -25,7 +25,10 @@ whose rows hold no image, while another's do, sends a blank one through CLIP tha
 its gradients are exactly zero. If no row of the batch has one, no process computes any.
 
 Files are those of one process. `resume.pt` and the finished checkpoint hold whole tensors, gathered
-one at a time into the first process's main memory, so a run can go on with another N.
+one at a time into the first process's main memory, so a run can go on with another N. A signal to
+any process stops all after the same step. torchrun kills what has not ended 30 seconds after a
+Ctrl-C; where saving takes longer, give it --shutdown-timeout. runs/multi_node.sbatch shows many
+machines.
 """
 
 import atexit

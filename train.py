@@ -228,7 +228,7 @@ class Trainer:
         return {"step": self.step, "samples": self.used, **mean(metrics), "lr": lr,
                 "grad_norm": norm, "tokens_per_s": round(tokens / took),
                 "samples_per_s": round((self.used - before) / took, 2),
-                "mfu": round(work / took / self.rate, 4),
+                "mfu": round(work / took / self.rate / parallel.world()[1], 4),
                 "memory_gb": round(budget.peak_memory(cfg.device) / budget.GB, 2)}  # fmt: skip
 
     def save_resume(self):

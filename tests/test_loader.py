@@ -365,6 +365,7 @@ def test_training_sees_the_same_batches_with_workers(weights, tmp_path):  # noqa
     batches = []
     for workers in (0, 2):
         cfg = train.resolve(weights | dict(out=str(tmp_path), workers=workers), 1)
+        train.settle(cfg)
         batches.append(list(train.Trainer(cfg).batches()))
     assert len(batches[0]) == len(batches[1]) > 1 and all(map(alike, *batches))
 

@@ -36,7 +36,7 @@ def server():
         multiprocessing.forkserver.ensure_running()
 
 
-SPARSE_LLM = dict(upcycle="clip,mlp,llm", accumulate=1, samples=24)
+SPARSE_LLM = dict(upcycle="clip,mlp,llm", accumulate=1, samples=48)
 
 
 def enter(rank, n, port, work, args):
@@ -88,7 +88,7 @@ def flags(tmp_path_factory):
     (folder / "data.json").write_text(json.dumps(samples))
     return dict(init=str(folder), data=str(folder / "data.json"), image_folder=str(folder),
                 rows=4, row_tokens=72, accumulate=2, lr=1e-3, weight_decay=0.1, device="cpu",
-                save_every=3, samples=48)  # fmt: skip
+                save_every=3, samples=80)  # fmt: skip
 
 
 def configured(flags, out, stage=3, **more):

@@ -68,7 +68,7 @@ def test_a_save_that_dies_while_writing_leaves_the_old_one(
 
 def test_a_save_that_dies_between_renames_reads_as_no_weights(tmp_path, tensors, monkeypatch):
     write_tensors(tmp_path, tensors, 800)
-    publish, calls = weights._publish, []
+    publish, calls = weights.publish, []
 
     def die_at_second(file):
         calls.append(file)
@@ -76,7 +76,7 @@ def test_a_save_that_dies_between_renames_reads_as_no_weights(tmp_path, tensors,
             raise KeyboardInterrupt
         publish(file)
 
-    monkeypatch.setattr(weights, "_publish", die_at_second)
+    monkeypatch.setattr(weights, "publish", die_at_second)
     with pytest.raises(KeyboardInterrupt):
         write_tensors(tmp_path, {name: tensor + 1 for name, tensor in tensors.items()}, 800)
     with pytest.raises(ValueError, match="no weights in"):

@@ -57,14 +57,14 @@ def test_same_index_gives_same_sample_and_others_differ():
         assert pictures.isdisjoint(s["images"][0].tobytes() for s in other)
 
 
-def test_seeded_samples_are_those_the_miniature_was_trained_on():
+def test_seeded_samples_are_those_that_were_measured():
     digest = hashlib.sha256()
     for split in world.SPLITS:
         for task in World.tasks:
             for sample in World(split, task, 20, seed=0):
                 digest.update(repr((sample["conversations"], sample["types"])).encode())
-    # another digest: data/mini was made from other scenes; undo the change, or train it anew
-    assert digest.hexdigest()[:16] == "fbb1595d183fc438"
+    # another digest: bench/mini.json was measured on other samples; measure it anew
+    assert digest.hexdigest()[:16] == "84bd7e11f45f9d94"
 
 
 @pytest.mark.parametrize("task", World.tasks)
@@ -75,7 +75,7 @@ def test_sample_is_a_llava_conversation_about_one_picture(task):
         assert turns[0]["value"].startswith("<image>\n")
         assert sum(turn["value"].count("<image>") for turn in turns) == len(sample["images"]) == 1
         assert sample["images"][0].size == (64, 64) and sample["images"][0].mode == "RGB"
-        assert len({turn["value"] for turn in turns[::2]}) == len(sample["types"]) <= 3
+        assert len({turn["value"] for turn in turns[::2]}) == len(sample["types"]) <= 5
 
 
 def test_boxes_stay_in_their_cells_and_cells_hold_one_object():
