@@ -37,6 +37,7 @@ import torch
 from clip_moe import CLIPVisionConfig
 from cumo import CuMo, CuMoConfig
 from llm import LOGITS_AT_ONCE, LLMConfig
+from optim import WEIGHTS, bytes_per_parameter
 
 try:
     import resource
@@ -47,9 +48,6 @@ GB = 2**30
 CARDS = (24, 48, 80, 141)  # GB: RTX 4090, L40S, A100 or H100, H200
 FREE = 0.9  # share of a card that an estimate may fill
 
-WEIGHTS = {"fp32": 4, "bf16-master": 2, "bf16-sr": 2}  # bytes of one
-MASTER = {"fp32": 0, "bf16-master": 4, "bf16-sr": 0}  # bytes of its float32 copy
-MOMENTS = {"fp32": 8, "bf16": 4, "int8": 2}  # bytes of its two averages
 LADDER = (("fp32", "fp32"), ("bf16-master", "fp32"), ("bf16-master", "bf16"), ("bf16-sr", "bf16"),
           ("bf16-sr", "int8"))  # from the most exact to the smallest  # fmt: skip
 
@@ -141,7 +139,8 @@ def activations(plan: Plan) -> int:
         kept += sum(layers * n * numbers for layers, n, _, numbers in blocks)
     logits = min(LOGITS_AT_ONCE, n_tokens * llm.vocab_size)
     # logits, their softmax and gradient, a chunk at a time
-    return kept * (2 if plan.bf16 else 4) + 3 * logits * 4
+    size = 2 if plan.bf16 else WEIGHTS[plan.weights].itemsize
+    return kept * size + 3 * logits * 4
 
 
 def plan_of(cfg: CuMoConfig, stage: int, tokens: int, **choices) -> Plan:
@@ -154,10 +153,11 @@ def plan_of(cfg: CuMoConfig, stage: int, tokens: int, **choices) -> Plan:
 
 def estimate(plan: Plan) -> dict[str, int]:
     """Bytes of one process, by what they are for."""
-    size = WEIGHTS[plan.weights]
+    size = WEIGHTS[plan.weights].itemsize
+    more = bytes_per_parameter(plan.weights, plan.moments) - 2 * size
     parameters, learning = (n // plan.processes for n in (plan.parameters, plan.learning))
     return {"weights": parameters * size, "gradients": learning * size,
-            "optimizer": learning * (MASTER[plan.weights] + MOMENTS[plan.moments]),
+            "optimizer": round(learning * more),
             "activations": activations(plan)}  # fmt: skip
 
 
@@ -168,7 +168,8 @@ def total(plan: Plan) -> int:
 def first_that_fits(plan: Plan, available: int, **fixed) -> Plan:
     """The most exact plan within `available` bytes, or the smallest there is; what is `fixed`, such
     as weights="fp32", stays. Of two alike the one that recomputes nothing."""
-    ways = [{"weights": w, "moments": m, "recompute": r} for w, m in LADDER for r in (False, True)]
+    ladder = [pair for pair in LADDER if plan.processes == 1 or "int8" not in pair]  # train.py
+    ways = [{"weights": w, "moments": m, "recompute": r} for w, m in ladder for r in (False, True)]
     ways = [replace(plan, **way | fixed) for way in ways]
     return next((p for p in ways if total(p) <= FREE * available), min(ways, key=total))
 
@@ -255,6 +256,8 @@ def remedies(plan: Plan) -> list[str]:
     changes = {"--recompute": {"recompute": True}, "--weights bf16-sr": {"weights": "bf16-sr"},
                "--moments bf16": {"moments": "bf16"}, "--moments int8": {"moments": "int8"},
                "half of --rows, twice --accumulate": {"tokens": plan.tokens // 2}}  # fmt: skip
+    if plan.processes > 1:
+        del changes["--moments int8"]
     saved = {name: total(plan) - total(replace(plan, **change)) for name, change in changes.items()}
     ranked = sorted(saved.items(), key=lambda item: -item[1])
     return [f"{name} saves {size / GB:.1f} GB" for name, size in ranked if size > 0.05 * GB]

@@ -25,6 +25,7 @@ from data.images import MODES
 from data.loader import default_workers
 from data.weights import read_config
 from llm import LLMConfig
+from optim import MOMENTS, WEIGHTS
 from upcycle import sparse_config
 
 
@@ -133,8 +134,8 @@ def resolve(given, stage, target=True):
         cfg.samples = 0  # one's own data is seen once
     check_choice("template", cfg.template, TEMPLATES)
     check_choice("image-mode", cfg.image_mode, MODES)
-    check_choice("weights", cfg.weights, ["", *budget.WEIGHTS])
-    check_choice("moments", cfg.moments, ["", *budget.MOMENTS])
+    check_choice("weights", cfg.weights, ["", *WEIGHTS])
+    check_choice("moments", cfg.moments, ["", *MOMENTS])
     if not 0 <= cfg.warmup < 1 or cfg.lr <= 0:
         raise ValueError(f"--warmup {cfg.warmup} must be from 0 to below 1, --lr {cfg.lr} above 0")
     for name in ("samples", "limit", "workers", "rows", "row_tokens", "accumulate", "save_every"):
@@ -172,12 +173,17 @@ def read_state(folder):
     return json.loads(file.read_text()) if file.is_file() else None
 
 
-def refuse_difference(cfg, state, folder, fields=None):
-    """ValueError that names the `fields` (None: all) in which `folder`'s configuration differs."""
+def differences(cfg, state, fields=None):
+    """`lr was 0.1, now 0.2` for each of the `fields` (None: all) in which a stage's differ."""
     then, now = state["config"], json.loads(json.dumps(dataclasses.asdict(cfg)))
     differ = [k for k in fields or now if k not in IRRELEVANT and now[k] != then.get(k)]
-    if differ:
-        shown = ", ".join(f"{k} was {then.get(k)!r}, now {now[k]!r}" for k in differ)
+    return [f"{k} was {then.get(k)!r}, now {now[k]!r}" for k in differ]
+
+
+def refuse_difference(cfg, state, folder, fields=None):
+    """ValueError that names the `fields` (None: all) in which `folder`'s configuration differs."""
+    shown = ", ".join(differences(cfg, state, fields))
+    if shown:
         raise ValueError(f"{folder} was made with another configuration: {shown}. Use the same "
                          "flags, another --out, or --overwrite")  # fmt: skip
 
@@ -187,9 +193,11 @@ def refuse_difference(cfg, state, folder, fields=None):
 
 def model_config(cfg):
     """The configuration of the model that `build` will make, read or known without its weights."""
-    source = cfg.init or (cfg.stage > 1 and stage_dir(cfg, cfg.stage - 1))
-    if source and (cfg.init or (source / "config.json").is_file()):
-        folder = local_folder(source, "config")
+    before = stage_dir(cfg, cfg.stage - 1)  # there, and of this model?
+    state = read_state(before) or {"finished": False}
+    ours = state["finished"] and not differences(cfg, state, SHARED)
+    if cfg.init or ours:
+        folder = local_folder(cfg.init or before, "config")
         model = CuMoConfig.from_original(read_config(folder), folder)
     else:
         if cfg.llm == PRESETS["smol-mini"]["llm"] and not pathlib.Path(cfg.llm).is_dir():

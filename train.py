@@ -210,11 +210,11 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.clip_grad)
         norm = parallel.full(norm).item()
         if not math.isfinite(norm):
-            where = self.order[before : self.used].tolist()
+            names = [self.data.name(i) for i in self.order[before : self.used].tolist()]
             raise ValueError(
-                f"the loss or a gradient is not finite in the batch of samples {where} (numbered "
-                f"in the data from 0); mend them, lower --lr, or try --no-bf16. The last resume "
-                f"point in {self.folder} is good"
+                f"the loss or a gradient is not finite in the batch of samples {', '.join(names)}; "
+                f"mend them, lower --lr, or try --no-bf16. The last resume point in {self.folder} "
+                "is good"
             )
         lr = lr_at((before + self.used) / 2 / len(self.order), cfg)
         for group in self.optimizer.param_groups:

@@ -130,7 +130,9 @@ def main():
     report, shown, records = Report(), [], read_records(cfg.data)
     for k, record in enumerate(tqdm(records, unit="record", leave=False)):
         try:
-            sample = open_sample(record, k, check_record(record, k, cfg.data, cfg.image_folder))
+            name = str(record.get("id", k)) if isinstance(record, dict) else str(k)
+            paths = check_record(record, k, cfg.data, cfg.image_folder)
+            sample = open_sample(record, name, paths)
             images = sample["images"]
             options = (tokenizer, template, patches)
             whole, _ = render(sample["conversations"], *options, len(images))

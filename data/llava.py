@@ -88,9 +88,9 @@ def image_paths(record, folder, where):
     return [pathlib.Path(folder) / name for name in names]
 
 
-def open_sample(record, k, paths):
-    """Record `k` with its pictures read: {"id", "images": [PIL], "conversations"}."""
-    name, images = str(record.get("id", k)), []
+def open_sample(record, name, paths):
+    """A record with its pictures read: {"id": name, "images": [PIL], "conversations"}."""
+    images = []
     for path in paths:
         try:
             images.append(open_image(path))
@@ -124,7 +124,12 @@ class LlavaData:
 
     def __getitem__(self, i):
         k, record = self.records[i]
-        return open_sample(record, k, image_paths(record, self.folder, f"record {k}"))
+        return open_sample(record, self.name(i), image_paths(record, self.folder, f"record {k}"))
+
+    def name(self, i):
+        """The sample's id, or its place in the file."""
+        k, record = self.records[i]
+        return str(record.get("id", k))
 
 
 class Encoded(NamedTuple):

@@ -351,7 +351,10 @@ class World:
             question = ("" if k else "<image>\n") + question
             conversation.append({"from": "human", "value": question})
             conversation.append({"from": "gpt", "value": answer})
-        return {"id": f"{self.split}-{self.task}-{self.seed}-{i}",
+        return {"id": self.name(i),
                 "images": [draw(scene, rng if self.augment else None)],
                 "conversations": conversation,
                 "types": [kind for kind, *_ in turns]}  # fmt: skip
+
+    def name(self, i):
+        return f"{self.split}-{self.task}-{self.seed}-{i}"

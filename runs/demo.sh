@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # The whole of CuMo in miniature: set up .venv, train three stages, evaluate, ask about a picture.
-# The training takes a quarter of an hour on two CPU cores without bf16 instructions, less with
-# them. Everything lands in out/.
+# The training takes ten minutes on two CPU cores. Everything lands in out/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || python3 -m venv .venv

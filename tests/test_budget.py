@@ -1,7 +1,7 @@
 """The estimate of memory and work, held against what autograd keeps and what PyTorch counts."""
 
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ import stages
 import train
 from clip_moe import CLIPVisionConfig
 from cumo import IMAGE_TOKEN, CuMo, CuMoConfig
+from data.weights import write_json
 from llm import LLMConfig
 
 GB = budget.GB
@@ -113,6 +114,18 @@ def test_cumo_7b_takes_8_or_12_bytes_a_parameter():
     assert fixed == 8 * plan.parameters and 61 < fixed / GB < 62
     sizes = budget.estimate(replace(plan, weights="bf16-master"))
     assert sum(sizes.values()) - sizes["activations"] == 12 * plan.parameters
+
+
+def test_stages_of_another_model_do_not_enter_the_estimate(tmp_path):
+    expected = cumo_7b(3)
+    other = train.resolve({"out": str(tmp_path)}, 2)
+    config = CuMo(small()).cfg.to_original()
+    write_json(tmp_path / "stage2" / "config.json", config)
+    write_json(tmp_path / "stage2" / "train.json", {"finished": True, "config": asdict(other)})
+    found = stages.plan_of(train.resolve(dict(preset="mistral-7b", out=str(tmp_path)), 3))
+    assert found.parameters == expected.parameters
+    mini = stages.plan_of(train.resolve({"out": str(tmp_path)}, 3))
+    assert mini.parameters == budget.plan_of(small(4, 4), 3, 1).parameters
 
 
 def test_stage_1_trains_the_connector_alone():

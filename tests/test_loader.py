@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from refused import refusal
-from test_train import command, weights  # noqa: F401
+from tiny import command
 
 import train
 from data.chat import Rejected
@@ -342,7 +342,7 @@ def test_workers_die_with_a_parent_that_is_killed(folder):
 
 
 @needs_proc
-def test_signals_to_the_whole_group_save_and_exit_0_without_orphans(weights, tmp_path):  # noqa: F811
+def test_signals_to_the_whole_group_save_and_exit_0_without_orphans(weights, tmp_path):
     go = command(weights | dict(samples=4000, workers=2), tmp_path, "--stage", "1")
     process = subprocess.Popen(go, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)  # fmt: skip
@@ -361,7 +361,7 @@ def test_signals_to_the_whole_group_save_and_exit_0_without_orphans(weights, tmp
 # ---------------------------------------------------------------------------------- in a training
 
 
-def test_training_sees_the_same_batches_with_workers(weights, tmp_path):  # noqa: F811
+def test_training_sees_the_same_batches_with_workers(weights, tmp_path):
     batches = []
     for workers in (0, 2):
         cfg = train.resolve(weights | dict(out=str(tmp_path), workers=workers), 1)
@@ -370,7 +370,7 @@ def test_training_sees_the_same_batches_with_workers(weights, tmp_path):  # noqa
     assert len(batches[0]) == len(batches[1]) > 1 and all(map(alike, *batches))
 
 
-def test_stopped_training_lists_a_broken_picture_once(weights, folder, capsys, monkeypatch):  # noqa: F811
+def test_stopped_training_lists_a_broken_picture_once(weights, folder, capsys, monkeypatch):
     own = dict(data=str(folder / "data.json"), image_folder=str(folder), out=str(folder / "out"))
     own |= dict(template="mistral_instruct", row_tokens=120, samples=60, workers=1, save_every=2)
     cfg = train.resolve(weights | own, 1)
@@ -390,14 +390,14 @@ def test_stopped_training_lists_a_broken_picture_once(weights, folder, capsys, m
     assert "stage 1: 2 samples had nothing to learn" in said and "lost their last turns" in said
 
 
-def test_row_too_short_for_an_image_is_said_before_the_first_step(weights, tmp_path):  # noqa: F811
+def test_row_too_short_for_an_image_is_said_before_the_first_step(weights, tmp_path):
     cfg = train.resolve(weights | dict(out=str(tmp_path), row_tokens=16), 1)
     with pytest.raises(ValueError, match="--row-tokens 16 is too short: an image takes 16 tokens"):
         train.train_stage(cfg)
     assert not any(tmp_path.iterdir())
 
 
-def test_limit_is_refused_for_the_emoji_world(weights, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_limit_is_refused_for_the_emoji_world(weights, tmp_path, monkeypatch, capsys):
     given_flags = command(weights, tmp_path, "--limit", "5")[2:]
     line = refusal(train.main, given_flags, monkeypatch, capsys)
     assert "--limit 5 is for --data; the emoji world has --samples" in line

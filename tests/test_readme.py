@@ -71,3 +71,17 @@ def test_figures_of_the_benches_are_the_measured_ones():
     assert f"at {speeds} {ratio['miniature']:.1f} times their speed" in text
     differ = sum(row["texts_that_differ"] for row in every.values())
     assert differ == 1 and "but for one text of" in text
+
+
+def test_figures_of_rounding_and_of_smollm2_are_the_measured_ones():
+    text = " ".join(README.split())
+    rounding = json.loads((ROOT / "bench" / "rounding.json").read_text())["rows"]
+    random = [row["largest_deviation"] for row in rounding if row["weights"] == "bf16-sr"]
+    (nearest,) = [row["final_deviation"] for row in rounding if row["weights"] == "nearest"]
+    stated = re.search(r"stays within ([\d.]+) % of float32's; plain bf16 falls (\d+) %", text)
+    assert len(random) == 3 and max(map(abs, random)) <= float(stated[1]) / 100
+    assert round(100 * nearest) == int(stated[2])
+    smol = json.loads((ROOT / "bench" / "smol_mini.json").read_text())
+    after, blank = (round(100 * smol[k]["exact"]) for k in ("after", "after, blank pictures"))
+    assert smol["captions"] == 100
+    assert f"names {after} of 100 new pictures exactly, {blank} when they are painted over" in text

@@ -1,6 +1,7 @@
 """Models of a few thousand parameters, for tests in milliseconds."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -10,7 +11,8 @@ from cumo import IMAGE_TOKEN, CuMo, CuMoConfig
 from data.weights import write_json, write_tensors
 from llm import LLM, LLMConfig
 
-TOKENIZER = Path(__file__).parents[1] / "data" / "mini" / "llm" / "tokenizer.json"
+ROOT = Path(__file__).parents[1]
+TOKENIZER = ROOT / "data" / "mini" / "llm" / "tokenizer.json"
 
 
 def tiny_cumo(experts=0, llm_experts=0, scales=(1,), seed=0, window=None, vocab=97):
@@ -49,3 +51,11 @@ def tiny_weights(folder):
     shutil.copy(TOKENIZER, folder / "llm")
     sizes = dict(samples=40, rows=2, row_tokens=256, accumulate=1, save_every=3)
     return dict(clip=str(folder / "clip"), llm=str(folder / "llm"), **sizes)
+
+
+def command(weights, out, *more):
+    """train.py as a command: the flags of `weights`, the folder, and more words."""
+    flags = [
+        f for k, v in (weights | {"out": out}).items() for f in (f"--{k.replace('_', '-')}", v)
+    ]
+    return [sys.executable, str(ROOT / "train.py"), *map(str, flags), *more]
