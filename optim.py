@@ -138,7 +138,8 @@ def adamw(p, g, m, v, master, m_scale, v_scale, numbers, keys, start):
     """One step of one parameter, flat, in place; in int8, of whole blocks or of less than one.
 
     Plain elementwise arithmetic, which torch.compile makes one kernel of: each number is read once
-    and written once, and nothing in float32 is ever in memory but what is stored in float32.
+    and written once, and nothing in float32 is ever in memory but what is stored in float32. In
+    int8 the maxima of the blocks stand between, and there are a few kernels.
     """
     beta1, rest1, beta2, rest2, shrink, rate, root, eps = numbers
     key_p, key_m, key_v = keys
