@@ -3,15 +3,15 @@
 import json
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from refused import refusal
 from safetensors.torch import load_file, save_file
 from tiny import tiny_cumo
 
+import sample
 from cumo import CuMo
 from data.weights import write_json, write_tensors
 
@@ -212,11 +212,9 @@ def test_python_files_beside_the_weights_are_not_imported(folder, tmp_path):
 # ---------------------------------------------------------------------------------- what users see
 
 
-def test_the_command_line_says_it_in_one_line(folder):
+def test_the_command_line_says_it_in_one_line(folder, monkeypatch, capsys):
     save_file({"model.norm.weight": torch.ones(32)}, folder / "model.safetensors")
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:-10])
-    command = [sys.executable, ROOT / "sample.py", "--ask", "What?", "--model", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert "model.safetensors is damaged or incomplete" in done.stderr
+    said = refusal(sample.main, ["--ask", "What?", "--model", folder], monkeypatch, capsys)
+    assert "model.safetensors is damaged or incomplete" in said

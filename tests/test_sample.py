@@ -27,25 +27,36 @@ def model_dir(tmp_path_factory):
     return folder
 
 
-def ask(folder, *flags):
-    command = [sys.executable, ROOT / "sample.py", *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
+@pytest.fixture
+def ask(monkeypatch, capsys):
+    """sample.py with these flags, in this process -> what it prints."""
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, flags)])
+        sample.main()
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_answers_about_a_picture_and_without_one(model_dir):
-    for flags in (["--image", ROOT / "cat.jpg"], ["--ask", "What is a cat?"]):
-        done = ask(model_dir, "--model", model_dir, "--max-new-tokens", 4, *flags)
-        assert done.returncode == 0 and done.stdout.endswith("\n"), done.stderr
+def test_answers_about_a_picture_and_without_one(model_dir, ask):
+    flags = "--image", ROOT / "cat.jpg"
+    command = [sys.executable, ROOT / "sample.py", "--model", model_dir, "--max-new-tokens", "4"]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("\n"), done.stderr
+    same = ask("--model", model_dir, "--max-new-tokens", 4, *flags)
+    assert same == done.stdout
+    other = ask("--model", model_dir, "--max-new-tokens", 4, "--ask", "What is a cat?")
+    assert other.endswith("\n") and other != same
 
 
-def test_language_model_alone_answers_without_a_picture(tmp_path):
+def test_language_model_alone_answers_without_a_picture(tmp_path, ask):
     tiny_cumo(vocab=1024).llm.save_pretrained(tmp_path)
     shutil.copy(MINI / "tokenizer.json", tmp_path)
     flags = ["--model", tmp_path, "--max-new-tokens", 4]
-    done = ask(tmp_path, *flags, "--ask", "What is a cat?")
-    assert done.returncode == 0 and done.stdout.endswith("\n"), done.stderr
-    done = ask(tmp_path, *flags, "--image", ROOT / "cat.jpg")
-    assert done.returncode == 1 and "sees nothing; leave out --image" in done.stderr
+    assert ask(*flags, "--ask", "What is a cat?").endswith("\n")
+    with pytest.raises(ValueError, match="sees nothing; leave out --image"):
+        ask(*flags, "--image", ROOT / "cat.jpg")
 
 
 def test_prompt_of_a_language_model_alone_has_one_bos():
@@ -55,9 +66,9 @@ def test_prompt_of_a_language_model_alone_has_one_bos():
     assert pixels is None
 
 
-def test_the_same_seed_gives_the_same_answer(model_dir):
+def test_the_same_seed_gives_the_same_answer(model_dir, ask):
     flags = ["--model", model_dir, "--ask", "What?", "--temperature", 1, "--max-new-tokens", 8]
-    answers = [ask(model_dir, *flags, "--seed", seed).stdout for seed in (1, 1, 2)]
+    answers = [ask(*flags, "--seed", seed) for seed in (1, 1, 2)]
     assert answers[0] == answers[1] != answers[2]
 
 
@@ -102,6 +113,7 @@ def test_bad_input_gets_one_line(model_dir, tmp_path, flags, message, monkeypatc
     assert message in refusal(sample.main, [*model, *flags], monkeypatch, capsys)
 
 
-def test_without_a_trained_model_it_says_which_command_makes_one(tmp_path):
-    done = ask(tmp_path, "--image", ROOT / "cat.jpg")
-    assert done.returncode == 1 and "`python train.py` makes one" in done.stderr
+def test_without_a_trained_model_it_says_which_command_makes_one(tmp_path, ask, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="`python train.py` makes one"):
+        ask("--image", ROOT / "cat.jpg")

@@ -312,7 +312,10 @@ def test_compiled_blocks_are_not_compiled_again_after_two_steps(weights, finishe
     assert len(set(images)) > 1, "the number of images must change, or nothing is tested"
 
 
-@pytest.mark.parametrize("precision", [("bf16-master", "bf16"), ("bf16-sr", "int8")])
+@pytest.mark.parametrize(
+    "precision",
+    [pytest.param(("bf16-master", "bf16"), marks=pytest.mark.slow), ("bf16-sr", "int8")],
+)
 def test_low_precision_trains_and_resumes_bit_exactly(precision, weights, finished, tmp_path):
     options = dict(zip(("weights", "moments"), precision), init=str(finished / "stage2"))
     options |= dict(samples=20, save_every=1, lr=1e-3)  # few: not every CPU multiplies bf16
