@@ -28,6 +28,8 @@ Letters as in mlp_moe.py and llm.py. Sizes are bytes; GB are 2^30 of them, as ca
 
 import math
 import os
+import pathlib
+import re
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -215,6 +217,9 @@ def peak_memory(device: str) -> int:
     system does not tell."""
     if str(device).startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
+    status = pathlib.Path("/proc/self/status")  # Linux; getrusage's may be that of the parent
+    if status.is_file():
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
     if resource is None:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
