@@ -24,6 +24,7 @@ name, so a user who types `</s>` gets its letters and no control token.
 import base64
 import json
 import struct
+from itertools import chain
 
 import tiktoken
 
@@ -33,6 +34,7 @@ from data.hub import resolve
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 # The same where each digit is a token of its own, without the space before it (SmolLM2).
 DIGITS_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
+UNASSIGNED = "\uffff"  # neither letter nor number in any Unicode
 MARK = "▁"  # SentencePiece's space, U+2581
 # No piece has a MARK after another character, so text may be cut before every run of them.
 MARK_PATTERN = f"{MARK}*[^{MARK}]+|{MARK}+"
@@ -73,14 +75,20 @@ class Tokenizer:
         raw = text.encode(errors="replace") if self.gone else b""
         whole = len(raw.translate(None, self.gone)) == len(raw)
         ranks = self.bpe.encode_ordinary(text) if whole else self.ranks_around_gaps(text)
-        return [i for rank in ranks for i in self.ids[rank]]
+        return [*chain.from_iterable(map(self.ids.__getitem__, ranks))]
 
     def ranks_around_gaps(self, text):
         """Ranks of a text with bytes that have no token (SmolLM2: some control characters). Like
         `tokenizers`, take them out of a word first, then join what has become neighbours."""
-        import regex  # tiktoken needs it too
+        import regex  # tiktoken needs it too, but has cut text itself, by an older Unicode
 
-        words = (match[0].encode(errors="replace") for match in regex.finditer(self.pattern, text))
+        is_word = r"[\p{L}\p{N}]"
+        table = {bytes([b]): b for b in range(256)}
+        known = tiktoken.Encoding("", pat_str=is_word, mergeable_ranks=table, special_tokens={})
+        new = {c for c in set(regex.findall(is_word, text)) if not known.encode_ordinary(c)}
+        plain = text.translate({ord(c): UNASSIGNED for c in new})
+        words = (text[slice(*m.span())] for m in regex.finditer(self.pattern, plain))
+        words = (word.encode(errors="replace") for word in words)
         words = filter(None, (word.translate(None, self.gone) for word in words))
         return [rank for word in words for rank in self.bpe._encode_single_piece(word)]
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole of CuMo in miniature: set up .venv, train three stages, evaluate, ask about a picture.
-# The training takes ten minutes on two CPU cores. Everything lands in out/.
+# The training takes three minutes on two CPU cores, nine if they know no bf16. Everything lands in out/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || python3 -m venv .venv

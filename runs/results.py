@@ -22,6 +22,7 @@ import budget
 import stages
 
 TYPES = ("what", "existence", "count", "where", "kind", "background", "side", "list", "all")
+SPLITS = ("seen", "pairs", "style")
 ASKED = {
     "what": "What is at the top left?",
     "existence": "Is there a cat?",
@@ -75,26 +76,38 @@ def count_lines(name):
     return len((ROOT / name).read_text(encoding="utf-8").splitlines())
 
 
+def took(run):
+    """Time and memory of a demo, in words."""
+    seconds = [run["seconds"][k] for k in "123"]
+    return (
+        " + ".join(f"{s:.0f}" for s in seconds) + f" seconds of training ({sum(seconds) / 60:.1f} "
+        f"minutes) with at most {run['peak_memory_gb']:.1f} GB, on {run['machine']}, in "
+        f"{run['precision']}"
+    )
+
+
 def results_block():
-    run = json.loads((ROOT / "bench" / "mini.json").read_text())
+    run, slow = (
+        json.loads((ROOT / "bench" / name).read_text())
+        for name in ("mini.json", "mini_float32.json")
+    )
     head = "| | example | seen | pairs | style | seen, blank picture | seen, fixed answers |"
     lines = [head, "|---|---|---|---|---|---|---|"]
     accuracy = run["accuracy"]
     for kind in TYPES:
-        cells = [percent(accuracy[s]["model"][kind]) for s in ("seen", "pairs", "style")]
+        cells = [percent(accuracy[s]["model"][kind]) for s in SPLITS]
         cells += [percent(accuracy["seen"][row][kind]) for row in ("blank", "chance")]
         lines.append(f"| {kind} | {ASKED[kind]} | " + " | ".join(cells) + " |")
-    seconds = run["seconds"]
     load = [share for shares in run["expert_load"].values() for share in shares]
     lines += [
         "",
-        f"Percent of {run['questions']} questions a split answered exactly, after "
-        f"{seconds['1']:.0f} + {seconds['2']:.0f} + {seconds['3']:.0f} seconds of training "
-        f"({sum(seconds.values()) / 60:.1f} minutes) with at most {run['peak_memory_gb']:.1f} GB, "
-        f"on {run['machine']}, in {run['precision']}. Over the pictures of `seen` each expert of "
-        f"each sparse block gets between {percent(min(load))} % and {percent(max(load))} % of "
-        "the tokens.",
-    ]
+        f"Percent of {run['questions']} questions a split answered exactly, after {took(run)}. Over "
+        f"the pictures of `seen` each expert of each sparse block gets between "
+        f"{percent(min(load))} % and {percent(max(load))} % of the tokens.",
+        "",
+        f"The same on a processor without bf16 instructions: {took(slow)}; "
+        + ", ".join(f"{s} {percent(slow['accuracy'][s]['model']['all'])}" for s in SPLITS) + ".",
+    ]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -107,7 +120,7 @@ def sparse_block():
     for name in ("dense", "sparse"):
         mine = [row for row in rows if row["name"] == name]
         cells = []
-        for split in ("seen", "pairs", "style"):
+        for split in SPLITS:
             values = [100 * row[split] for row in mine]
             mean = sum(values) / len(values)
             cells.append(f"{mean:.1f} ({min(values):.1f} to {max(values):.1f})")
@@ -159,7 +172,8 @@ def collect(out):
         "precision": "bf16" if states[3]["config"]["bf16"] else "float32",
         "peak_memory_gb": max(state["peak_memory_gb"] for state in states.values()),
     }
-    (ROOT / "bench" / "mini.json").write_text(json.dumps(run, indent=1) + "\n")
+    name = "mini.json" if run["precision"] == "bf16" else "mini_float32.json"
+    (ROOT / "bench" / name).write_text(json.dumps(run, indent=1) + "\n")
     for name in ("answers.png", "experts.png"):
         shutil.copy(out / name, ROOT / "bench")
     shutil.copy(out / "stage3" / "loss.png", ROOT / "bench")
@@ -172,7 +186,7 @@ def collect_sparse(out):
         name, seed = folder.name.split("-")
         accuracy = json.loads((folder / "eval.json").read_text())["accuracy"]
         state = json.loads((folder / "stage3" / "train.json").read_text())
-        shares = {split: accuracy[split]["model"]["all"] for split in ("seen", "pairs", "style")}
+        shares = {split: accuracy[split]["model"]["all"] for split in SPLITS}
         row = {"name": name, "seed": int(seed), "seconds": state["seconds"]} | shares
         rows.append(row | {"samples": state["samples"]})
     content = {"command": "runs/sparse_vs_dense.sh", "rows": rows}

@@ -138,6 +138,16 @@ def test_word_without_its_tokenless_bytes_is_joined_as_tokenizers_does(tmp_path)
         assert ours.encode(text) == reference(text), text
 
 
+def test_letters_newer_than_the_librarys_unicode_cut_words_as_in_tokenizers(tmp_path):
+    spec, alphabet = copy.deepcopy(MINI_JSON), byte_alphabet()
+    new = "\u209e"  # a letter to `regex`, but not to tiktoken and tokenizers
+    for byte in new.encode():
+        spec["model"]["vocab"].pop(alphabet[byte])
+    ours, reference = Tokenizer.from_pretrained(write(tmp_path, spec)), reference_of(spec)
+    for text in (f"ca{new}t", f"the cat{new}s {new}dog {new}", f"{new}čt"):
+        assert ours.encode(text) == reference(text), text
+
+
 def test_training_learns_the_commonest_pair_first():
     spec = train_bpe(["aab aab aab ab"] * 3, vocab_size=3 + 256 + 3)
     assert spec["model"]["merges"][0] == ["a", "b"]
