@@ -101,8 +101,8 @@ def results_block():
     load = [share for shares in run["expert_load"].values() for share in shares]
     lines += [
         "",
-        f"Percent of {run['questions']} questions a split answered exactly, after {took(run)}. Over "
-        f"the pictures of `seen` each expert of each sparse block gets between "
+        f"Percent of {run['questions']} questions a split answered exactly, after {took(run)}. "
+        f"Over the pictures of `seen` each expert of each sparse block gets between "
         f"{percent(min(load))} % and {percent(max(load))} % of the tokens.",
         "",
         f"The same on a processor without bf16 instructions: {took(slow)}; "
