@@ -204,11 +204,14 @@ class Cache:
     """What generation remembers: keys, values and places of the tokens so far, one document a row.
 
     There are slots for `size` tokens or for one window, whichever is less. Beyond that the slots
-    are a ring: token n goes to slot n % window. `sees` asks for positions, so order is no matter.
-    Padding comes on the left of the first tokens, or not at all.
+    are a ring: token n goes to slot n % window. `sees` asks for positions, so order is no matter;
+    an empty slot has segment 0, which nobody sees. Padding comes on the left of the first tokens,
+    or not at all.
     """
 
-    def __init__(self, cfg: LLMConfig, rows: int, size: int, dtype=torch.float32, device="cpu"):
+    def __init__(self, cfg: LLMConfig, rows: int, size: int, dtype=torch.float32, device="cpu",
+                 compile=False):  # fmt: skip
+        self.compile = compile  # the step of one token
         self.ring = cfg.sliding_window is not None and cfg.sliding_window < size
         self.size, self.seen = cfg.sliding_window if self.ring else size, 0
         shape = (cfg.n_layers, rows, cfg.n_kv_heads, self.size, cfg.head_dim)
@@ -217,44 +220,75 @@ class Cache:
         self.places = torch.zeros(rows, 2, self.size, dtype=torch.int64, device=device)
         self.next = 0  # the next token's position in each row's document [B, 1]
 
-    def extend(self, slots: Tensor, new: Tensor) -> Tensor:
-        """Store new [B, *, T, ...]; return it behind all that its T queries may still look at."""
-        T = new.shape[2]
+    def expect(self, T: int) -> None:
+        """Make ready for `extend` by T tokens. ValueError if there is no room."""
         if self.seen + T > self.size and not self.ring:
             raise ValueError(f"{self.seen + T} tokens, but the cache has room for {self.size}")
-        if T == 1:  # takes the slot of the token that has just left its window
-            slots[:, :, self.seen % self.size] = new[:, :, 0]
-            return slots[:, :, : self.seen + 1]
+        self.slot = torch.full((1,), self.seen % self.size, device=self.keys.device)
+        # one query looks at all slots on a GPU, where shapes must stay; elsewhere at those in use,
+        # rounded up, so that a compiled step meets few shapes
+        used = 256 << max(0, self.seen // 256).bit_length()
+        self.view = self.size if self.keys.is_cuda else min(used, self.size)
+
+    def extend(self, slots: Tensor, new: Tensor) -> Tensor:
+        """Store new [B, *, T, ...]; return it among all that its T queries may still look at."""
+        if new.shape[2] == 1:  # takes the slot of the token that has just left its window
+            slots.index_copy_(2, self.slot, new.to(slots.dtype))
+            return slots[:, :, : self.view]
         joined = torch.cat((slots[:, :, : self.seen], new), dim=2)
-        turn = torch.arange(self.seen, self.seen + T, device=new.device)[-self.size :] % self.size
+        end = self.seen + new.shape[2]
+        turn = torch.arange(self.seen, end, device=new.device)[-self.size :] % self.size
         slots[:, :, turn] = new[:, :, -self.size :].to(slots.dtype)
         return joined
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [B, T, D] times weight [F, D], transposed: F.linear.
+
+    To make one token, each weight is read once and used once, so the speed is that of the memory.
+    On a CPU PyTorch's matrix product reaches two thirds of it. Written out, torch.compile makes a
+    plain loop of it, which reaches nine tenths (bench.py decode).
+    """
+    alone = x.numel() == x.shape[-1] and x.device.type == "cpu"
+    if alone and torch.compiler.is_compiling():
+        return (weight.float() * x[:, :, None].float()).sum(-1).to(x.dtype)
+    return F.linear(x, weight)
+
+
+class Linear(nn.Linear):
+    """Without a bias."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x):
+        return product(x, self.weight)
 
 
 class Attention(nn.Module):
     def __init__(self, cfg: LLMConfig):
         super().__init__()
         self.head_dim = cfg.head_dim
-        self.q_proj = nn.Linear(cfg.dim, cfg.n_heads * cfg.head_dim, bias=False)
-        self.k_proj = nn.Linear(cfg.dim, cfg.n_kv_heads * cfg.head_dim, bias=False)
-        self.v_proj = nn.Linear(cfg.dim, cfg.n_kv_heads * cfg.head_dim, bias=False)
-        self.o_proj = nn.Linear(cfg.n_heads * cfg.head_dim, cfg.dim, bias=False)
+        self.q_proj = Linear(cfg.dim, cfg.n_heads * cfg.head_dim)
+        self.k_proj = Linear(cfg.dim, cfg.n_kv_heads * cfg.head_dim)
+        self.v_proj = Linear(cfg.dim, cfg.n_kv_heads * cfg.head_dim)
+        self.o_proj = Linear(cfg.n_heads * cfg.head_dim, cfg.dim)
 
-    def forward(self, x, rope, mask, cache=None, layer=None):
+    def forward(self, x, rope, mask, cache=None, keys=None, values=None):
         projections = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in projections)
         q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
-            k, v = cache.extend(cache.keys[layer], k), cache.extend(cache.values[layer], v)
+            k, v = cache.extend(keys, k), cache.extend(values, v)
         return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
     def __init__(self, cfg: LLMConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(cfg.dim, cfg.hidden_dim, bias=False)
-        self.up_proj = nn.Linear(cfg.dim, cfg.hidden_dim, bias=False)
-        self.down_proj = nn.Linear(cfg.hidden_dim, cfg.dim, bias=False)
+        self.gate_proj = Linear(cfg.dim, cfg.hidden_dim)
+        self.up_proj = Linear(cfg.dim, cfg.hidden_dim)
+        self.down_proj = Linear(cfg.hidden_dim, cfg.dim)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -273,8 +307,8 @@ class Block(nn.Module):
         else:
             self.mlp = MLP(cfg)
 
-    def forward(self, x, rope, mask, real_BT, cache=None, layer=None):
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, layer)
+    def forward(self, x, rope, mask, real_BT, *memory):
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, *memory)
         h = self.post_attention_layernorm(x)
         if not self.sparse:
             return x + self.mlp(h), None
@@ -311,7 +345,7 @@ class LLM(nn.Module):
         self.model.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.model.norm = nn.RMSNorm(cfg.dim, cfg.rms_norm_eps)
         if not cfg.tie_embeddings:
-            self.lm_head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
+            self.lm_head = Linear(cfg.dim, cfg.vocab_size)
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.02)
@@ -325,7 +359,7 @@ class LLM(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         head = self.model.embed_tokens if self.cfg.tie_embeddings else self.lm_head
-        return F.linear(x, head.weight)
+        return product(x, head.weight)
 
     def hidden(self, x: Tensor, segments: Tensor | None = None,
                cache: Cache | None = None) -> tuple[Tensor, Aux | None]:  # fmt: skip
@@ -342,6 +376,7 @@ class LLM(nn.Module):
         asking = segments.clamp(min=1) if self.parity else segments
         pos = positions(asking)
         if cache is not None:
+            cache.expect(x.shape[1])
             pos = pos + cache.next
             cache.next = pos[:, -1:] + 1
         q_B2T, k_B2K = torch.stack((pos, asking), dim=1), torch.stack((pos, segments), dim=1)
@@ -350,10 +385,15 @@ class LLM(nn.Module):
         dtype = None if flex else product_dtype(x)
         mask = attention_mask(q_B2T, k_B2K, self.cfg.sliding_window, dtype)
         rope = rope_tables(pos, self.cfg.head_dim, self.cfg.rope_theta)
-        recompute, auxes = self.checkpoint and self.training, []
+        run, memory, auxes = Block.__call__, (), []
+        if self.checkpoint and self.training:
+            run = recomputed
+        elif cache is not None and cache.compile and x.shape[1] == 1:
+            run = compiled(Block.forward)
         for layer, block in enumerate(self.model.layers):
-            run = functools.partial(recomputed, block) if recompute else block
-            x, aux = run(x, rope, mask, asking > 0, cache, layer)
+            if cache is not None:
+                memory = cache, cache.keys[layer], cache.values[layer]
+            x, aux = run(block, x, rope, mask, asking > 0, *memory)
             auxes.append(aux)
         if cache is not None:
             cache.seen += x.shape[1]
@@ -388,13 +428,17 @@ class LLM(nn.Module):
                  segments: Tensor | None = None, *, max_new_tokens: int, temperature: float = 0.0,
                  top_p: float = 1.0, top_k: int | None = None, seed: int | None = None,
                  eos_token_id: int | list[int] | None = None,
-                 stream: Callable[[Tensor], None] | None = None) -> Tensor:  # fmt: skip
+                 stream: Callable[[Tensor], bool | None] | None = None,
+                 cache: Cache | None = None, compile: bool = False) -> Tensor:  # fmt: skip
         """Continue tokens [B, T] or embeds [B, T, D]; return the new ids [B, <= max_new_tokens].
 
         Prompts of unequal length are padded on the left, with segments 0 there and 1 elsewhere.
         temperature 0 takes the most probable token; otherwise the next one is drawn from the
         `top_k` most probable, and of these from the fewest that reach probability `top_p`.
-        A row past its end token is filled up with it. `stream` gets the ids [B] of each step.
+        A row past its end token is filled up with it. `stream` gets the ids [B] of each step, and
+        ends the answer if it returns True. A `cache` holds what came before the prompt, which is
+        not computed again; the prompt and all of the answer but its last token are added to it.
+        `compile` the steps: some seconds at first, then several times as fast (bench.py decode).
         """
         if (tokens is None) == (embeds is None):
             raise ValueError("generate continues either tokens or embeds: give exactly one of them")
@@ -405,21 +449,23 @@ class LLM(nn.Module):
             raise ValueError(f"{temperature=} (from 0), {top_p=} (0 to 1) or {top_k=} (from 1)")
         if segments is not None and ((segments.diff() < 0).any() or (segments[:, -1] != 1).any()):
             raise ValueError("segments of prompts are zeros (padding on the left), then ones")
-        cache = Cache(self.cfg, len(x), x.shape[1] + max_new_tokens, product_dtype(x), x.device)
+        if cache is None:
+            room = x.shape[1] + max_new_tokens
+            cache = Cache(self.cfg, len(x), room, product_dtype(x), x.device, compile)
+        logits = compiled(LLM.logits) if cache.compile else LLM.logits
         generator = None if seed is None else torch.Generator(x.device).manual_seed(seed)
         ends = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or []
         ends = torch.tensor(ends, dtype=torch.int64, device=x.device)
         done, out = torch.zeros(len(x), dtype=torch.bool, device=x.device), []
         for _ in range(max_new_tokens):
             x, _ = self.hidden(x, segments, cache)
-            ids = choose(self.logits(x[:, -1]).float(), temperature, top_p, top_k, generator)
+            last = logits(self, x[:, -1:])[:, 0].float()
+            ids = choose(last, temperature, top_p, top_k, generator)
             if len(ends):
                 ids = torch.where(done, ends[0], ids)
                 done = torch.isin(ids, ends)
             out.append(ids)
-            if stream:
-                stream(ids)
-            if len(ends) and done.all():
+            if stream and stream(ids) or len(ends) and done.all():
                 break
             x, segments = self.embed(ids[:, None]), None
         return torch.stack(out, dim=1)
