@@ -1,12 +1,15 @@
-"""The pictures that training and evaluation draw; the only file that wants matplotlib."""
+"""The pictures of training, evaluation and sampling; the only file that wants matplotlib."""
 
 import functools
 import json
+import math
 
 import numpy as np
+from PIL import ImageColor
 
-# told apart by the colour-blind too (Okabe and Ito)
+# told apart by the colour-blind too (Okabe and Ito), and what can be read on each
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+INKS = ("white", "black", "white", "black", "black", "white", "black", "white")
 
 
 @functools.cache  # says it once
@@ -41,6 +44,70 @@ def draw_load(load, file):
     axis.legend(ncols=len(shares), loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
     figure.tight_layout()
     figure.savefig(file, dpi=100)
+    plt.close(figure)
+    print(f"wrote {file}")
+
+
+def expert_map(picture, choice):
+    """Patches in their experts' colors, the picture's outlines drawn over them: [S, S, 3] in 0..1.
+
+    `picture` is square (PIL); `choice` [rows, columns] has each patch's expert, the top row first.
+    """
+    pixels = np.asarray(picture) / 255
+    patch_S = np.arange(len(pixels)) * len(choice) // len(pixels)  # the patch a pixel lies in
+    colors = np.array([ImageColor.getrgb(color) for color in COLORS]) / 255
+    map_SS3 = colors[choice[patch_S][:, patch_S] % len(COLORS)]
+    # Grey shades or colors shining through would change the experts' colors; outlines do not.
+    steps = [np.diff(pixels, axis=axis, append=pixels.take([-1], axis)) for axis in (0, 1)]
+    outline_SS1 = np.linalg.norm(steps, axis=(0, 3))[..., None]
+    strong = max(0.1, np.quantile(outline_SS1, 0.98))
+    outline_SS1 = (outline_SS1 / strong - 0.2).clip(0, 0.6)  # without the noise of a JPEG
+    white_on_black = map_SS3.mean(-1, keepdims=True) < 0.2
+    return map_SS3 * (1 - outline_SS1) + white_on_black * outline_SS1
+
+
+def draw_experts(picture, choices, load, file):
+    """Which expert sees which part of a picture (PIL, square): a map and bars a sparse block.
+
+    `choices` {name: each patch's expert, as in `expert_map`}, `load` {name: share of each expert}.
+    """
+    plt = pyplot()
+    if not plt:
+        return
+    columns = math.ceil((1.5 * (1 + len(choices))) ** 0.5)
+    rows = math.ceil((1 + len(choices)) / columns)
+    figure, axes = plt.subplots(rows, columns, layout="constrained",
+                                figsize=(max(7.6, 1.9 * columns), 1.55 * rows + 0.8))  # fmt: skip
+    figure.get_layout_engine().set(w_pad=0.06)
+    for axis in axes.flat:
+        axis.axis("off")
+    axes.flat[0].imshow(picture)
+    axes.flat[0].set_title("the picture", fontsize=9)
+    for axis, (name, choice) in zip(axes.flat[1:], choices.items()):
+        end = len(choice) - 0.5
+        axis.imshow(expert_map(picture, choice), extent=(-0.5, end, end, -0.5))  # row 0 at the top
+        axis.set_title(name, fontsize=9)
+        if len(choice) <= 12:  # more numbers could not be read
+            for (row, column), e in np.ndenumerate(choice):
+                axis.text(column, row, e, ha="center", va="center", fontsize=6,
+                          color=INKS[e % len(INKS)])  # fmt: skip
+        bars = axis.inset_axes((1.12, 0, 0.3, 1))
+        colors = [COLORS[e % len(COLORS)] for e in range(len(load[name]))]
+        bars.barh(range(len(colors)), load[name], color=colors)
+        bars.axvline(1 / len(colors), color="black", linewidth=0.6, linestyle=":")
+        bars.set(yticks=range(len(colors)), xticks=[], xlim=(0, max(map(max, load.values()))))
+        bars.invert_yaxis()
+        bars.tick_params(length=0, labelsize=7, pad=1)
+        bars.spines[:].set_visible(False)
+    experts = range(max(map(len, load.values())))
+    patches = [plt.Rectangle((0, 0), 1, 1, color=COLORS[e % len(COLORS)]) for e in experts]
+    figure.legend(patches, [f"expert {e}" for e in experts], ncols=len(experts), fontsize=9,
+                  loc="outside upper center", frameon=False)  # fmt: skip
+    figure.supxlabel(
+        "Color: the expert a patch goes to first. Bars: each expert's share of all choices, not "
+        "only the first; dotted: an even share.\nThe connector routes each patch once, on the "
+        "channels of all its S2 scales together.", fontsize=8, color="#444444")  # fmt: skip
+    figure.savefig(file, dpi=150)
     plt.close(figure)
     print(f"wrote {file}")
 

@@ -38,9 +38,10 @@ def open_image(path):
         raise ValueError(f"{path}: cannot be read as an image ({text})") from None
 
 
-def preprocess(image, size, mode="pad"):
-    """PIL image -> [3, size, size] float32. ValueError for a mode other than `pad` and `square`,
-    and for a picture so narrow that its square, or the picture enlarged, would take gigabytes."""
+def squared(image, size, mode="pad"):
+    """What CLIP looks at of a PIL image: RGB, size x size. ValueError for a mode other than `pad`
+    and `square`, and for a picture so narrow that its square, or the picture enlarged, would take
+    gigabytes."""
     if mode not in MODES:
         raise ValueError(f"image mode {mode!r} is unknown; choose from {', '.join(MODES)}")
     image = image.convert("RGB")
@@ -58,6 +59,10 @@ def preprocess(image, size, mode="pad"):
         width, height = int(size * width / short), int(size * height / short)
         image = image.resize((width, height), Image.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
-    image = image.crop((left, top, left + size, top + size))
-    x = (np.asarray(image).astype(np.float64) * (1 / 255)).astype(np.float32)
+    return image.crop((left, top, left + size, top + size))
+
+
+def preprocess(image, size, mode="pad"):
+    """PIL image -> [3, size, size] float32; a ValueError when `squared` has one."""
+    x = (np.asarray(squared(image, size, mode)).astype(np.float64) * (1 / 255)).astype(np.float32)
     return torch.from_numpy(((x - MEAN) / STD).transpose(2, 0, 1).copy())

@@ -47,7 +47,7 @@ READING = [
     ("optim.py", "AdamW on bf16 weights: rounding at random, or a float32 copy"),
     ("sample.py", "asking about a picture"),
     ("eval.py", "exact answers by type and split, and which expert does what"),
-    ("plots.py", "loss curves and expert loads as pictures"),
+    ("plots.py", "loss curves, expert loads and expert maps as pictures"),
     ("data/world.py", "pictures, captions and questions drawn from a seed"),
     ("data/chat.py", "conversations to ids and labels, segment by segment"),
     ("data/tokenizer.py", "SentencePiece and byte-level BPE, both on tiktoken"),

@@ -59,6 +59,23 @@ def test_language_model_alone_answers_without_a_picture(tmp_path, ask):
         ask(*flags, "--image", ROOT / "cat.jpg")
 
 
+def test_experts_draws_a_map_and_answers_the_same(model_dir, tmp_path, ask):
+    flags = ["--model", model_dir, "--image", ROOT / "cat.jpg", "--max-new-tokens", 4]
+    file = tmp_path / "experts.png"
+    assert ask(*flags, "--experts", file) == f"wrote {file}\n" + ask(*flags)
+    assert Image.open(file).width > 700
+
+
+def test_experts_of_a_model_without_any_are_refused_before_an_answer(tmp_path, ask, capsys):
+    dense = tiny_cumo(vocab=1024)
+    for name, model in (("dense", dense), ("llm", dense.llm)):
+        model.save_pretrained(tmp_path / name)
+        shutil.copy(MINI / "tokenizer.json", tmp_path / name)
+        with pytest.raises(ValueError, match="x.png: no expert of this model sees pictures; leave"):
+            ask("--model", tmp_path / name, "--image", ROOT / "cat.jpg", "--experts", "x.png")
+        assert capsys.readouterr().out == ""
+
+
 def test_prompt_of_a_language_model_alone_has_one_bos():
     model, tokenizer = tiny_cumo(vocab=1024).llm, Tokenizer.from_pretrained(MINI)
     tokens, pixels = prompt(model, tokenizer, "What is a cat?", [])
@@ -98,6 +115,7 @@ def test_printer_streams_whole_characters(capsys):
         (["--image", "."], "folder"),
         (["--ask", "  "], "question is empty"),
         ([], "--image FILE"),
+        (["--ask", "What?", "--experts", "x.png"], "--experts x.png draws what experts see: give"),
         (["--imgae", "cat.jpg"], "did you mean --image?"),
         (["--ask", "What?", "--temperature", "-1"], "temperature"),
         (["--ask", "What?", "--top-p", "0"], "top_p"),
