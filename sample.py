@@ -1,7 +1,9 @@
-"""Ask a model about a picture.
+"""Ask a model about pictures.
 
     python sample.py --image cat.jpg                          # describe it
     python sample.py --image cat.jpg --ask "Where is the cat?"
+    echo "Is there a dog?" | python sample.py --image cat.jpg
+    python sample.py --image cat.jpg --chat                   # a conversation
     python sample.py --image cat.jpg --experts experts.png    # and draw which expert saw what
     python sample.py --model weights/SmolLM2-135M-Instruct --ask "What is a cat?"
 
@@ -9,13 +11,20 @@ The model is the furthest stage found in `out/`, or any checkpoint given with `-
 a language model alone; it answers what is asked without a picture.
 """
 
+import contextlib
+import json
+import os
 import pathlib
-from dataclasses import dataclass
+import select
+import signal
+import stat
+import sys
+from dataclasses import asdict, dataclass
 
 import torch
 
+from conversation import Conversation
 from cumo import CuMo, check_device
-from data.chat import IMAGE_TAG, render, template_of
 from data.flags import parse, run
 from data.images import open_image, preprocess, squared
 from data.tokenizer import Tokenizer
@@ -24,17 +33,27 @@ from data.world import DESCRIBE
 from llm import LLM
 from plots import draw_experts
 
+DTYPES = {"": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+COMMANDS = "/image FILE adds a picture to the next question, /reset forgets all, /quit leaves"
+
 
 @dataclass
 class SampleConfig:
-    image: str = ""  # the picture; empty: a question without one
-    ask: str = ""  # the question; empty: "Describe the picture."
+    image: tuple[str, ...] = ()  # the pictures; none: a question without one
+    ask: str = ""  # the question; empty: the one piped in, or "Describe the picture."
+    chat: bool = False  # a conversation: type questions, see the answers
+    json: bool = False  # print each answer as JSON, with its tokens and seconds
     model: str = ""  # a checkpoint; empty: the furthest stage in out/
     temperature: float = 0.0  # 0: always the likeliest token
     top_p: float = 1.0  # sample from the likeliest tokens that together have this probability
+    top_k: int = 0  # sample from so many likeliest tokens; 0: from all
     seed: int = 0  # of the sampling
     max_new_tokens: int = 128  # longest answer
+    stop: tuple[str, ...] = ()  # end an answer before any of these texts
+    context: int = 4096  # tokens of a conversation that are kept, if the model has no window
     experts: str = ""  # draw which expert saw which patch into this file
+    dtype: str = ""  # of the weights: float32 or bfloat16; empty: float32
+    compile: bool = False  # torch.compile the steps: some seconds at first, then faster
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to run
 
 
@@ -48,30 +67,77 @@ def find_model(out="out"):
     )
 
 
-def load(path, device):
+def load(path, device, dtype=None):
     """The CuMo in a folder, or the LLM, if there is nothing else in it."""
     config = read_config(path)
     sees = "vision_config" in config or "mm_vision_tower" in config
-    return (CuMo if sees else LLM).from_pretrained(path, device=device).eval()
+    return (CuMo if sees else LLM).from_pretrained(path, device=device, dtype=dtype).eval()
 
 
-def prompt(model, tokenizer, question, images):
-    """A question about `images` (PIL) -> (tokens [1, T], pixels [n, 3, S, S] or None)."""
-    if not question.strip():
-        raise ValueError('the question is empty; ask something, as in --ask "What is this?"')
-    value = f"{IMAGE_TAG}\n" * len(images) + question.replace(IMAGE_TAG, "")
-    turns = [{"from": "human", "value": value}]
-    if isinstance(model, LLM):
-        if images:
-            raise ValueError("this is a language model alone, it sees nothing; leave out --image")
-        template = template_of(tokenizer)
-        ids, _ = render(turns, tokenizer, template, where="--ask")
-        second = template == "mistral_instruct"  # the second <s> is CuMo's, no Mistral knows it
-        return torch.tensor([ids[second:]]), None
-    ids, _ = render(turns, tokenizer, model.cfg.template, model.image_tokens, len(images), "--ask")
-    size, mode = model.cfg.vision.image_size, model.cfg.image_mode
-    pixels = torch.stack([preprocess(i, size, mode) for i in images]) if images else None
-    return torch.tensor([ids]), pixels
+# ---------------------------------------------------------------------------- the terminal
+
+
+@contextlib.contextmanager
+def ctrl_c():
+    """A function that tells whether Ctrl-C was pressed; it ends an answer and not the program."""
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def piped():
+    """The question that another program or a file hands over, or ""."""
+    kind = os.fstat(0).st_mode
+    if stat.S_ISFIFO(kind) and not select.select([0], [], [], 1)[0]:
+        return ""  # a pipe that nobody writes to is nobody's question
+    return sys.stdin.read().strip() if stat.S_ISFIFO(kind) or stat.S_ISREG(kind) else ""
+
+
+def answer(conversation, cfg, path, question, images, interrupted=lambda: False):
+    """Ask, and print the answer as it comes, or as JSON."""
+    write = (lambda text: None) if cfg.json else None
+    said = conversation.ask(question, images, write, interrupted)
+    if cfg.json:
+        print(json.dumps(asdict(said) | {"model": str(path)}))
+        return
+    print()
+    if said.dropped:
+        print(f"(the oldest turns, {said.dropped}, had no room any more and were dropped)")
+
+
+def chat(conversation, cfg, path, images):
+    """Questions typed line by line, until the end of the input."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  arrow keys
+    print(COMMANDS, file=sys.stderr)
+    while True:
+        try:
+            line = input("> ").strip()
+        except KeyboardInterrupt:
+            print()
+            continue
+        except EOFError:
+            return
+        word, _, rest = line.partition(" ")
+        try:
+            if word == "/quit":
+                return
+            if word == "/reset":
+                conversation.reset()
+                images = []
+            elif word == "/image":
+                images = [*images, open_image(rest.strip())]
+            elif word.startswith("/"):
+                raise ValueError(f"{word} is no command; {COMMANDS}")
+            elif line:
+                asked, images = images, []
+                with ctrl_c() as interrupted:
+                    answer(conversation, cfg, path, line, asked, interrupted)
+        except ValueError as error:
+            print(f"error: {error}")
 
 
 @torch.no_grad()
@@ -103,47 +169,32 @@ def draw_routing(model, image, file):
     draw_experts(squared(image, 336, mode), choices, load, file)  # sharper than a small CLIP's 64
 
 
-class Printer:
-    """Prints ids as text as they come, whole characters at a time."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.ids, self.text = tokenizer, [], ""
-
-    def __call__(self, ids):
-        self.ids += ids.flatten().tolist() if hasattr(ids, "flatten") else list(ids)
-        text = self.tokenizer.decode(self.ids).strip()  # blanks wait for what follows them
-        if not text.endswith("\ufffd"):
-            print(text[len(self.text) :], end="", flush=True)
-            self.text = text
-
-
 def main():
     cfg, given = parse(SampleConfig, description=__doc__.split("\n")[0])
-    question = cfg.ask if "ask" in given else DESCRIBE
-    if not cfg.image and "ask" not in given:
+    if "ask" in given and cfg.chat:
+        raise ValueError("--ask is for one answer; in a --chat the questions are typed")
+    if cfg.experts and len(cfg.image) != 1:
+        raise ValueError(f"--experts {cfg.experts} draws what experts see of one picture, here are "
+                         f"{len(cfg.image)}: give --image FILE")  # fmt: skip
+    if cfg.dtype not in DTYPES:
+        raise ValueError(f"--dtype {cfg.dtype!r} is unknown; choose float32 or bfloat16")
+    images = [open_image(file) for file in cfg.image]
+    question = cfg.ask if "ask" in given or cfg.chat else piped() or DESCRIBE * bool(images)
+    if not (cfg.chat or images or "ask" in given or question):
         raise ValueError("nothing to do; give --image FILE, --ask QUESTION, or both")
-    if cfg.experts and not cfg.image:
-        raise ValueError(f"--experts {cfg.experts} draws what experts see: give --image FILE too")
-    images = [open_image(cfg.image)] if cfg.image else []
     check_device(cfg.device)
     path = cfg.model or find_model()
-    model = load(path, cfg.device)
+    model = load(path, cfg.device, DTYPES[cfg.dtype])
     if cfg.experts:
         draw_routing(model, images[0], cfg.experts)
-    tokenizer = Tokenizer.from_pretrained(path)
-    tokens, pixels = prompt(model, tokenizer, question, images)
-    seen = {} if pixels is None else {"images": pixels.to(cfg.device)}
-    model.generate(
-        tokens.to(cfg.device),
-        **seen,
-        max_new_tokens=cfg.max_new_tokens,
-        temperature=cfg.temperature,
-        top_p=cfg.top_p,
-        seed=cfg.seed,
-        eos_token_id=tokenizer.eos,
-        stream=Printer(tokenizer),
-    )
-    print()
+    conversation = Conversation(
+        model, Tokenizer.from_pretrained(path), cfg.context, cfg.compile, cfg.stop,
+        max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p,
+        top_k=cfg.top_k or None, seed=cfg.seed)  # fmt: skip
+    if cfg.chat:
+        chat(conversation, cfg, path, images)
+    else:
+        answer(conversation, cfg, path, question, images)
 
 
 if __name__ == "__main__":

@@ -143,6 +143,16 @@ def render(conversation, tokenizer, template="mistral_instruct", image_tokens=0,
     return out.ids, out.labels
 
 
+def render_next(question, tokenizer, template, image_tokens=0, n_images=0, where="sample"):
+    """The ids of one more question, from behind the last answer's end token to where the next
+    answer begins: what `render` would append to such a conversation."""
+    turns = [{"from": who, "value": "-"} for who in ("human", "gpt")]
+    turns.append({"from": "human", "value": question})
+    ids, labels = render(turns, tokenizer, template, image_tokens, n_images, where)
+    end = max(i for i, label in enumerate(labels) if label != IGNORE)
+    return ids[end + 1 :]
+
+
 def write_mistral(out, turns, system):
     """`[INST]` and `[/INST]` are letters, as they were to Mistral-7B v0.1 and v0.2."""
     out.token(out.tokenizer.bos)

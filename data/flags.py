@@ -70,7 +70,7 @@ def parse(cls, argv=None, description=""):
     """Read `argv` into (instance of the dataclass `cls`, set of the field names that were given).
 
     bool becomes `--x / --no-x` (bool | None: it may be that neither was said), int, float and str
-    what they are, a tuple comma-separated integers.
+    what they are, a tuple comma-separated integers, a tuple[str, ...] one or more words.
     """
     parser = Parser(description=description, allow_abbrev=False)
     comments, types = help_lines(cls), typing.get_type_hints(cls)
@@ -80,15 +80,18 @@ def parse(cls, argv=None, description=""):
         if default is dataclasses.MISSING:
             parser.add_argument(field.name, type=READ[kind], help=comments[field.name])
             continue
-        shown = ",".join(map(str, default)) if kind is tuple else default
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
         text = f"{comments[field.name]} [{shown}]".replace("%", "%%")
         options = dict(dest=field.name, default=argparse.SUPPRESS, help=text)
         if kind in (bool, bool | None):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        elif kind == tuple[str, ...]:
+            parser.add_argument(flag, nargs="+", metavar="STR", **options)
         else:
             metavar = "N,N" if kind is tuple else kind.__name__.upper()
             parser.add_argument(flag, type=READ[kind], metavar=metavar, **options)
     given = vars(parser.parse_args(argv))
+    given = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items()}
     return cls(**given), set(given)
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
+from tiny import tiny_cumo
 
 import llm as module
 from llm import IGNORE, LLM, Cache, LLMConfig, choose, positions, sees
@@ -511,3 +512,32 @@ def test_a_tied_head_stored_twice_is_no_error(tmp_path):
     half = LLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert torch.equal(half.model.norm.weight, llm.model.norm.weight.bfloat16())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experts, window", [(0, None), (4, 5)])
+def test_compiled_steps_say_the_same(experts, window):
+    llm = tiny_cumo(llm_experts=experts, window=window).llm.double().eval()
+    tokens, how = torch.randint(97, (2, 7)), dict(max_new_tokens=300)
+    assert torch.equal(llm.generate(tokens, **how, compile=True), llm.generate(tokens, **how))
+    alone = llm.generate(tokens[:1], **how, compile=True)
+    assert torch.equal(alone, llm.generate(tokens[:1], **how))
+
+
+def test_generation_goes_on_from_a_cache():
+    for window in (None, 5):
+        llm = tiny_cumo(window=window).llm.eval()
+        tokens, cache = torch.randint(97, (1, 7)), Cache(llm.cfg, 1, 40)
+        first = llm.generate(tokens, max_new_tokens=4, cache=cache)
+        assert cache.seen == 10  # the last token of the answer was not read
+        more = torch.cat((first[:, -1:], torch.randint(97, (1, 6))), dim=1)
+        whole = torch.cat((tokens, first[:, :-1], more), dim=1)
+        again = llm.generate(more, max_new_tokens=20, cache=cache)
+        assert torch.equal(again, llm.generate(whole, max_new_tokens=20))
+
+
+def test_stream_can_end_the_answer():
+    llm, seen = tiny_cumo().llm.eval(), []
+    ids = llm.generate(torch.randint(97, (1, 3)), max_new_tokens=9,
+                       stream=lambda i: seen.append(i) or len(seen) == 4)  # fmt: skip
+    assert ids.shape == (1, 4)

@@ -1,19 +1,19 @@
 """Asking about a picture from the command line: the answer streams, mistakes get one line."""
 
+import json
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 from refused import refusal
 from tiny import tiny_cumo
 
 import sample
-from data.tokenizer import Tokenizer
-from sample import Printer, prompt
 
 ROOT = Path(__file__).parents[1]
 MINI = ROOT / "data" / "mini" / "llm"
@@ -76,35 +76,95 @@ def test_experts_of_a_model_without_any_are_refused_before_an_answer(tmp_path, a
         assert capsys.readouterr().out == ""
 
 
-def test_prompt_of_a_language_model_alone_has_one_bos():
-    model, tokenizer = tiny_cumo(vocab=1024).llm, Tokenizer.from_pretrained(MINI)
-    tokens, pixels = prompt(model, tokenizer, "What is a cat?", [])
-    assert tokens[0].tolist() == [1, *tokenizer.encode("[INST] What is a cat? [/INST]")]
-    assert pixels is None
-
-
 def test_the_same_seed_gives_the_same_answer(model_dir, ask):
     flags = ["--model", model_dir, "--ask", "What?", "--temperature", 1, "--max-new-tokens", 8]
     answers = [ask(*flags, "--seed", seed) for seed in (1, 1, 2)]
     assert answers[0] == answers[1] != answers[2]
 
 
-def test_prompt_holds_the_image_before_the_question():
-    model, tokenizer = tiny_cumo(vocab=1024), Tokenizer.from_pretrained(MINI)
-    tokens, pixels = prompt(model, tokenizer, "What is <image> this?", [Image.new("RGB", (9, 5))])
-    assert (tokens == -200).sum() == model.image_tokens and pixels.shape == (1, 3, 24, 24)
-    text = tokenizer.decode([i for i in tokens[0].tolist() if i >= 0])
-    assert text.endswith("What is  this? [/INST]"), "a tag in the question is no second image"
+def command(model_dir, *flags):
+    return [
+        sys.executable,
+        ROOT / "sample.py",
+        "--model",
+        model_dir,
+        "--max-new-tokens",
+        "4",
+        *flags,
+    ]
 
 
-def test_printer_streams_whole_characters(capsys):
-    tokenizer = Tokenizer.from_pretrained(MINI)
-    printer = Printer(tokenizer)
-    shown = []
-    for i in tokenizer.encode(" café 🐱 end"):
-        printer(torch.tensor([[i]]))
-        shown.append(capsys.readouterr().out)
-    assert "".join(shown) == "café 🐱 end" and "\ufffd" not in "".join(shown)
+def test_a_question_may_be_piped_and_a_silent_pipe_is_none(model_dir, ask):
+    flags = "--image", ROOT / "cat.jpg"
+    piped = subprocess.run(command(model_dir, *flags), input="Is it red?\n", capture_output=True,
+                           text=True)  # fmt: skip
+    given = ["--model", model_dir, "--max-new-tokens", 4, *flags]
+    assert piped.stdout == ask(*given, "--ask", "Is it red?")
+    with subprocess.Popen(command(model_dir, *flags), stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True) as silent:  # fmt: skip
+        assert silent.stdout.read() == ask(*given)
+
+
+def test_json_has_the_answer_its_tokens_and_seconds(model_dir, ask):
+    flags = ["--model", model_dir, "--image", ROOT / "cat.jpg", "--max-new-tokens", 4]
+    said = json.loads(ask(*flags, "--json"))
+    assert said["answer"] == ask(*flags).strip() and said["model"] == str(model_dir)
+    assert 0 < said["tokens"] <= 4 and 0 < said["first_token_seconds"] <= said["seconds"]
+
+
+def test_several_pictures_are_seen(model_dir, tmp_path, ask):
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
+    flags = ["--model", model_dir, "--ask", "What is it?", "--max-new-tokens", 8]
+    cat, red = ROOT / "cat.jpg", tmp_path / "red.png"
+    assert len({ask(*flags, "--image", *some) for some in ([cat], [red], [cat, red])}) == 3
+
+
+def chatted(model_dir, lines, monkeypatch, capsys, *flags):
+    lines = iter(lines)
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, None) or end())
+    monkeypatch.setattr(
+        sys, "argv", ["sample.py", *map(str, command(model_dir, "--chat", *flags)[2:])]
+    )
+    sample.main()
+    return capsys.readouterr().out.splitlines()
+
+
+def end():
+    raise EOFError
+
+
+def test_chat_remembers_until_it_is_reset(model_dir, monkeypatch, capsys):
+    picture, run = f"/image {ROOT / 'cat.jpg'}", (model_dir, monkeypatch, capsys)
+    ask = lambda *lines: chatted(run[0], lines, *run[1:])
+    first, second = ask(picture, "What is it?", "And now?")
+    assert ask(picture, "What is it?", "/reset", "And now?") == [first, ask("And now?")[0]]
+    assert second != ask("And now?")[0]
+    assert ask(picture, "What is it?", "/quit", "And now?") == [first]
+
+
+def test_a_mistake_in_a_chat_is_one_line_and_the_chat_goes_on(model_dir, monkeypatch, capsys):
+    lines = ["/image nowhere.jpg", "/imgae", "What?"]
+    missing, unknown, answer = chatted(model_dir, lines, monkeypatch, capsys)
+    assert missing.startswith("error: nowhere.jpg: no such image")
+    assert unknown.startswith("error: /imgae is no command; /image FILE") and answer
+    told = chatted(model_dir, ["a", "b", "c"], monkeypatch, capsys, "--context", "150")
+    assert re.fullmatch(
+        r"\(the oldest turns, \d, had no room any more and were dropped\)", told[-1]
+    )
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_chat(model_dir):
+    flags = command(model_dir, "--chat", "--max-new-tokens", "30000", "--context", "32000")
+    with subprocess.Popen([*flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as talk:  # fmt: skip
+        talk.stdin.write(b"What?\n")
+        talk.stdin.flush()
+        assert talk.stdout.read(20), "it has begun to answer"
+        talk.send_signal(signal.SIGINT)
+        talk.stdin.write(b"/imgae\n")
+        talk.stdin.close()
+        assert b"error: /imgae is no command" in talk.stdout.read()
+    assert talk.returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -115,13 +175,17 @@ def test_printer_streams_whole_characters(capsys):
         (["--image", "."], "folder"),
         (["--ask", "  "], "question is empty"),
         ([], "--image FILE"),
-        (["--ask", "What?", "--experts", "x.png"], "--experts x.png draws what experts see: give"),
+        (["--ask", "What?", "--experts", "x.png"], "--experts x.png draws what experts see of one"),
         (["--imgae", "cat.jpg"], "did you mean --image?"),
         (["--ask", "What?", "--temperature", "-1"], "temperature"),
         (["--ask", "What?", "--top-p", "0"], "top_p"),
         (["--ask", "What?", "--max-new-tokens", "0"], "max_new_tokens"),
         (["--ask", "What?", "--model", "nowhere"], "nowhere"),
         (["--ask", "What?", "--device", "cuda:99"], "--device cuda:99"),
+        (["--ask", "What?", "--chat"], "--ask is for one answer"),
+        (["--ask", "What?", "--dtype", "fp16"], "--dtype 'fp16' is unknown; choose float32"),
+        (["--ask", "What?", "--context", "9"], "there is room for 9: ask less"),
+        (["--ask", "What?", "--top-k", "-1"], "top_k"),
     ],
 )
 def test_bad_input_gets_one_line(model_dir, tmp_path, flags, message, monkeypatch, capsys):

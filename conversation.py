@@ -1,0 +1,160 @@
+"""A conversation with a model: questions about pictures, answers as they come.
+
+    talk = Conversation(model, tokenizer, max_new_tokens=128)
+    talk.ask("Where is the cat?", [Image.open("cat.jpg")]).answer
+    talk.ask("And the dog?").answer
+
+Nothing is computed twice. The language model's cache holds keys and values of all
+that was said, so a question costs its own tokens and those of its pictures alone:
+
+    <s>[INST] <image> Where is it? [/INST] left </s>[INST] And the dog? [/INST] ...
+    '------------------ in the cache ----------'    '------- new -------'
+
+When the cache is full, the oldest turns are dropped and the rest is read again. A model with a
+sliding window has a ring for a cache, in which there is always room.
+"""
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from data.chat import IMAGE_TAG, render, render_next, template_of
+from data.images import preprocess
+from llm import LLM, Cache
+
+
+def prompt(model, tokenizer, question, images=(), first=True):
+    """A question about `images` (PIL) -> (its ids, pixels [n, 3, S, S] or None). If it is not the
+    `first` one, the ids are those that go on behind an answer."""
+    if not question.strip():
+        raise ValueError('the question is empty; ask something, as in --ask "What is this?"')
+    alone, pixels, image_tokens = isinstance(model, LLM), None, 0
+    if alone and images:
+        raise ValueError("this is a language model alone, it sees nothing; leave out --image")
+    template = template_of(tokenizer) if alone else model.cfg.template
+    if images:
+        size, mode, image_tokens = (
+            model.cfg.vision.image_size,
+            model.cfg.image_mode,
+            model.image_tokens,
+        )
+        pixels = torch.stack([preprocess(image, size, mode) for image in images])
+    text = f"{IMAGE_TAG}\n" * len(images) + question.replace(IMAGE_TAG, "")
+    how = tokenizer, template, image_tokens, len(images), "--ask"
+    if not first:
+        return render_next(text, *how), pixels
+    ids, _ = render([{"from": "human", "value": text}], *how)
+    second = alone and template == "mistral_instruct"  # <s>: it is CuMo's, no Mistral knows it
+    return ids[second:], pixels
+
+
+class Printer:
+    """Writes ids as text as they come, whole characters at a time, up to the first `stop` text."""
+
+    def __init__(self, tokenizer, stop=(), write=None):
+        self.tokenizer, self.stop, self.ids, self.text, self.whole = tokenizer, stop, [], "", ""
+        self.write = write or (lambda text: print(text, end="", flush=True))
+
+    def __call__(self, ids):
+        """Returns True when a stop text has been said."""
+        self.ids += ids.flatten().tolist() if hasattr(ids, "flatten") else list(ids)
+        text = self.tokenizer.decode(self.ids).strip()  # blanks wait for what follows them
+        said = [text.find(stop) for stop in self.stop if stop in text]
+        self.whole = text[: min(said)].rstrip() if said else text
+        begun = {stop[:n] for stop in self.stop for n in range(1, len(stop))}
+        held = max((len(start) for start in begun if text.endswith(start)), default=0)
+        if not text.endswith("\ufffd"):
+            self.show(self.whole if said else text[: len(text) - held])
+        return bool(said)
+
+    def show(self, text):
+        self.write(text[len(self.text) :])
+        self.text = text
+
+    def finish(self):
+        """The whole answer; what was held back, since it might have become a stop, is written."""
+        self.show(self.whole)
+        return self.whole
+
+
+@dataclass
+class Turn:
+    question: str
+    images: tuple  # PIL
+    ids: list  # of the question
+    pixels: torch.Tensor | None
+    said: list  # ids of the answer, its end token included
+
+
+@dataclass
+class Answer:
+    answer: str
+    tokens: int  # generated, the end token included
+    prompt_tokens: int  # read for this answer, not counting what the cache held already
+    first_token_seconds: float  # from the question
+    seconds: float
+    dropped: int  # turns that had no room any more
+
+
+class Conversation:
+    """Questions about pictures, and answers; what was said stays in the language model's cache.
+
+    context: tokens to keep, if the model has no window. options: those of `LLM.generate`.
+    """
+
+    def __init__(self, model, tokenizer, context=4096, compile=False, stop=(), **options):
+        self.model, self.tokenizer, self.stop, self.options = model, tokenizer, stop, options
+        llm = model if isinstance(model, LLM) else model.llm
+        window, weight = llm.cfg.sliding_window, llm.model.embed_tokens.weight
+        self.room = None if window else min(context, llm.cfg.max_positions)
+        size = window + 1 if window else self.room  # a longer text than the window makes a ring
+        self.new_cache = lambda: Cache(llm.cfg, 1, size, weight.dtype, weight.device, compile)
+        self.reset()
+
+    def reset(self):
+        self.turns, self.pending, self.cache = [], [], None  # pending: said, but not in the cache
+
+    def ask(self, question, images=(), write=None, interrupted=lambda: False):
+        """-> Answer. `write` gets its text piece by piece; `interrupted()` is asked token by token
+        and ends it. ValueError when not even the question has room."""
+        start, first = time.perf_counter(), []
+        ids, pixels = prompt(self.model, self.tokenizer, question, images, not self.turns)
+        turns = [*self.turns, Turn(question, images, ids, pixels, [])]
+        new, unseen, dropped = self.pending + ids, turns[-1:], 0
+        if self.room and (self.cache.seen if self.cache else 0) + self.longest(new) > self.room:
+            while len(turns) > 1 and (not dropped or self.longest(new) > self.room // 2):
+                turns, dropped = turns[1:], dropped + 1  # more than needed: it takes a while
+                ids, _ = prompt(self.model, self.tokenizer, turns[0].question, turns[0].images)
+                turns[0] = replace(turns[0], ids=ids)
+                new, unseen = [i for turn in turns for i in turn.ids + turn.said], turns
+            if self.longest(new) > self.room:
+                raise ValueError(
+                    f"question and answer may take {self.longest(new)} tokens, there is room for "
+                    f"{self.room}: ask less, or lower --max-new-tokens"
+                )
+        if dropped or not self.cache:
+            self.cache = self.new_cache()
+        pixels = [turn.pixels for turn in unseen if turn.pixels is not None]
+        printer = Printer(self.tokenizer, self.stop, write)
+
+        def stream(token):
+            first.append(time.perf_counter() - start)
+            return printer(token) or interrupted()
+
+        said = self.generate(new, pixels, stream)
+        end = [] if said[-1] == self.tokenizer.eos else [self.tokenizer.eos]
+        turns[-1].said, self.pending = said + end, said[-1:] + end
+        self.turns = turns if self.room else turns[-1:]  # with a window none is ever read again
+        return Answer(printer.finish(), len(said), len(new), first[0], time.perf_counter() - start,
+                      dropped)  # fmt: skip
+
+    def longest(self, new):
+        return len(new) + self.options["max_new_tokens"]
+
+    def generate(self, ids, pixels, stream):
+        device = self.cache.keys.device
+        seen = {"images": torch.cat(pixels).to(device)} if pixels else {}
+        tokens = torch.tensor([ids], device=device)
+        how = dict(cache=self.cache, stream=stream, eos_token_id=self.tokenizer.eos)
+        return self.model.generate(tokens, **seen, **how, **self.options)[0].tolist()

@@ -1,0 +1,186 @@
+"""A conversation computes nothing twice and answers as if it had read everything anew."""
+
+import pytest
+import torch
+from PIL import Image
+from tiny import ROOT, tiny_cumo
+
+from conversation import Conversation, Printer, prompt
+from data.chat import TEMPLATES, render, render_next
+from data.images import preprocess
+from data.tokenizer import Tokenizer
+
+MINI = Tokenizer.from_pretrained(ROOT / "data" / "mini" / "llm")
+CAT, RED = Image.open(ROOT / "cat.jpg"), Image.new("RGB", (30, 20), "red")
+
+
+def talk(model=None, **options):
+    options = dict(max_new_tokens=6) | options
+    return Conversation(model or tiny_cumo(experts=4, vocab=1024).eval(), MINI, **options)
+
+
+def read_anew(model, turns, pictures, max_new_tokens=6):
+    """The answer to the last of these turns, the whole conversation in one prompt."""
+    ids, _ = render(turns, MINI, model.cfg.template, model.image_tokens, len(pictures))
+    size, mode = model.cfg.vision.image_size, model.cfg.image_mode
+    pixels = torch.stack([preprocess(p, size, mode) for p in pictures]) if pictures else None
+    said = model.generate(torch.tensor([ids]), pixels, max_new_tokens=max_new_tokens,
+                          eos_token_id=MINI.eos)  # fmt: skip
+    return MINI.decode(said[0].tolist()).strip()
+
+
+@pytest.mark.parametrize("window", [None, 12])
+def test_answers_are_those_of_the_whole_conversation_read_anew(window):
+    """Token for token: an answer's text may be spelled by other tokens than the model's."""
+    model = tiny_cumo(experts=4, vocab=1024, window=window).eval()
+    spoken = talk(model)
+    asked = [("Where is it?", [CAT]), ("And these?", [RED, CAT]), ("Why?", []), ("So?", [])]
+    whole, pixels = [], []
+    for k, (question, pictures) in enumerate(asked):
+        answer = spoken.ask(question, pictures)
+        ids, own = prompt(model, MINI, question, pictures, first=k == 0)
+        whole, pixels = whole + ids, pixels + ([own] if own is not None else [])
+        expected = model.generate(torch.tensor([whole]), torch.cat(pixels), max_new_tokens=6,
+                                  eos_token_id=MINI.eos)[0].tolist()  # fmt: skip
+        assert answer.answer == MINI.decode(expected).strip(), question
+        assert answer.prompt_tokens == len(ids) + (0 if k == 0 else 1 + (expected[-1] != MINI.eos))
+        whole += spoken.turns[-1].said
+
+
+def test_pictures_are_encoded_once(monkeypatch):
+    model, seen = tiny_cumo(vocab=1024).eval(), []
+    vision = model.vision.forward
+    monkeypatch.setattr(model.vision, "forward", lambda x: seen.append(len(x)) or vision(x))
+    spoken = talk(model)
+    for question, pictures in [("One?", [CAT]), ("Two?", []), ("Three?", [RED, CAT])]:
+        spoken.ask(question, pictures)
+    assert seen == [1, 2]
+
+
+@pytest.mark.parametrize("template", [t for t in TEMPLATES if t.startswith("mistral")])
+def test_one_more_question_goes_on_as_in_the_whole_conversation(template):
+    texts = ["<image>\nOne?", "a b", "  Two <image> ", "c", "Three?", "d"]
+    turns = [{"from": w, "value": text} for w, text in zip(["human", "gpt"] * 3, texts)]
+    for n in (1, 3, 5):
+        ids, _ = render(turns[:n], MINI, template, 9, 2 if n > 1 else 1)
+        if n == 1:
+            whole = ids
+            continue
+        tags = turns[n - 1]["value"].count("<image>")
+        whole += MINI.encode(f" {turns[n - 2]['value']} ") + [MINI.eos]
+        whole += render_next(turns[n - 1]["value"], MINI, template, 9, tags)
+        assert whole == ids
+
+
+def test_oldest_turns_are_dropped_when_there_is_no_room_and_the_rest_read_anew():
+    model = tiny_cumo(vocab=1024).eval()
+    model.cfg.template = "mistral_instruct"
+    spoken, dropped, answers = talk(model, context=90), 0, []
+    for k in range(8):
+        answers.append(spoken.ask(f"Is it number {k}?", [CAT] if k == 0 else []))
+        dropped += answers[-1].dropped
+        assert spoken.cache.seen <= 90 and len(spoken.turns) == k + 1 - dropped
+    assert dropped >= 4 and any(a.dropped > 1 for a in answers) and not answers[1].dropped
+    fresh, kept = talk(model, context=90), spoken.turns
+    ids = [i for turn in kept for i in turn.ids + turn.said][: -len(kept[-1].said)]
+    start = prompt(model, MINI, kept[0].question)[0]
+    assert kept[0].ids == start and kept[0].pixels is None, "it begins like a conversation"
+    expected = fresh.model.generate(torch.tensor([ids]), max_new_tokens=6, eos_token_id=MINI.eos)
+    assert answers[-1].answer == MINI.decode(expected[0].tolist()).strip()
+
+
+def test_a_window_is_a_ring_in_which_there_is_always_room():
+    model = tiny_cumo(vocab=1024, window=16).eval()
+    spoken = talk(model, context=40)
+    for k in range(12):
+        assert spoken.ask(f"Is it number {k}?").dropped == 0
+    assert spoken.cache.size == 16 and spoken.cache.seen > 160
+    assert len(spoken.turns) == 1, "nothing grows"
+
+
+def test_a_question_without_room_is_refused_and_changes_nothing():
+    spoken = talk(tiny_cumo(vocab=1024).eval(), context=200)
+    spoken.ask("One?")
+    before = spoken.turns, spoken.cache.seen
+    with pytest.raises(ValueError, match=r"may take \d+ tokens, there is room for 200"):
+        spoken.ask("word " * 200)
+    assert (spoken.turns, spoken.cache.seen) == before
+    assert spoken.ask("Two?").answer
+
+
+def test_an_interrupted_answer_ends_and_the_conversation_goes_on():
+    model = tiny_cumo(vocab=1024).eval()
+    spoken, asked = talk(model), iter([False, False, True])
+    answer = spoken.ask("One?", interrupted=lambda: next(asked))
+    assert answer.tokens == 3 and spoken.turns[-1].said[-1] == MINI.eos
+    ids = [*spoken.turns[0].ids, *spoken.turns[0].said]
+    ids += prompt(model, MINI, "Two?", first=False)[0]
+    expected = model.generate(torch.tensor([ids]), max_new_tokens=6, eos_token_id=MINI.eos)
+    assert spoken.ask("Two?").answer == MINI.decode(expected[0].tolist()).strip()
+
+
+def test_reset_forgets_everything():
+    spoken = talk()
+    first = spoken.ask("What is it?", [CAT])
+    spoken.ask("And now?")
+    spoken.reset()
+    assert spoken.ask("What is it?", [CAT]).answer == first.answer
+
+
+def written(text, stop):
+    """What a Printer writes, piece by piece, of a text that is said token by token."""
+    pieces = []
+    printer = Printer(MINI, stop, pieces.append)
+    for i in MINI.encode(text):
+        if printer([i]):
+            break
+    return [p for p in pieces if p], printer.finish(), "".join(pieces)
+
+
+def test_printer_streams_whole_characters():
+    pieces, whole, shown = written(" café 🐱 end", ())
+    assert shown == whole == "café 🐱 end" and len(pieces) > 3
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_nothing_is_shown_of_a_stop_text_even_if_it_comes_in_pieces():
+    for stop in (["\nUser"], ["zebra", "\nUser:"], ["User", "\nUser: no"]):
+        pieces, whole, shown = written("a cat\nUser: no", stop)
+        assert shown == whole == "a cat", stop
+    assert written("a cat\nUse", ["\nUser"])[1:] == ("a cat\nUse",) * 2, "it did not come"
+    assert written("User", ["User"])[1:] == ("", "")
+
+
+def test_stop_ends_the_answer(monkeypatch):
+    model = tiny_cumo(vocab=1024).eval()
+    text = " one two three four"
+    ids = MINI.encode(text)
+
+    def say(tokens, stream, **options):
+        said = []
+        for i in ids:
+            said.append(i)
+            if stream(torch.tensor([i])):
+                break
+        return torch.tensor([said])
+
+    monkeypatch.setattr(model, "generate", say)
+    answer = talk(model, stop=("three",)).ask("Count.")
+    assert answer.answer == "one two" and answer.tokens < len(ids)
+
+
+def test_prompt_of_a_language_model_alone_has_one_bos():
+    model = tiny_cumo(vocab=1024).llm
+    ids, pixels = prompt(model, MINI, "What is a cat?")
+    assert ids == [1, *MINI.encode("[INST] What is a cat? [/INST]")] and pixels is None
+    with pytest.raises(ValueError, match="sees nothing; leave out --image"):
+        prompt(model, MINI, "What is it?", [CAT])
+
+
+def test_prompt_holds_the_images_before_the_question():
+    model = tiny_cumo(vocab=1024)
+    ids, pixels = prompt(model, MINI, "What is <image> this?", [RED, CAT])
+    assert ids.count(-200) == 2 * model.image_tokens and pixels.shape == (2, 3, 24, 24)
+    assert torch.equal(pixels, torch.stack([preprocess(picture, 24) for picture in (RED, CAT)]))
+    text = MINI.decode([i for i in ids if i >= 0])
+    assert text.endswith("What is  this? [/INST]"), "a tag in the question is no third image"
