@@ -179,6 +179,11 @@ def attend(q_BHTA: Tensor, k_BGKA: Tensor, v_BGKA: Tensor, mask: Tensor | BlockM
     if T > 1 and not (v_BGKA.dtype == torch.bfloat16 and v_BGKA.device.type == "cpu"):
         k, v = (y.repeat_interleave(H // G, 1) for y in (k_BGKA, v_BGKA))
         return F.scaled_dot_product_attention(q_BHTA, k, v, attn_mask=mask)
+    if T == 1 and torch.compiler.is_compiling() and v_BGKA.device.type == "cpu":  # as in `product`
+        q = q_BHTA.reshape(B, G, H // G, 1, A).float() * A**-0.5
+        probs = ((q * k_BGKA[:, :, None].float()).sum(-1) + mask).softmax(-1)
+        out = (probs[..., None] * v_BGKA[:, :, None].float()).sum(-2)
+        return out.to(v_BGKA.dtype).view(B, H, 1, A)
     # for one query, and in bf16 on a CPU, two plain products are faster (bench/attention.py)
     q = (q_BHTA * A**-0.5).reshape(B, G, H // G * T, A)
     scores_BHTK = (q @ k_BGKA.mT).view(B, H, T, -1) + mask
@@ -251,7 +256,8 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     """
     alone = x.numel() == x.shape[-1] and x.device.type == "cpu"
     if alone and torch.compiler.is_compiling():
-        return (weight.float() * x[:, :, None].float()).sum(-1).to(x.dtype)
+        x_D = x.float().flatten().as_strided((x.shape[-1],), (1,))  # makes it store x once
+        return (weight.float() * x_D).sum(-1).to(x.dtype)[None, None]
     return F.linear(x, weight)
 
 
