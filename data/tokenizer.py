@@ -22,6 +22,7 @@ name, so a user who types `</s>` gets its letters and no control token.
 """
 
 import base64
+import functools
 import json
 import struct
 from itertools import chain
@@ -34,10 +35,18 @@ from data.hub import resolve
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 # The same where each digit is a token of its own, without the space before it (SmolLM2).
 DIGITS_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
+WORD = r"[\p{L}\p{N}]"
 UNASSIGNED = "\uffff"  # neither letter nor number in any Unicode
 MARK = "▁"  # SentencePiece's space, U+2581
 # No piece has a MARK after another character, so text may be cut before every run of them.
 MARK_PATTERN = f"{MARK}*[^{MARK}]+|{MARK}+"
+
+
+@functools.cache
+def words_of_tiktoken():
+    """An encoding whose ids are the bytes of the letters and numbers in a text."""
+    bytes_alone = {bytes([b]): b for b in range(256)}
+    return tiktoken.Encoding("", pat_str=WORD, mergeable_ranks=bytes_alone, special_tokens={})
 
 
 class Tokenizer:
@@ -82,11 +91,9 @@ class Tokenizer:
         `tokenizers`, take them out of a word first, then join what has become neighbours."""
         import regex  # tiktoken needs it too, but has cut text itself, by an older Unicode
 
-        is_word = r"[\p{L}\p{N}]"
-        table = {bytes([b]): b for b in range(256)}
-        known = tiktoken.Encoding("", pat_str=is_word, mergeable_ranks=table, special_tokens={})
-        new = {c for c in set(regex.findall(is_word, text)) if not known.encode_ordinary(c)}
-        plain = text.translate({ord(c): UNASSIGNED for c in new})
+        words = "".join(set(regex.findall(WORD, text)))
+        known = bytes(words_of_tiktoken().encode_ordinary(words)).decode()
+        plain = text.translate({ord(c): UNASSIGNED for c in set(words) - set(known)})
         words = (text[slice(*m.span())] for m in regex.finditer(self.pattern, plain))
         words = (word.encode(errors="replace") for word in words)
         words = filter(None, (word.translate(None, self.gone) for word in words))
