@@ -7,7 +7,7 @@
 "Fast" means nothing without the peer in the same run on the same machine. So each case is a race:
 after a warm-up the contestants take turns, run by run, and whatever slows the machine slows all of
 them. What is printed is the median of each and its ratio to ours (2.0: ours takes half the time);
-`bench/<machine>.json` keeps every sample, the versions and the commit.
+`bench/<machine>-<precision>.json` keeps every sample, the versions and the commit.
 
     moe     the sparse block, forward and backward, beside a dense MLP of the same active work, the
             original's loop over samples and experts, and transformers' Mixtral block; and beside
@@ -312,7 +312,8 @@ def main():
                      "--runs 1 or more")  # fmt: skip
     here = machine()
     print(f"{here['machine']}, {here['threads']} threads, {here['precision']}")
-    file = ROOT / "bench" / (re.sub(r"\W+", "-", here["machine"]).strip("-").lower() + ".json")
+    name = f"{here['machine']} {here['precision'].split('.')[1]}"
+    file = ROOT / "bench" / (re.sub(r"\W+", "-", name).strip("-").lower() + ".json")
     known = json.loads(file.read_text())["rows"] if file.is_file() else []
     for name in args.sections or SECTIONS:
         rows = SECTIONS[name](args.runs)
