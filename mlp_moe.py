@@ -102,9 +102,11 @@ class Router(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Aux]:
         # In float32 whatever surrounds it: near ties decide which expert learns.
         # CuMo: the original takes logits and z in the surrounding precision, bf16 in training.
-        dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            logits_BTE = F.linear(x.to(dtype), self.weight.to(dtype))
+            return self.route(x.to(torch.promote_types(x.dtype, torch.float32)), mask)
+
+    def route(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Aux]:
+        logits_BTE = F.linear(x, self.weight.to(x.dtype))
         probs_BTE = logits_BTE.softmax(-1)
         # A stable sort, not topk: ties go to the lower expert on every device.
         sorted_BTE, order_BTE = probs_BTE.sort(dim=-1, descending=True, stable=True)
@@ -115,11 +117,11 @@ class Router(nn.Module):
 
         real_BT = torch.ones_like(probs_BTE[..., 0])
         if mask is not None:
-            real_BT = mask.to(dtype)
+            real_BT = mask.to(x.dtype)
             weights_BTK = weights_BTK * real_BT[..., None]
             choice_BTK = choice_BTK.masked_fill(~mask[..., None], len(self.weight))
         chosen_BTKE = choice_BTK[..., None] == torch.arange(len(self.weight), device=x.device)
-        chosen_BTKE = chosen_BTKE.to(dtype)
+        chosen_BTKE = chosen_BTKE.to(x.dtype)
         tokens_B = real_BT.sum(-1)
         mean_BT = real_BT / tokens_B[..., None].clamp(min=1)  # takes the mean of each sample
         prob_BE = torch.einsum("...t,...te->...e", mean_BT, probs_BTE)
@@ -209,6 +211,21 @@ class Experts(nn.Module):
         return views
 
 
+class Permuted(torch.autograd.Function):
+    """x[order]. Its gradient goes back the same way, g[inverse]; that of an index in general is
+    added up row by row, which takes five times as long."""
+
+    @staticmethod
+    def forward(ctx, x, order, inverse):
+        ctx.save_for_backward(order, inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, g):
+        order, inverse = ctx.saved_tensors
+        return Permuted.apply(g, inverse, order), None, None
+
+
 class SparseMoE(nn.Module):
     """x [B, T, D] -> (y [B, T, out], Aux): each token through its K best experts, none dropped."""
 
@@ -231,12 +248,14 @@ class SparseMoE(nn.Module):
         experts_E = torch.arange(num_experts, device=x.device)
         ends_E = torch.searchsorted(sorted_M, experts_E, right=True, out_int32=True)
         ends_E[-1] = len(sorted_M)
-        # 3) run all experts
-        y_MD = self.experts(x.flatten(0, -2).index_select(0, order_M // K), ends_E)
-        # 4) un-sort and combine
         position_M = torch.empty_like(order_M)
         position_M[order_M] = torch.arange(len(order_M), device=x.device)
-        y_BTKD = y_MD.index_select(0, position_M).view(*weights_BTK.shape, y_MD.shape[-1])
+        # 3) run all experts
+        x_MD = x.flatten(0, -2).repeat_interleave(K, 0)  # one row for each of a token's choices
+        y_MD = self.experts(Permuted.apply(x_MD, order_M, position_M), ends_E)
+        # 4) un-sort and combine
+        y_BTKD = Permuted.apply(y_MD, position_M, order_M)
+        y_BTKD = y_BTKD.view(*weights_BTK.shape, y_MD.shape[-1])
         return (weights_BTK[..., None] * y_BTKD).sum(-2).to(y_MD.dtype), aux
 
     def original_state_dict(self, names: tuple[str, ...], prefix: str = "") -> dict[str, Tensor]:

@@ -277,12 +277,11 @@ class Trainer:
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()[: self.step]
         (self.folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
 
-    def loop(self):
+    def loop(self, wandb=None):
         """Train to the end of the data -> True, or until Ctrl-C -> False."""
         first, device = parallel.first(), self.cfg.device
         bar = tqdm(total=len(self.order), initial=self.used, unit="sample",
                    desc=f"stage {self.cfg.stage}", disable=not first)  # fmt: skip
-        wandb = open_wandb(self.cfg) if first else None
         self.model.train()
         log = open(self.folder / "metrics.jsonl" if first else os.devnull, "a")
         with log, bar, closing(self.batches()) as batches:  # closing ends the workers
@@ -339,9 +338,12 @@ def train_stage(cfg):
     folder, name = stage_dir(cfg, cfg.stage), f"stage {cfg.stage}"
     state = None if cfg.overwrite else read_state(folder)
     if state:
-        cfg.weights = cfg.weights or state["config"].get("weights")  # chosen by another card, maybe
-        cfg.moments = cfg.moments or state["config"].get("moments")
-        refuse_difference(cfg, state, folder)
+        begun = any((folder / name).is_file() for name in RESUME)
+        if begun or state["finished"]:  # else there is nothing to be lost
+            config = state["config"]
+            cfg.weights = cfg.weights or config.get("weights")  # chosen by another card, maybe
+            cfg.moments = cfg.moments or config.get("moments")
+            refuse_difference(cfg, state, folder)
         if state["finished"]:
             print(f"{name}: finished in {folder}")
             return True
@@ -350,11 +352,12 @@ def train_stage(cfg):
     print(f"{name}: " + " ".join(f"{k}={v}" for k, v in shown.items()))
     print(f"{name}: takes about {budget.describe(plan)}; "
           f"there are {budget.available_memory(cfg.device) / budget.GB:.0f}")  # fmt: skip
+    wandb = open_wandb(cfg) if parallel.first() else None
     trainer = Trainer(cfg)
     every = sum(p.numel() for p in trainer.model.parameters())
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     print(f"{name}: trains {trained:,} of {every:,} parameters on {len(trainer.order):,} samples")
-    if state and any((folder / name).is_file() for name in RESUME):
+    if state and begun:
         trainer.load_resume()
         print(f"{name}: resumed after {trainer.used:,} samples")
     elif parallel.first():
@@ -370,7 +373,7 @@ def train_stage(cfg):
 
     handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        done = trainer.loop()
+        done = trainer.loop(wandb)
     except torch.OutOfMemoryError:
         saving = "; ".join(budget.remedies(plan)) or "a smaller model"
         raise ValueError(f"out of memory on {cfg.device}, where {budget.describe(plan)} were "
@@ -380,7 +383,7 @@ def train_stage(cfg):
             signal.signal(number, handler)
     if not done:
         trainer.save_resume()
-        again = shlex.join(["python", *sys.argv])
+        again = shlex.join(["python", *(word for word in sys.argv if word != "--overwrite")])
         print(f"stopped after {trainer.used:,} samples; the same command continues: {again}")
         return False
     lines = told(trainer.counts, getattr(trainer.data, "rejected", []), cfg.row_tokens)
