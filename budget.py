@@ -13,7 +13,7 @@ A block of the language model keeps, for every token, what goes into each of its
 
     x, norm(x) | q k v | attention's output | x, norm(x) | gate, up, silu(gate), their product
 
-some 20 D numbers; 32 such blocks of Mistral-7B, 54 GB for 4 rows of 4,096 tokens. With `recompute`
+some 20 D numbers; 32 such blocks of Mistral-7B, 82 GB for 4 rows of 4,096 tokens. With `recompute`
 a block keeps its input alone, and computes the rest again when its turn comes on the way back: one
 block's activations (and their gradients) at a time instead of all, for a third more arithmetic.
 
@@ -133,7 +133,9 @@ def activations(plan: Plan) -> int:
             blocks.append((vision.n_layers - 1, n, vision.dim, clip_numbers(vision)))
     patches = plan.images * (vision.image_size // vision.patch_size) ** 2
     features = vision.dim * len(vision.scales)
-    kept = patches * (features + mlp_numbers(llm.dim, llm.dim, False, cfg.mlp_experts, 2))
+    kept = patches * (
+        features + mlp_numbers(llm.dim, llm.dim, False, cfg.mlp_experts, cfg.mlp_top_k)
+    )
     if plan.recompute:
         kept += sum(layers * n * dim for layers, n, dim, _ in blocks)
         kept += max(2 * n * numbers for _, n, _, numbers in blocks)  # one block and its gradients

@@ -27,7 +27,7 @@ from llm import LLM, Cache
 def prompt(model, tokenizer, question, images=(), first=True):
     """A question about `images` (PIL) -> (its ids, pixels [n, 3, S, S] or None). If it is not the
     `first` one, the ids are those that go on behind an answer."""
-    if not question.strip():
+    if not question.replace(IMAGE_TAG, "").strip():
         raise ValueError('the question is empty; ask something, as in --ask "What is this?"')
     alone, pixels, image_tokens = isinstance(model, LLM), None, 0
     if alone and images:

@@ -15,6 +15,7 @@ experts share the tokens of the split `seen`.
 """
 
 import collections
+import os
 import pathlib
 import re
 import textwrap
@@ -28,6 +29,7 @@ from cumo import CuMo, check_device, has_fast_bf16
 from data import world
 from data.chat import render
 from data.flags import parse, run
+from data.hub import resolve
 from data.images import preprocess
 from data.tokenizer import Tokenizer
 from data.weights import write_json
@@ -168,7 +170,7 @@ def draw_answers(model, tokenizer, file, seed=7):
         for k, ((question, right), text) in enumerate(zip(asked, said)):
             shown, color, size = text, "#007A53", 8.5
             if text != right:
-                shown, color, size = textwrap.fill(f"{text} (no: {right})", 44), "#B3261E", 7.5
+                shown, color, size = textwrap.fill(f"{text} (truth: {right})", 44), "#B3261E", 7.5
             at = top - 0.055 * k
             figure.text(left + 0.142, at, question, fontsize=7.5, color="#666666")
             figure.text(left + 0.142, at - 0.01, shown, fontsize=size, color=color, va="top")
@@ -192,7 +194,11 @@ def main():
         raise ValueError(f"--n {cfg.n} must be {len(world.QUESTION_TYPES)} or more, --batch "
                          f"{cfg.batch} 1 or more")  # fmt: skip
     check_device(cfg.device)
-    path = pathlib.Path(cfg.model or find_model(cfg.out))
+    out = pathlib.Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise ValueError(f"--out {out} cannot be written; name another folder")
+    path = resolve(cfg.model) if cfg.model else find_model(cfg.out)
     model = CuMo.from_pretrained(path, device=cfg.device).eval()
     tokenizer = Tokenizer.from_pretrained(path)
     fixed, results = fixed_answers(), {}
@@ -210,14 +216,13 @@ def main():
         }
     print_table(results)
     load = expert_load(model, [picture for *_, picture in exam("seen", 400, cfg.seed + 1)])
-    pathlib.Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    write_json(pathlib.Path(cfg.out) / "eval.json",
+    write_json(out / "eval.json",
                {"model": str(path), "questions": cfg.n, "accuracy": results,
                 "expert_load": load})  # fmt: skip
-    print(f"wrote {pathlib.Path(cfg.out) / 'eval.json'}")
-    draw_answers(model, tokenizer, pathlib.Path(cfg.out) / "answers.png")
+    print(f"wrote {out / 'eval.json'}")
+    draw_answers(model, tokenizer, out / "answers.png")
     if load:
-        draw_load(load, pathlib.Path(cfg.out) / "experts.png")
+        draw_load(load, out / "experts.png")
 
 
 if __name__ == "__main__":

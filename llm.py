@@ -449,10 +449,15 @@ class LLM(nn.Module):
         if (tokens is None) == (embeds is None):
             raise ValueError("generate continues either tokens or embeds: give exactly one of them")
         x = self.embed(tokens) if embeds is None else embeds
-        if x.shape[1] < 1 or max_new_tokens < 1:
-            raise ValueError(f"prompt of length {x.shape[1]}, {max_new_tokens=}: give 1 or more")
-        if not (temperature >= 0 and 0 < top_p <= 1 and (top_k is None or top_k > 0)):
-            raise ValueError(f"{temperature=} (from 0), {top_p=} (0 to 1) or {top_k=} (from 1)")
+        for value, good, wanted in (
+            (f"a prompt of {x.shape[1]} tokens", x.shape[1] > 0, "1 or more"),
+            (f"{max_new_tokens=}", max_new_tokens > 0, "1 or more"),
+            (f"{temperature=}", temperature >= 0, "0 or more"),
+            (f"{top_p=}", 0 < top_p <= 1, "above 0 and up to 1"),
+            (f"{top_k=}", top_k is None or top_k > 0, "1 or more"),
+        ):
+            if not good:
+                raise ValueError(f"{value} must be {wanted}")
         if segments is not None and ((segments.diff() < 0).any() or (segments[:, -1] != 1).any()):
             raise ValueError("segments of prompts are zeros (padding on the left), then ones")
         if cache is None:

@@ -35,7 +35,7 @@ def draw_load(load, file):
             axis.barh(y, share, left=left, color=COLORS[e % len(COLORS)], edgecolor="white",
                       label=None if y else f"expert {e}")  # fmt: skip
             axis.text(left + share / 2, y, f"{share:.0%}", ha="center", va="center", fontsize=8,
-                      color="white")  # fmt: skip
+                      color=INKS[e % len(INKS)])  # fmt: skip
             left += share
     names = [name.replace("vision.layers.", "CLIP layer ").replace(".moe", "") for name in load]
     axis.set(yticks=range(len(load)), yticklabels=names, xlim=(0, 1),

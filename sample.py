@@ -26,6 +26,7 @@ import torch
 from conversation import Conversation
 from cumo import CuMo, check_device
 from data.flags import parse, run
+from data.hub import resolve
 from data.images import open_image, preprocess, squared
 from data.tokenizer import Tokenizer
 from data.weights import read_config
@@ -183,7 +184,7 @@ def main():
     if not (cfg.chat or images or "ask" in given or question):
         raise ValueError("nothing to do; give --image FILE, --ask QUESTION, or both")
     check_device(cfg.device)
-    path = cfg.model or find_model()
+    path = resolve(cfg.model) if cfg.model else find_model()
     model = load(path, cfg.device, DTYPES[cfg.dtype])
     if cfg.experts:
         draw_routing(model, images[0], cfg.experts)

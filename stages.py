@@ -10,6 +10,7 @@ does (Table 6); so does the question of memory, which is answered before a weigh
 import dataclasses
 import json
 import math
+import os
 import pathlib
 from dataclasses import dataclass
 
@@ -136,6 +137,16 @@ def resolve(given, stage, target=True):
     check_choice("image-mode", cfg.image_mode, MODES)
     check_choice("weights", cfg.weights, ["", *WEIGHTS])
     check_choice("moments", cfg.moments, ["", *MOMENTS])
+    for name in ("clip_grad", "weight_decay", "balance_coef", "z_coef"):
+        if getattr(cfg, name) < 0 or name == "clip_grad" and cfg.clip_grad == 0:
+            flag = "--" + name.replace("_", "-")
+            least = "above 0" if name == "clip_grad" else "0 or more"
+            raise ValueError(f"{flag} {getattr(cfg, name)} must be {least}")
+    most = max(16, 4 * (os.cpu_count() or 1))
+    if cfg.workers > most:
+        raise ValueError(
+            f"--workers {cfg.workers} are too many for this machine; take up to {most}"
+        )
     if not 0 <= cfg.warmup < 1 or cfg.lr <= 0:
         raise ValueError(f"--warmup {cfg.warmup} must be from 0 to below 1, --lr {cfg.lr} above 0")
     for name in ("samples", "limit", "workers", "rows", "row_tokens", "accumulate", "save_every"):
@@ -170,7 +181,14 @@ def stage_dir(cfg, stage):
 def read_state(folder):
     """The train.json of a stage, its configuration and state; None if it was not begun."""
     file = folder / "train.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        state = json.loads(file.read_text())
+        state["config"], state["finished"]
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(f"{file} is damaged; --overwrite begins the stage again") from None
+    return state
 
 
 def differences(cfg, state, fields=None):
@@ -201,7 +219,7 @@ def model_config(cfg):
         model = CuMoConfig.from_original(read_config(folder), folder)
     else:
         if cfg.llm == PRESETS["smol-mini"]["llm"] and not pathlib.Path(cfg.llm).is_dir():
-            raise ValueError(f"--llm: {cfg.llm!r} is not there; data/convert_smollm2.py makes it")
+            raise ValueError(f"--llm: {cfg.llm!r} is not there; runs/smollm2.sh makes it")
         vision, llm = (
             budget.KNOWN.get(name) or kind.from_hf(read_config(local_folder(name, "config")))
             for name, kind in ((cfg.clip, CLIPVisionConfig), (cfg.llm, LLMConfig))

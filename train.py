@@ -211,10 +211,12 @@ class Trainer:
         norm = parallel.full(norm).item()
         if not math.isfinite(norm):
             names = [self.data.name(i) for i in self.order[before : self.used].tolist()]
+            good = any((self.folder / name).is_file() for name in RESUME)
             raise ValueError(
                 f"the loss or a gradient is not finite in the batch of samples {', '.join(names)}; "
-                f"mend them, lower --lr, or try --no-bf16. The last resume point in {self.folder} "
-                "is good"
+                "mend them, lower --lr, or try --no-bf16"
+                + f". The last resume point in {self.folder} is good"
+                * good
             )
         lr = lr_at((before + self.used) / 2 / len(self.order), cfg)
         for group in self.optimizer.param_groups:
@@ -239,14 +241,14 @@ class Trainer:
         if not parallel.first():
             return
         newest, older = (self.folder / name for name in RESUME)
-        partial = self.folder / (newest.name + ".partial")
+        aside = self.folder / (newest.name + ".partial")
         try:
-            torch.save(state, partial)
+            torch.save(state, aside)
             if newest.is_file():
                 newest.replace(older)
             publish(newest)
         except (OSError, RuntimeError) as error:  # PyTorch's writer has no OSError
-            partial.unlink(missing_ok=True)
+            aside.unlink(missing_ok=True)
             raise ValueError(
                 f"{newest} cannot be written (is the disk full?): {error!r:.99}; the one before is "
                 "good, and the same command continues"
@@ -347,6 +349,7 @@ def train_stage(cfg):
         if state["finished"]:
             print(f"{name}: finished in {folder}")
             return True
+    check_device(cfg.device)
     plan = settle(cfg)
     shown = {k: v for k, v in dataclasses.asdict(cfg).items() if v != ""}
     print(f"{name}: " + " ".join(f"{k}={v}" for k, v in shown.items()))
@@ -374,7 +377,9 @@ def train_stage(cfg):
     handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         done = trainer.loop(wandb)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
+            raise
         saving = "; ".join(budget.remedies(plan)) or "a smaller model"
         raise ValueError(f"out of memory on {cfg.device}, where {budget.describe(plan)} were "
                          f"expected. What would help: {saving}") from None  # fmt: skip

@@ -25,8 +25,8 @@ from dataclasses import replace
 import torch
 
 from cumo import CuMo
-from data.flags import Parser, run
-from data.hub import resolve
+from data.flags import READ, Parser, run
+from data.hub import TOKENIZERS, resolve
 from data.weights import load_into
 from mlp_moe import Experts, Router
 
@@ -45,7 +45,10 @@ def sparse_config(cfg, parts, num_experts, top_k):
     }
     sparse = [part for part in parts if experts_now[part]]
     if sparse:
-        raise ValueError(f"{', '.join(sparse)} is sparse already; upcycle a dense (stage 2) model")
+        raise ValueError(
+            f"{', '.join(sparse)} is sparse already; upcycle a dense (stage 2) model, or "
+            "train this one as it is: train.py --upcycle none"
+        )
     if num_experts < 1:
         raise ValueError(f"num_experts={num_experts}: a sparse block needs at least one expert")
     cfg = copy.deepcopy(cfg)
@@ -113,7 +116,7 @@ def main():
     parser.add_argument("--parts", default="clip,mlp", help="what to upcycle: clip, mlp, llm")
     parser.add_argument("--experts", type=int, default=4, help="experts of each sparse block")
     parser.add_argument("--top-k", type=int, default=2, help="experts that each token uses")
-    parser.add_argument("--seed", type=int, default=0, help="draws the routers")
+    parser.add_argument("--seed", type=READ["seed"], default=0, help="draws the routers")
     parser.add_argument("--scratch", action="store_true", help="random experts (ablation)")
     args = parser.parse_args()
     src, dst = resolve(args.src), pathlib.Path(args.dst)
@@ -123,9 +126,14 @@ def main():
     sparse = upcycle(
         dense, tuple(args.parts.split(",")), args.experts, args.top_k, args.seed, args.scratch
     )
-    sparse.save_pretrained(dst)
-    for file in src.glob("tokenizer*"):
-        shutil.copy(file, dst)
+    try:
+        sparse.save_pretrained(dst)
+        for name in (*TOKENIZERS, "tokenizer_config.json"):
+            if (src / name).is_file():
+                shutil.copy(src / name, dst)
+    except BaseException:  # a full disk, Ctrl-C
+        shutil.rmtree(dst, ignore_errors=True)
+        raise
     before, after = (sum(p.numel() for p in m.parameters()) for m in (dense, sparse))
     print(f"{src}: {before:,} parameters -> {dst}: {after:,}")
 

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from data.chat import IGNORE, IMAGE_TOKEN, Rejected, check_template, render, template_of
 from data.flags import parse, run
+from data.hub import resolve
 from data.images import MODES
 from data.llava import Unreadable, check_record, check_row, encode, open_sample, read_records
 from data.loader import too_many
@@ -118,8 +119,11 @@ def painted(ids, labels, tokenizer, color):
 
 def main():
     cfg, _ = parse(CheckConfig, description=__doc__.split("\n")[0])
-    tokenizer, clip = Tokenizer.from_pretrained(cfg.llm), read_config(cfg.clip)
+    tokenizer, clip = Tokenizer.from_pretrained(cfg.llm), read_config(resolve(cfg.clip, "config"))
     clip = clip.get("vision_config", clip)
+    if not {"image_size", "patch_size"} <= clip.keys():
+        raise ValueError(f"--clip {cfg.clip}: its config.json has no image_size and patch_size; "
+                         "name a CLIP")  # fmt: skip
     size, patches = clip["image_size"], (clip["image_size"] // clip["patch_size"]) ** 2
     template = cfg.template or template_of(tokenizer)
     check_template(template, tokenizer)

@@ -46,14 +46,21 @@ def converter(convert, expected):
             value = convert(text)
         except ValueError:
             value = float("nan")
-        if value != value:
+        if value != value or value in (float("inf"), float("-inf")):
             raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
         return value
 
     return read
 
 
+def seed(text):
+    if not 0 <= int(text) < 2**63:
+        raise ValueError
+    return int(text)
+
+
 READ = {
+    "seed": converter(seed, "a whole number from 0 to 2^63 - 1"),
     int: converter(int, "a whole number"),
     float: converter(float, "a number"),
     tuple: converter(lambda text: tuple(map(int, text.split(","))), "whole numbers, as in 1,3"),
@@ -89,7 +96,8 @@ def parse(cls, argv=None, description=""):
             parser.add_argument(flag, nargs="+", metavar="STR", **options)
         else:
             metavar = "N,N" if kind is tuple else kind.__name__.upper()
-            parser.add_argument(flag, type=READ[kind], metavar=metavar, **options)
+            read = READ["seed" if field.name == "seed" else kind]
+            parser.add_argument(flag, type=read, metavar=metavar, **options)
     given = vars(parser.parse_args(argv))
     given = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items()}
     return cls(**given), set(given)

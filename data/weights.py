@@ -133,7 +133,13 @@ def write_tensors(
     )
     for file, shard in zip(files, shards):
         copies = {name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}
-        save_file(copies, folder / (file + ".partial"), {"format": "pt"} | (metadata or {}))
+        aside = folder / (file + ".partial")
+        try:
+            save_file(copies, aside, {"format": "pt"} | (metadata or {}))
+        except SafetensorError as error:  # which is what it makes of a full disk
+            aside.unlink(missing_ok=True)
+            raise OSError(f"{aside} cannot be written ({error}); is the disk full?") from None
+        aside.chmod(0o644)  # as any other file; save_file keeps others from reading
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if count > 1:
         whole.unlink(missing_ok=True)

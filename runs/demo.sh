@@ -8,6 +8,7 @@ cd "$(dirname "$0")/.."
 .venv/bin/pip install --quiet --disable-pip-version-check -e ".[plot]"
 
 .venv/bin/python train.py
+[ -f out/stage3/config.json ] || exit # interrupted; the same command goes on
 .venv/bin/python eval.py
-.venv/bin/python sample.py --image cat.jpg
+.venv/bin/python sample.py --image cat.jpg < /dev/null
 .venv/bin/python sample.py --image cat.jpg --ask "Where is the cat?"

@@ -10,6 +10,7 @@ for seed in 0 1 2; do
     out=out/sparse_vs_dense/$name-$seed
     $python train.py --stage 3 --init out/stage2 --upcycle $upcycle --seed $seed \
       --out $out
+    [ -f $out/stage3/config.json ] || exit # interrupted; the same command goes on
     [ -f $out/eval.json ] || $python eval.py --model $out/stage3 --out $out --n 800
   done
 done

@@ -413,6 +413,26 @@ def test_own_data_goes_the_same_way(weights, finished, tmp_path):
     assert state["samples"] == 12
 
 
+def test_a_stage_that_saved_nothing_takes_other_flags(weights, tmp_path, monkeypatch, capsys):
+    (tmp_path / "stage1").mkdir()
+    state = {"finished": False, "config": {"rows": 4000}}
+    (tmp_path / "stage1" / "train.json").write_text(json.dumps(state))
+    run_stages(weights, tmp_path, 1)
+    assert json.loads((tmp_path / "stage1" / "train.json").read_text())["finished"]
+    (tmp_path / "stage1" / "train.json").write_text('{"finished": true')
+    with pytest.raises(ValueError, match="train.json is damaged; --overwrite begins"):
+        run_stages(weights, tmp_path, 1)
+
+
+def test_memory_that_cannot_be_had_is_one_line_on_a_cpu_too(weights, tmp_path, monkeypatch):
+    def too_much(self, wandb):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(train.Trainer, "loop", too_much)
+    with pytest.raises(ValueError, match="out of memory on cpu, where .*What would help"):
+        run_stages(weights, tmp_path, 1)
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -428,6 +448,11 @@ def test_own_data_goes_the_same_way(weights, finished, tmp_path):
         (["--rows", "0"], "--rows 0"),
         (["--device", "nowhere"], "--device nowhere"),
         (["--template", "foo"], "choose from plain"),
+        (["--seed", "-1"], "a whole number from 0 to 2^63"),
+        (["--lr", "1e400"], "'1e400' is not a number"),
+        (["--clip-grad", "0"], "--clip-grad 0.0 must be above 0"),
+        (["--balance-coef", "-1"], "--balance-coef -1.0 must be 0 or more"),
+        (["--workers", "5000"], "--workers 5000 are too many here; take up to"),
     ],
 )
 def test_bad_flags_get_one_line(flags, message, weights, finished, tmp_path, monkeypatch, capsys):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from tiny import question, tiny_cumo
 
 from cumo import CuMo
@@ -73,6 +74,7 @@ def test_impossible_requests_are_refused():
 def test_command_writes_a_checkpoint_and_refuses_to_overwrite(tmp_path, monkeypatch):
     dense = tiny_cumo().eval()
     dense.save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense" / "tekken.json").write_text("a tokenizer")
     flags = [str(tmp_path / "dense"), str(tmp_path / "sparse"), "--parts", "clip,mlp"]
     monkeypatch.setattr(sys, "argv", ["upcycle.py", *flags])
     main()
@@ -80,5 +82,20 @@ def test_command_writes_a_checkpoint_and_refuses_to_overwrite(tmp_path, monkeypa
     torch.testing.assert_close(
         sparse(TOKENS, IMAGE).logits, dense(TOKENS, IMAGE).logits, rtol=1e-4, atol=1e-5
     )
+    assert (tmp_path / "sparse" / "tekken.json").read_text() == "a tokenizer"
     with pytest.raises(ValueError, match="exists already"):
         main()
+
+
+def test_a_full_disk_leaves_no_half_of_a_checkpoint(tmp_path, monkeypatch):
+    tiny_cumo().save_pretrained(tmp_path / "dense")
+
+    def full(*_):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("data.weights.save_file", full)
+    flags = [str(tmp_path / "dense"), str(tmp_path / "sparse")]
+    monkeypatch.setattr(sys, "argv", ["upcycle.py", *flags])
+    with pytest.raises(OSError, match="cannot be written .*is the disk full?"):
+        main()
+    assert [f.name for f in tmp_path.iterdir()] == ["dense"]
