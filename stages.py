@@ -137,18 +137,20 @@ def resolve(given, stage, target=True):
     check_choice("image-mode", cfg.image_mode, MODES)
     check_choice("weights", cfg.weights, ["", *WEIGHTS])
     check_choice("moments", cfg.moments, ["", *MOMENTS])
-    for name in ("clip_grad", "weight_decay", "balance_coef", "z_coef"):
-        if getattr(cfg, name) < 0 or name == "clip_grad" and cfg.clip_grad == 0:
-            flag = "--" + name.replace("_", "-")
-            least = "above 0" if name == "clip_grad" else "0 or more"
-            raise ValueError(f"{flag} {getattr(cfg, name)} must be {least}")
+    for name in ("lr", "clip_grad", "weight_decay", "balance_coef", "z_coef"):
+        value, flag = getattr(cfg, name), "--" + name.replace("_", "-")
+        if value < 0 or value == 0 and name in ("lr", "clip_grad"):
+            least = "above 0" if name in ("lr", "clip_grad") else "0 or more"
+            raise ValueError(f"{flag} {value} must be {least}")
+        if value == math.inf and name != "clip_grad":
+            raise ValueError(f"{flag} {value} must be finite")
     most = max(16, 4 * (os.cpu_count() or 1))
     if cfg.workers > most:
         raise ValueError(
             f"--workers {cfg.workers} are too many for this machine; take up to {most}"
         )
-    if not 0 <= cfg.warmup < 1 or cfg.lr <= 0:
-        raise ValueError(f"--warmup {cfg.warmup} must be from 0 to below 1, --lr {cfg.lr} above 0")
+    if not 0 <= cfg.warmup < 1:
+        raise ValueError(f"--warmup {cfg.warmup} must be from 0 to below 1")
     for name in ("samples", "limit", "workers", "rows", "row_tokens", "accumulate", "save_every"):
         value, least = getattr(cfg, name), int(name not in ("samples", "limit", "workers"))
         if value < least:

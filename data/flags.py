@@ -46,7 +46,7 @@ def converter(convert, expected):
             value = convert(text)
         except ValueError:
             value = float("nan")
-        if value != value or value in (float("inf"), float("-inf")):
+        if value != value:
             raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
         return value
 

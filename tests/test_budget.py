@@ -159,7 +159,7 @@ def test_estimate_prints_a_line_for_each_card(monkeypatch, capsys):
 
 
 def test_out_of_memory_names_the_flags_that_help(monkeypatch, tmp_path):
-    def full(self):
+    def full(self, wandb):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(train.Trainer, "loop", full)

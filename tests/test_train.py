@@ -89,7 +89,7 @@ def test_flags_win_over_the_stage_table_and_the_table_over_defaults():
 def test_preset_whose_weights_are_not_there_says_what_makes_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = {"preset": "smol-mini", "clip": str(ROOT / "data" / "mini" / "clip")}
-    with pytest.raises(ValueError, match="SmolLM2.* is not there; data/convert_smollm2.py makes"):
+    with pytest.raises(ValueError, match="SmolLM2.* is not there; runs/smollm2.sh makes"):
         train.train_stage(train.resolve(flags, 1))
 
 
@@ -449,10 +449,10 @@ def test_memory_that_cannot_be_had_is_one_line_on_a_cpu_too(weights, tmp_path, m
         (["--device", "nowhere"], "--device nowhere"),
         (["--template", "foo"], "choose from plain"),
         (["--seed", "-1"], "a whole number from 0 to 2^63"),
-        (["--lr", "1e400"], "'1e400' is not a number"),
+        (["--lr", "1e400"], "--lr inf must be finite"),
         (["--clip-grad", "0"], "--clip-grad 0.0 must be above 0"),
         (["--balance-coef", "-1"], "--balance-coef -1.0 must be 0 or more"),
-        (["--workers", "5000"], "--workers 5000 are too many here; take up to"),
+        (["--workers", "5000"], "--workers 5000 are too many for this machine; take up to"),
     ],
 )
 def test_bad_flags_get_one_line(flags, message, weights, finished, tmp_path, monkeypatch, capsys):
