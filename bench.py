@@ -12,6 +12,7 @@ them. What is printed is the median of each and its ratio to ours (2.0: ours tak
     moe     the sparse block, forward and backward, beside a dense MLP of the same active work, the
             original's loop over samples and experts, and transformers' Mixtral block; and beside
             itself with more experts
+    scale   the sparse block again, with more and more images
     llm     the language model, forward and backward, beside transformers' Mistral
     train   a training step of the miniature, beside the machine's matrix product: MFU
     load    from_pretrained beside transformers: seconds
@@ -49,7 +50,7 @@ DTYPE = torch.bfloat16 if has_fast_bf16(DEVICE) else torch.float32
 
 # name -> (dim, hidden, out, images, tokens an image, activation)
 MOE_SHAPES = {
-    "CLIP-L": (1024, 4096, 1024, 4, 577, "quick_gelu"),
+    "CLIP-L": (1024, 4096, 1024, 16, 577, "quick_gelu"),
     "CuMo-7B's connector": (2048, 4096, 4096, 4, 576, "gelu"),
     "miniature CLIP": (192, 768, 192, 16, 65, "quick_gelu"),
 }
@@ -154,6 +155,21 @@ def moe(runs):
         rows.append(row("moe", f"{case}, more experts", race(contestants, runs)))
     rows.append(mixtral_block(runs))
     return rows
+
+
+def scale(runs):
+    """Forward and backward of CLIP-L's sparse block: time per image, however many there are."""
+    dim, hidden, out, _, tokens, act = MOE_SHAPES["CLIP-L"]
+    block = SparseMoE(dim, hidden, 4, 2, out, act).to(DEVICE, DTYPE)
+    contestants = {}
+    for images in (16, 8, 4, 2, 1):
+        x = torch.randn(images, tokens, dim, device=DEVICE, dtype=DTYPE, requires_grad=True)
+        contestants[f"{images} images"] = forward_backward(block, x, lambda y: y[0])
+    seconds = race(contestants, runs)
+    result = row("scale", "CLIP-L's block, images", seconds)
+    a_image = {n: t / int(n.split()[0]) for n, t in result["medians"].items()}
+    print("        ms an image: " + "; ".join(f"{n} {t * 1e3:.1f}" for n, t in a_image.items()))
+    return [result | {"seconds_an_image": a_image}]
 
 
 def mixtral_block(runs, dim=1024, hidden=3584, tokens=1024):
@@ -287,7 +303,7 @@ def memory(runs):
     return rows
 
 
-SECTIONS = {"moe": moe, "llm": llm, "train": train_, "load": load, "memory": memory}
+SECTIONS = {"moe": moe, "scale": scale, "llm": llm, "train": train_, "load": load, "memory": memory}
 
 
 def machine():
@@ -303,7 +319,7 @@ def machine():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("sections", nargs="*", help="moe llm train load memory; none: all")
+    parser.add_argument("sections", nargs="*", help="moe scale llm train load memory; none: all")
     parser.add_argument("--runs", type=int, default=5, help="runs of each, in turn")
     args = parser.parse_args()
     unknown = [name for name in args.sections if name not in SECTIONS]
