@@ -46,6 +46,7 @@ from llm import LLM
 from plots import pyplot
 from sample import DTYPES, draw_routing, find_model, load
 
+CSS = ".message img { max-height: 110px } .message-buttons { display: none }"
 LETTERS, PICTURES = 4000, 4  # most of a question; gradio itself sets no limit
 MODEL_LOCK = threading.Lock()  # the one model answers, or draws, once at a time
 
@@ -193,25 +194,28 @@ def page(gr, model, visitors, name):
             "Add a picture and a question; later questions need no new picture." if sees else
             "It is a language model alone: it sees no pictures."))  # fmt: skip
         with gr.Row():
-            with gr.Column(scale=1):
-                chat = gr.Chatbot(show_label=False, height=430, buttons=[], feedback_options=None)
+            with gr.Column(scale=3):
+                chat = gr.Chatbot(show_label=False, height=400, buttons=[], feedback_options=None,
+                                  placeholder="Nothing has been asked yet.")  # fmt: skip
                 box = gr.MultimodalTextbox(
                     show_label=False, autofocus=True, file_count="multiple",
                     file_types=["image"], sources=["upload"] if sees else [],
                     placeholder="Where is the cat?")  # fmt: skip
                 clear = gr.Button("Start anew", size="sm")
-            if maps:
-                with gr.Column(scale=1):
-                    chart = gr.Image(label="Which expert sees which part of the picture",
-                                     format="png", interactive=False, height=540)  # fmt: skip
-        cat = [str(ROOT / "cat.jpg")]
-        asked = [("Where is the cat?", cat), ("", cat)] if sees else [("What is a cat?", [])]
-        gr.Examples([{"text": text, "files": files} for text, files in asked], box)
+            with gr.Column(scale=4):
+                if maps:
+                    chart = gr.Image(show_label=False, format="png", interactive=False,
+                                     buttons=["download", "fullscreen"])  # fmt: skip
+                    gr.Markdown("Above: which expert sees which part of the last picture.")
+                cat = [str(ROOT / "cat.jpg")]
+                asked = [("Where is the cat?", cat), ("List all objects.", cat)]
+                asked = asked if sees else [("What is a cat?", [])]
+                gr.Examples([{"text": text, "files": files} for text, files in asked], box)
     shown = [chat, box, chart] if maps else [chat, box]
     ready = gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
 
     def ask(message, request: gr.Request):
-        visitor = visitors.find(request.session_hash)
+        message, visitor = message or {"text": "", "files": []}, visitors.find(request.session_hash)
         state = gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True)
         for messages, drawn in reply(model, visitor, message["text"], message["files"], maps):
             yield (messages, state, drawn or gr.skip())[: len(shown)]
@@ -228,7 +232,8 @@ def page(gr, model, visitors, name):
         asking = box.submit(ask, box, shown, api_name="ask", show_progress="minimal")
         asking.then(lambda: ready, None, box, queue=False, api_visibility="private")
         box.stop(lambda: ready, None, box, cancels=asking, queue=False, api_visibility="private")
-        clear.click(start_anew, None, shown, cancels=asking, queue=False, api_name="start_anew")
+        gr.on([clear.click, chat.clear], start_anew, None, shown, cancels=asking, queue=False,
+              api_name="start_anew")  # fmt: skip
         blocks.unload(leave)
     return blocks
 
@@ -256,7 +261,7 @@ def serve(cfg, folder):
         server_name=cfg.host, server_port=cfg.port, share=False, quiet=True, ssr_mode=False,
         mcp_server=False, enable_monitoring=False, footer_links=[], pwa=False, run_history=False,
         max_file_size=cfg.upload_mb * 2**20, allowed_paths=[str(ROOT / "cat.jpg")],
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"],
+        css=CSS, theme=gr.themes.Default(font=["system-ui", "sans-serif"],
                                 font_mono=["ui-monospace", "monospace"]))  # fmt: skip
 
 
