@@ -111,7 +111,8 @@ def pieces(ask):
         while (piece := heard.get()) is not None:
             if isinstance(piece, Exception):
                 raise piece
-            yield piece
+            if piece:
+                yield piece
     finally:
         closed.set()
 
