@@ -227,8 +227,9 @@ def begun(url, session, text, path=""):
                                      {"Content-Type": "application/json"})  # fmt: skip
     urllib.request.urlopen(request).read()
     stream = urllib.request.urlopen(f"{url}/gradio_api/queue/data?session_hash={session}")
-    for line in stream:
-        if b"process_generating" in line or b"process_completed" in line:
+    lines = (line for line in stream if b'"process_' in line and b"process_starts" not in line)
+    for n, line in enumerate(lines):
+        if n == 2 or b"process_completed" in line:  # the first one repeats the question only
             return stream, line.decode()
     raise AssertionError("the stream ended without an answer")
 
