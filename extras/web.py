@@ -24,6 +24,7 @@ import contextlib
 import io
 import os
 import queue
+import signal
 import sys
 import tempfile
 import threading
@@ -138,7 +139,8 @@ def open_pictures(model, text, files):
 def reply(model, visitor, text, files, maps):
     """Answer a message -> the messages to show, as the answer grows, and the expert map (PIL) of
     the last picture, once it is drawn: if `maps`, else None."""
-    text, said = text.strip(), {"role": "assistant", "content": ""}
+    text = text.strip().encode("utf-8", "replace").decode()  # half a surrogate pair is no text
+    said = {"role": "assistant", "content": ""}
     chart = None
     try:
         seen = visitor.messages
@@ -268,6 +270,7 @@ def serve(cfg, folder):
 
 def main():
     cfg, _ = parse(WebConfig, description=__doc__.split("\n")[0])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder is deleted then too
     with tempfile.TemporaryDirectory(prefix="nanocumo-web-") as folder:
         serve(cfg, folder)
 

@@ -58,7 +58,9 @@ def sparse():
 def test_the_page_answers_what_a_conversation_answers_and_remembers(sparse):
     visitor, alone = visitors(sparse).find("a"), talk(sparse)
     picture = [web.open_image(CAT)]
-    assert last(sparse, visitor, "What is it?", [CAT])[0] == alone.ask("What is it?", picture).answer
+    assert (
+        last(sparse, visitor, "What is it?", [CAT])[0] == alone.ask("What is it?", picture).answer
+    )
     assert last(sparse, visitor, "And now?")[0] == alone.ask("And now?").answer
     assert last(sparse, visitor, "", [CAT])[0] == alone.ask(web.DESCRIBE, picture).answer
     assert [m["role"][0] for m in visitor.messages] == list("uuauaua")
@@ -251,7 +253,9 @@ def test_sixteen_clients_at_once_of_whom_some_leave_and_some_send_garbage(
 
     def garbage(i):
         if i % 2:
-            return asked(url, "What?", tmp_path / "text.png")[0].startswith("error: text.png: is no")
+            return asked(url, "What?", tmp_path / "text.png")[0].startswith(
+                "error: text.png: is no"
+            )
         _, line = begun(url, f"garbage{i}", "What?", "/etc/passwd")
         return "root:" not in line and '"success":false' in line
 
