@@ -92,6 +92,7 @@ def test_mistakes_are_one_line_and_the_conversation_goes_on(sparse, tmp_path):
         ("Is it?", [CAT, text], "error: text.png: is no image Pillow can read"),
         ("Is it?", [tmp_path / "narrow.png"], "error: a picture of 30000x1 is too narrow"),
         (" ", [], "error: there is nothing to answer; type a question, or add a picture"),
+        ("\ud800?", [tmp_path], f"error: {tmp_path.name}: is a folder"),
         ("x" * 4001, [], "error: a question has 4000 letters and 4 pictures at most"),
         ("What?", [CAT] * 5, "error: a question has 4000 letters and 4 pictures at most"),
     ]:
