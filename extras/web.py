@@ -153,7 +153,7 @@ def reply(model, visitor, text, files, maps):
 
         def ask(write, interrupted):
             gone = lambda: visitor.left or interrupted()
-            visitor.conversation.ask(text or DESCRIBE, images, write, gone)
+            gone() or visitor.conversation.ask(text or DESCRIBE, images, write, gone)
 
         with contextlib.closing(pieces(ask)) as answer:
             for piece in answer:
