@@ -1,0 +1,347 @@
+"""The page: answers, mistakes, people who leave; what it serves and what not.
+
+Skipped without gradio. The slow ones also want a Chromium: `pip install "nanocumo[web]" selenium`,
+and Debian's packages chromium and chromium-driver.
+"""
+
+import concurrent.futures
+import http.client
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from refused import refusal
+from tiny import tiny_cumo
+
+gradio_client = pytest.importorskip("gradio_client")
+pytest.importorskip("gradio")
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "extras"))
+import web
+
+from conversation import Conversation
+from data.tokenizer import Tokenizer
+
+MINI, CAT = ROOT / "data" / "mini" / "llm", str(ROOT / "cat.jpg")
+TOKENIZER = Tokenizer.from_pretrained(MINI)
+
+
+def talk(model, tokens=6):
+    return Conversation(model, TOKENIZER, 32000, max_new_tokens=tokens)
+
+
+def visitors(model, tokens=6, keep=4):
+    return web.Visitors(lambda: talk(model, tokens), keep)
+
+
+def last(model, visitor, text, files=(), maps=False):
+    """The last message after an answer, and the map."""
+    *_, (messages, chart) = web.reply(model, visitor, text, files, maps)
+    assert messages is visitor.messages and messages[-1]["role"] == "assistant"
+    return messages[-1]["content"], chart
+
+
+@pytest.fixture(scope="module")
+def sparse():
+    return tiny_cumo(experts=4, vocab=1024, seed=3).eval()  # whose answers differ by the picture
+
+
+def test_the_page_answers_what_a_conversation_answers_and_remembers(sparse):
+    visitor, alone = visitors(sparse).find("a"), talk(sparse)
+    picture = [web.open_image(CAT)]
+    assert (
+        last(sparse, visitor, "What is it?", [CAT])[0] == alone.ask("What is it?", picture).answer
+    )
+    assert last(sparse, visitor, "And now?")[0] == alone.ask("And now?").answer
+    assert last(sparse, visitor, "", [CAT])[0] == alone.ask(web.DESCRIBE, picture).answer
+    assert [m["role"][0] for m in visitor.messages] == list("uuauaua")
+
+
+def test_an_answer_grows_and_the_map_comes_with_its_end(sparse):
+    pytest.importorskip("matplotlib")
+    seen = [
+        (messages[-1]["content"], chart)
+        for messages, chart in web.reply(sparse, visitors(sparse).find("a"), "What?", [CAT], True)
+    ]
+    texts, charts = zip(*seen)
+    assert len(set(texts)) > 3 and all(b.startswith(a) for a, b in zip(texts, texts[1:]))
+    assert charts[-1].width > 700 and set(charts[:-1]) == {None}
+    assert web.has_maps(sparse)
+    assert not web.has_maps(tiny_cumo()) and not web.has_maps(tiny_cumo().llm)
+
+
+def test_mistakes_are_one_line_and_the_conversation_goes_on(sparse, tmp_path):
+    broken, text = tmp_path / "broken.png", tmp_path / "text.png"
+    Image.new("RGB", (90, 90)).save(broken)
+    broken.write_bytes(broken.read_bytes()[:60])
+    text.write_text("this is no picture")
+    Image.new("RGB", (30000, 1)).save(tmp_path / "narrow.png")
+    visitor, alone = visitors(sparse).find("a"), talk(sparse)
+    assert last(sparse, visitor, "What?")[0] == alone.ask("What?").answer
+    for question, files, line in [
+        ("Is it?", [broken], "error: broken.png: "),
+        ("Is it?", [CAT, text], "error: text.png: is no image Pillow can read"),
+        ("Is it?", [tmp_path / "narrow.png"], "error: a picture of 30000x1 is too narrow"),
+        (" ", [], "error: there is nothing to answer; type a question, or add a picture"),
+        ("\ud800?", [tmp_path], f"error: {tmp_path.name}: is a folder"),
+        ("x" * 4001, [], "error: a question has 4000 letters and 4 pictures at most"),
+        ("What?", [CAT] * 5, "error: a question has 4000 letters and 4 pictures at most"),
+    ]:
+        said, _ = last(sparse, visitor, question, files)
+        assert said.startswith(line) and "\n" not in said and str(tmp_path) not in said
+    assert last(sparse, visitor, "And now?")[0] == alone.ask("And now?").answer
+
+
+def test_a_failing_model_is_one_line_and_a_new_conversation(sparse, monkeypatch, capsys):
+    visitor = visitors(sparse).find("a")
+    last(sparse, visitor, "What?")
+    fail = lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory"))
+    with monkeypatch.context() as patched:
+        patched.setattr(Conversation, "generate", fail)
+        said, _ = last(sparse, visitor, "And?")
+    assert said == "error: the model failed (OutOfMemoryError), and has forgotten what was said"
+    assert "no memory" in capsys.readouterr().err
+    assert last(sparse, visitor, "What?")[0] == talk(sparse).ask("What?").answer
+
+
+def test_language_model_alone_answers_but_takes_no_picture():
+    model = tiny_cumo(vocab=1024).llm.eval()
+    visitor = visitors(model).find("a")
+    assert last(model, visitor, "What?")[0] == talk(model).ask("What?").answer
+    said = last(model, visitor, "What?", [CAT])[0]
+    assert said == "error: this is a language model alone, it sees no pictures; ask without one"
+
+
+@pytest.mark.parametrize("how", ["closed", "forgotten"])
+def test_who_leaves_in_mid_answer_ends_it(sparse, how):
+    known = visitors(sparse, tokens=30000)
+    visitor = known.find("a")
+    answer = web.reply(sparse, visitor, "What?", [], False)
+    while not next(answer)[0][-1]["content"]:
+        pass
+    assert web.MODEL_LOCK.locked()
+    answer.close() if how == "closed" else known.forget("a")
+    assert web.MODEL_LOCK.acquire(timeout=5), "the next one's turn has come"
+    web.MODEL_LOCK.release()
+    assert 0 < len(visitor.conversation.turns[0].said) < 10000
+    assert how == "closed" or len(list(answer)) < 10000
+
+
+def test_who_leaves_the_queue_is_not_answered(sparse):
+    visitor = visitors(sparse).find("a")
+    with web.MODEL_LOCK:
+        answer = web.reply(sparse, visitor, "What?", [], False)
+        next(answer)
+        thread = threading.Thread(target=lambda: next(answer, None), daemon=True)
+        thread.start()
+        visitor.left = True
+    thread.join(10)
+    answer.close()
+    assert not visitor.conversation.turns
+
+
+def test_the_one_silent_for_longest_is_forgotten_first(sparse):
+    known = visitors(sparse, keep=2)
+    a, b = known.find("a"), known.find("b")
+    assert known.find("a") is a
+    known.find("c")
+    assert list(known.known) == ["a", "c"] and known.find("b") is not b
+    known.forget("nobody")
+    assert len(known.known) == 2
+
+
+def test_missing_gradio_is_one_line_that_names_the_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    line = refusal(web.main, [], monkeypatch, capsys)
+    assert line == 'error: the page needs gradio: pip install "nanocumo[web]"'
+
+
+# ---------------------------------------------------------------------------- a running server
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def served(model, *flags):
+    """extras/web.py in a process of its own, until the fixture that yields from this ends."""
+    port = free_port()
+    command = [sys.executable, "extras/web.py", "--model", model, "--port", port, *flags]
+    with subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL) as server:
+        try:
+            for _ in range(240):
+                with socket.socket() as probe:
+                    if not probe.connect_ex(("127.0.0.1", port)):
+                        break
+                assert server.poll() is None, "the server has ended"
+                time.sleep(0.5)
+            yield f"http://127.0.0.1:{port}"
+            assert server.poll() is None, "the server lives on"
+        finally:
+            server.terminate()
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory, sparse):
+    folder = tmp_path_factory.mktemp("model")
+    sparse.save_pretrained(folder)
+    shutil.copy(MINI / "tokenizer.json", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(model_dir):
+    yield from served(model_dir, "--max-new-tokens", 150, "--context", 32000)
+
+
+@pytest.fixture(scope="module")
+def endless(model_dir):
+    yield from served(model_dir, "--max-new-tokens", 30000, "--context", 32000)
+
+
+def asked(url, text, *files):
+    """What a client of its own is answered, and the map's address."""
+    client = gradio_client.Client(url, verbose=False)
+    files = [gradio_client.handle_file(str(file)) for file in files]
+    messages, _, chart = client.predict({"text": text, "files": files}, api_name="/ask")
+    client.close()
+    content = messages[-1]["content"]
+    return content if isinstance(content, str) else content[0]["text"], chart
+
+
+def begun(url, session, text, path=""):
+    """Ask over bare HTTP; returns the open stream once the answer has begun."""
+    files = [{"path": path, "meta": {"_type": "gradio.FileData"}}] if path else []
+    config = json.load(urllib.request.urlopen(url + "/config"))
+    index = [d["id"] for d in config["dependencies"] if d["api_name"] == "ask"][0]
+    body = {"data": [{"text": text, "files": files}], "fn_index": index, "session_hash": session}
+    request = urllib.request.Request(url + "/gradio_api/queue/join", json.dumps(body).encode(),
+                                     {"Content-Type": "application/json"})  # fmt: skip
+    urllib.request.urlopen(request).read()
+    stream = urllib.request.urlopen(f"{url}/gradio_api/queue/data?session_hash={session}")
+    lines = (line for line in stream if b'"process_' in line and b"process_starts" not in line)
+    for n, line in enumerate(lines):
+        if n == 2 or b"process_completed" in line:  # the first one repeats the question only
+            return stream, line.decode()
+    raise AssertionError("the stream ended without an answer")
+
+
+@pytest.mark.slow
+def test_sixteen_clients_at_once_of_whom_some_leave_and_some_send_garbage(
+    url, model_dir, sparse, tmp_path
+):
+    (tmp_path / "text.png").write_text("this is no picture")
+    alone = [talk(sparse, 150).ask("What?", images).answer
+             for images in ([], [web.open_image(CAT)])]  # fmt: skip
+
+    def answered(i):
+        return asked(url, "What?", *[CAT] * (i % 2))[0] == alone[i % 2]
+
+    def leaves(i):
+        begun(url, f"leaves{i}", "What is it?")[0].close()
+        return True
+
+    def garbage(i):
+        if i % 2:
+            return asked(url, "What?", tmp_path / "text.png")[0].startswith(
+                "error: text.png: is no"
+            )
+        _, line = begun(url, f"garbage{i}", "What?", "/etc/passwd")
+        return "root:" not in line and '"success":false' in line
+
+    jobs = [answered] * 9 + [leaves] * 4 + [garbage] * 3
+    jobs = [jobs[7 * i % 16] for i in range(16)]  # mixed
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        good = list(pool.map(lambda job, i: job(i), jobs, range(16)))
+    assert all(good), [(job.__name__, ok) for job, ok in zip(jobs, good)]
+    assert answered(0)
+
+
+@pytest.mark.slow
+def test_when_someone_leaves_the_next_one_is_served_at_once(endless):
+    for i in range(3):  # each answer would take minutes
+        start = time.perf_counter()
+        begun(endless, f"one{i}", "What is it?")[0].close()
+        assert time.perf_counter() - start < 25
+
+
+@pytest.mark.slow
+def test_only_the_example_can_be_fetched(url):
+    port = int(url.rpartition(":")[2])
+
+    def get(path):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        connection.request("GET", path)  # as it is: urllib would resolve the dots
+        response = connection.getresponse()
+        return response.status, response.read()
+
+    assert get(f"/gradio_api/file={CAT}") == (200, Path(CAT).read_bytes())
+    config = json.loads(get("/config")[1])
+    assert not config["analytics_enabled"] and config["space_id"] is None
+    places = ["/etc/passwd", f"{ROOT}/README.md", "README.md", "./README.md", "../README.md",
+              f"{ROOT}/extras/web.py", f"{CAT}/../README.md", f"{ROOT}/.git/HEAD",
+              "..%2f..%2f..%2f..%2fetc%2fpasswd", "%2fetc%2fpasswd", "//etc/passwd",
+              f"{ROOT}/out/stage3/config.json", "file:///etc/passwd"]  # fmt: skip
+    ways = ["/file=", "/gradio_api/file=", "/gradio_api/file/", "/static/", "/assets/", "/",
+            "/static/../../../../../../../..", "/assets/..%2f..%2f..%2f.."]  # fmt: skip
+    for path in (way + place for way in ways for place in places):
+        status, body = get(path)
+        assert status >= 400, path
+        assert b"root:" not in body and b"CuMo from scratch" not in body
+
+
+@pytest.mark.slow
+def test_a_browser_shows_the_streamed_answer_and_the_map(url, sparse):
+    selenium = pytest.importorskip("selenium.webdriver")
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("no chromium with its chromedriver")
+    pytest.importorskip("matplotlib")
+    options = selenium.ChromeOptions()
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "no-proxy-server"):
+        options.add_argument("--" + flag)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    service = selenium.ChromeService(shutil.which("chromedriver"))
+    with selenium.Chrome(options=options, service=service) as browser:
+        find = lambda css: browser.find_elements("css selector", css)
+
+        def wait(ready):
+            for _ in range(300):
+                if found := ready():
+                    return found
+                time.sleep(0.1)
+            raise AssertionError("30 seconds passed")
+
+        browser.get(url)
+        wait(lambda: find("input[type=file]"))[0].send_keys(CAT)
+        wait(lambda: find(".thumbnail-item img, .thumbnail-image"))
+        find("textarea")[0].send_keys("Where is the cat?\n")
+        lengths = set()
+        answer = talk(sparse, 150).ask("Where is the cat?", [web.open_image(CAT)]).answer
+
+        def finished():
+            texts = [e.text for e in find(".message.bot")]
+            lengths.update(map(len, texts))
+            return [src for e in find("img") if "/image.png" in (src := e.get_attribute("src"))]
+
+        (chart,) = wait(finished)
+        assert len(lengths) > 3, "it came piece by piece"
+        shown = "".join(find(".message.bot")[0].text.split())
+        assert shown[:20] == "".join(answer.split())[:20]
+        assert Image.open(urllib.request.urlopen(chart)).width > 700
+        sent = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
+        sent = [m["params"]["request"]["url"] for m in sent
+                if m["method"] == "Network.requestWillBeSent"]  # fmt: skip
+        assert all(where.startswith((url, "data:", "blob:")) for where in sent), "works offline"
+        [e for e in find("button") if e.text == "Start anew"][0].click()
+        wait(lambda: not find(".message"))
