@@ -13,6 +13,7 @@ them. What is printed is the median of each and its ratio to ours (2.0: ours tak
             original's loop over samples and experts, and transformers' Mixtral block; and beside
             itself with more experts
     scale   the sparse block again, with more and more images
+    decode  tokens one by one beside transformers' generate, and the memory's own speed
     llm     the language model, forward and backward, beside transformers' Mistral
     train   a training step of the miniature, beside the machine's matrix product: MFU
     load    from_pretrained beside transformers: seconds
@@ -303,7 +304,67 @@ def memory(runs):
     return rows
 
 
-SECTIONS = {"moe": moe, "scale": scale, "llm": llm, "train": train_, "load": load, "memory": memory}
+def bandwidth():
+    """Bytes a second at which all cores together read memory: the sum of 512 MB, best of ten."""
+    x, best = torch.randn(2**27, device=DEVICE), float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        x.sum().item()
+        best = min(best, time.perf_counter() - start)
+    return x.nbytes / best
+
+
+def decode(runs, tokens=96):
+    """SmolLM2-135M, one answer: seconds a token, after the first, beside transformers' generate."""
+    import transformers
+
+    folder = ROOT / "weights" / "SmolLM2-135M-Instruct"
+    if not folder.is_dir():
+        raise ValueError("section decode asks SmolLM2: run runs/smollm2.sh")
+    ids, rows = torch.randint(1000, (1, 32), device=DEVICE), []
+    for dtype in {torch.float32, DTYPE}:
+        ours = LLM.from_pretrained(folder, dtype, DEVICE).eval()
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(DEVICE)
+        how = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
+        how["attention_mask"] = torch.ones_like(ids)
+
+        def a_token(generate):  # of an answer so long, and of one token
+            seconds = []
+            for n in (1, 1 + tokens):
+                start = time.perf_counter()
+                generate(n)
+                seconds.append(time.perf_counter() - start)
+            return (seconds[1] - seconds[0]) / tokens
+
+        contestants = {
+            "ours, compiled": lambda n, m=ours: m.generate(ids, max_new_tokens=n, compile=True),
+            "ours": lambda n, m=ours: m.generate(ids, max_new_tokens=n),
+            "transformers": lambda n, m=theirs, how=how: m.generate(
+                ids, max_new_tokens=n, min_new_tokens=n, **how
+            ),
+        }
+        seconds = {name: [] for name in contestants}
+        for turn in range(runs + 2):  # two to warm up: the second shape compiles once more
+            for name, generate in contestants.items():
+                took = a_token(generate)
+                seconds[name] += [took] if turn > 1 else []
+        size, speed = sum(p.nbytes for p in ours.parameters()), bandwidth()
+        result = row("decode", f"SmolLM2-135M, {str(dtype)[6:]}", seconds)
+        share = size / result["medians"]["ours, compiled"] / speed
+        print(f"        {share:.0%} of the {speed / 1e9:.0f} GB/s at which memory is read")
+        rows.append(result | {"gb_s": speed / 1e9, "share_of_bandwidth": share})
+    return rows
+
+
+SECTIONS = {
+    "moe": moe,
+    "scale": scale,
+    "decode": decode,
+    "llm": llm,
+    "train": train_,
+    "load": load,
+    "memory": memory,
+}
 
 
 def machine():
@@ -319,7 +380,9 @@ def machine():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("sections", nargs="*", help="moe scale llm train load memory; none: all")
+    parser.add_argument(
+        "sections", nargs="*", help="moe scale decode llm train load memory; none: all"
+    )
     parser.add_argument("--runs", type=int, default=5, help="runs of each, in turn")
     args = parser.parse_args()
     unknown = [name for name in args.sections if name not in SECTIONS]

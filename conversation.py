@@ -4,8 +4,8 @@
     talk.ask("Where is the cat?", [Image.open("cat.jpg")]).answer
     talk.ask("And the dog?").answer
 
-Nothing is computed twice. The language model's cache holds keys and values of all
-that was said, so a question costs its own tokens and those of its pictures alone:
+As long as there is room, nothing is computed twice. The language model's cache holds keys and
+values of all that was said, so a question costs its own tokens and those of its pictures alone:
 
     <s>[INST] <image> Where is it? [/INST] left </s>[INST] And the dog? [/INST] ...
     '------------------ in the cache ----------'    '------- new -------'
@@ -104,6 +104,8 @@ class Conversation:
     """
 
     def __init__(self, model, tokenizer, context=4096, compile=False, stop=(), **options):
+        if "" in stop:
+            raise ValueError("--stop '' is empty; name the text before which an answer ends")
         self.model, self.tokenizer, self.stop, self.options = model, tokenizer, stop, options
         llm = model if isinstance(model, LLM) else model.llm
         window, weight = llm.cfg.sliding_window, llm.model.embed_tokens.weight
@@ -122,9 +124,11 @@ class Conversation:
         ids, pixels = prompt(self.model, self.tokenizer, question, images, not self.turns)
         turns = [*self.turns, Turn(question, images, ids, pixels, [])]
         new, unseen, dropped = self.pending + ids, turns[-1:], 0
+        if not self.cache:  # nothing was said yet, or the last answer failed
+            new, unseen = [i for turn in turns for i in turn.ids + turn.said], turns
         if self.room and (self.cache.seen if self.cache else 0) + self.longest(new) > self.room:
             while len(turns) > 1 and (not dropped or self.longest(new) > self.room // 2):
-                turns, dropped = turns[1:], dropped + 1  # more than needed: it takes a while
+                turns, dropped = turns[1:], dropped + 1  # down to half: reading anew takes a while
                 ids, _ = prompt(self.model, self.tokenizer, turns[0].question, turns[0].images)
                 turns[0] = replace(turns[0], ids=ids)
                 new, unseen = [i for turn in turns for i in turn.ids + turn.said], turns
@@ -134,7 +138,9 @@ class Conversation:
                     f"{self.room}: ask less, or lower --max-new-tokens"
                 )
         if dropped or not self.cache:
-            self.cache = self.new_cache()
+            cache = self.new_cache()
+        else:
+            cache, self.cache = self.cache, None  # until the answer is whole
         pixels = [turn.pixels for turn in unseen if turn.pixels is not None]
         printer = Printer(self.tokenizer, self.stop, write)
 
@@ -142,7 +148,14 @@ class Conversation:
             first.append(time.perf_counter() - start)
             return printer(token) or interrupted()
 
-        said = self.generate(new, pixels, stream)
+        try:
+            said = self.generate(new, pixels, cache, stream)
+        except BaseException:  # the cache holds half an answer: read what came before anew
+            kept = self.turns if self.room else []  # with a window there is no more of it
+            self.reset()
+            self.turns = kept
+            raise
+        self.cache = cache
         end = [] if said[-1] == self.tokenizer.eos else [self.tokenizer.eos]
         turns[-1].said, self.pending = said + end, said[-1:] + end
         self.turns = turns if self.room else turns[-1:]  # with a window none is ever read again
@@ -152,9 +165,9 @@ class Conversation:
     def longest(self, new):
         return len(new) + self.options["max_new_tokens"]
 
-    def generate(self, ids, pixels, stream):
-        device = self.cache.keys.device
+    def generate(self, ids, pixels, cache, stream):
+        device = cache.keys.device
         seen = {"images": torch.cat(pixels).to(device)} if pixels else {}
         tokens = torch.tensor([ids], device=device)
-        how = dict(cache=self.cache, stream=stream, eos_token_id=self.tokenizer.eos)
+        how = dict(cache=cache, stream=stream, eos_token_id=self.tokenizer.eos)
         return self.model.generate(tokens, **seen, **how, **self.options)[0].tolist()

@@ -232,7 +232,7 @@ class Cache:
         self.slot = torch.full((1,), self.seen % self.size, device=self.keys.device)
         # one query looks at all slots on a GPU, where shapes must stay; elsewhere at those in use,
         # rounded up, so that a compiled step meets few shapes
-        used = 256 << max(0, self.seen // 256).bit_length()
+        used = 256 << (self.seen // 256).bit_length()
         self.view = self.size if self.keys.is_cuda else min(used, self.size)
 
     def extend(self, slots: Tensor, new: Tensor) -> Tensor:
@@ -257,7 +257,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     alone = x.numel() == x.shape[-1] and x.device.type == "cpu"
     if alone and torch.compiler.is_compiling():
         x_D = x.float().flatten().as_strided((x.shape[-1],), (1,))  # makes it store x once
-        return (weight.float() * x_D).sum(-1).to(x.dtype)[None, None]
+        return (weight.float() * x_D).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
     return F.linear(x, weight)
 
 
@@ -333,6 +333,7 @@ def choose(logits_BV: Tensor, temperature: float, top_p=1.0, top_k=None, generat
     """The next token of each row, see `LLM.generate`."""
     if temperature == 0:
         return logits_BV.argmax(-1)
+    logits_BV = logits_BV - logits_BV.amax(-1, keepdim=True)  # however small the temperature
     logits_BV, token_BV = (logits_BV / temperature).sort(dim=-1, descending=True)
     probs_BV = logits_BV[:, :top_k].softmax(-1)
     better_BV = probs_BV.cumsum(-1) - probs_BV  # probability of all tokens before this one
@@ -452,7 +453,7 @@ class LLM(nn.Module):
         for value, good, wanted in (
             (f"a prompt of {x.shape[1]} tokens", x.shape[1] > 0, "1 or more"),
             (f"{max_new_tokens=}", max_new_tokens > 0, "1 or more"),
-            (f"{temperature=}", temperature >= 0, "0 or more"),
+            (f"{temperature=}", 0 <= temperature < float("inf"), "0 or more, and finite"),
             (f"{top_p=}", 0 < top_p <= 1, "above 0 and up to 1"),
             (f"{top_k=}", top_k is None or top_k > 0, "1 or more"),
         ):

@@ -116,7 +116,7 @@ def chat(conversation, cfg, path, images):
     print(COMMANDS, file=sys.stderr)
     while True:
         try:
-            line = input("> ").strip()
+            line = input("> " * sys.stdin.isatty()).strip()
         except KeyboardInterrupt:
             print()
             continue
@@ -134,9 +134,9 @@ def chat(conversation, cfg, path, images):
             elif word.startswith("/"):
                 raise ValueError(f"{word} is no command; {COMMANDS}")
             elif line:
-                asked, images = images, []
                 with ctrl_c() as interrupted:
-                    answer(conversation, cfg, path, line, asked, interrupted)
+                    answer(conversation, cfg, path, line, images, interrupted)
+                images = []
         except ValueError as error:
             print(f"error: {error}")
 

@@ -249,6 +249,12 @@ def settle(cfg):
     """Fill in the choices of precision and memory that the flags leave open: the most exact way
     that this machine has room for. Returns its budget.Plan."""
     best = budget.first_that_fits(plan_of(cfg), budget.available_memory(cfg.device), **fixed(cfg))
+    needs, there = budget.total(best) / budget.GB, budget.available_memory(cfg.device) / budget.GB
+    if needs > 2 * there:
+        raise ValueError(
+            f"stage {cfg.stage} takes about {needs:.0f} GB and there are {there:.0f}: lower --rows "
+            "or --row-tokens, or take a smaller --preset (--estimate shows the parts)"
+        )
     cfg.weights, cfg.moments, cfg.recompute = best.weights, best.moments, best.recompute
     return best
 

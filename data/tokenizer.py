@@ -91,6 +91,7 @@ class Tokenizer:
         `tokenizers`, take them out of a word first, then join what has become neighbours."""
         import regex  # tiktoken needs it too, but has cut text itself, by an older Unicode
 
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as tiktoken
         words = "".join(set(regex.findall(WORD, text)))
         known = bytes(words_of_tiktoken().encode_ordinary(words)).decode()
         plain = text.translate({ord(c): UNASSIGNED for c in set(words) - set(known)})

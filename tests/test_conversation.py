@@ -119,6 +119,27 @@ def test_an_interrupted_answer_ends_and_the_conversation_goes_on():
     assert spoken.ask("Two?").answer == MINI.decode(expected[0].tolist()).strip()
 
 
+def test_a_failed_answer_leaves_what_was_said_before():
+    model = tiny_cumo(experts=4, vocab=1024).eval()
+
+    def leave(text):
+        raise BrokenPipeError
+
+    spoken, fresh = talk(model), talk(model)
+    with pytest.raises(BrokenPipeError):
+        spoken.ask("What is it?", [CAT], write=leave)
+    for question, pictures in [("One?", [RED]), ("Two?", [])]:
+        assert spoken.ask(question, pictures).answer == fresh.ask(question, pictures).answer
+        with pytest.raises(BrokenPipeError):
+            spoken.ask("Never asked?", write=leave)
+    assert spoken.ask("Three?").answer == fresh.ask("Three?").answer
+
+
+def test_an_empty_stop_is_refused():
+    with pytest.raises(ValueError, match="--stop '' is empty"):
+        talk(stop=("a", ""))
+
+
 def test_reset_forgets_everything():
     spoken = talk()
     first = spoken.ask("What is it?", [CAT])

@@ -147,6 +147,11 @@ def test_a_mistake_in_a_chat_is_one_line_and_the_chat_goes_on(model_dir, monkeyp
     missing, unknown, answer = chatted(model_dir, lines, monkeypatch, capsys)
     assert missing.startswith("error: nowhere.jpg: no such image")
     assert unknown.startswith("error: /imgae is no command; /image FILE") and answer
+    picture, long, short = f"/image {ROOT / 'cat.jpg'}", "word " * 200, "What?"
+    kept = chatted(model_dir, [picture, long, short], monkeypatch, capsys, "--context", "180")
+    assert kept[0].startswith("error: question and answer may take"), "its picture is still there"
+    run = model_dir, [picture, short], monkeypatch, capsys
+    assert kept[1:] == chatted(*run, "--context", "180")
     told = chatted(model_dir, ["a", "b", "c"], monkeypatch, capsys, "--context", "150")
     assert re.fullmatch(
         r"\(the oldest turns, \d, had no room any more and were dropped\)", told[-1]
