@@ -112,6 +112,59 @@ def draw_experts(picture, choices, load, file):
     print(f"wrote {file}")
 
 
+def draw_ablations(groups, file):
+    """Differences to each group's first row: ours with every seed, beside the paper's.
+
+    `groups` as `ablations` of runs/results.py makes them.
+    """
+    plt = pyplot()
+    if not plt:
+        return
+    n_lines = sum(len(group["rows"]) + 1.5 for group in groups)
+    figure, axes = plt.subplots(1, 2, sharey=True, figsize=(11, 0.29 * n_lines + 1.5),
+                                width_ratios=(1.5, 1), layout="constrained")  # fmt: skip
+    ours, paper = axes
+    y, ticks = 0, []
+    for group in groups:
+        top, first = y, group["rows"][0]
+        ticks.append((y, f"({group['group']}) {group['title']}"))
+        for row in group["rows"]:
+            y += 1
+            ticks.append((y, row["label"]))
+            if row["difference"] is not None:
+                seeds = [average - first["average"] for average in row["averages"]]
+                ours.plot([min(seeds), max(seeds)], [y, y], color=COLORS[4], linewidth=6,
+                          solid_capstyle="round", zorder=2)  # fmt: skip
+                ours.plot(row["difference"], y, "D", color=COLORS[0], markersize=8, zorder=3)
+                ours.plot(seeds, [y] * len(seeds), "o", color="white", markersize=4,
+                          markeredgecolor="black", markeredgewidth=0.8, zorder=4)  # fmt: skip
+            if row["paper"] is not None:
+                paper.plot(row["paper"], y, "s", color=COLORS[5], markersize=8)
+            for axis, value in ((ours, row["average"]), (paper, row["paper_average"])):
+                axis.text(1.01, y, "" if value is None else f"{value:.1f}", va="center",
+                          fontsize=9, transform=axis.get_yaxis_transform())  # fmt: skip
+        for axis in axes:
+            axis.axhspan(top + 0.5, y + 0.5, color="#F4F4F4", zorder=0)
+            axis.plot([0, 0], [top + 0.5, y + 0.5], color="black", linewidth=0.8, zorder=1)
+        y += 1.5
+    ours.set_yticks(*zip(*ticks), fontsize=9)
+    for label in ours.get_yticklabels():
+        label.set_fontweight("bold" if label.get_text().startswith("(") else "normal")
+    ours.set_ylim(y - 0.8, -0.7)
+    ours.set_title("nanoCuMo: exact answers, mean of three splits (% at the right)\n"
+                   "diamond: mean of the seeds, rings: each seed", fontsize=10)  # fmt: skip
+    paper.set_title("the paper: mean of SQA, TextVQA,\nMM-Vet and SEED (at the right)", fontsize=10)
+    for axis in axes:
+        axis.set_xlabel("points above the group's first row")
+        axis.grid(axis="x", color="#DDDDDD", linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.tick_params(axis="y", length=0)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+    print(f"wrote {file}")
+
+
 def draw_metrics(folder):
     """loss.png, and for a sparse stage experts.png: the load over the last fifth of the steps."""
     plt = pyplot()
