@@ -112,17 +112,35 @@ def draw_experts(picture, choices, load, file):
     print(f"wrote {file}")
 
 
-def draw_ablations(groups, file):
+def draw_ablations(groups, file, reach=6):
     """Differences to each group's first row: ours with every seed, beside the paper's.
 
-    `groups` as `ablations` of runs/results.py makes them.
+    `groups` as `ablations` of runs/results.py makes them. What lies further off than `reach` points
+    becomes an arrow with its number, so that the small differences stay visible.
     """
     plt = pyplot()
     if not plt:
         return
     n_lines = sum(len(group["rows"]) + 1.5 for group in groups)
-    figure, axes = plt.subplots(1, 2, sharey=True, figsize=(11, 0.29 * n_lines + 1.5),
-                                width_ratios=(1.5, 1), layout="constrained")  # fmt: skip
+    figure, axes = plt.subplots(1, 2, sharex=True, sharey=True, layout="constrained",
+                                figsize=(11, 0.28 * n_lines + 1.5))  # fmt: skip
+
+    def line(axis, y, row, key, average, remark, color):
+        far = row[key] is not None and abs(row[key]) > reach - 0.5
+        if far:
+            edge = (reach - 0.3) * (1 if row[key] > 0 else -1)
+            axis.plot(edge, y, ">" if edge > 0 else "<", color=color, markersize=8)
+            axis.text(edge * 0.93, y, f"{row[key]:+.1f}", fontsize=9, va="center",
+                      ha="right" if edge > 0 else "left")  # fmt: skip
+        elif row[key] is not None:
+            axis.plot(row[key], y, "|", color=color, markersize=15, markeredgewidth=3, zorder=4)
+        elif remark:
+            axis.text(0.2, y, remark, fontsize=9, va="center", style="italic", color="#555555")
+        if row[average] is not None:
+            axis.text(1.01, y, f"{row[average]:.1f}", va="center", fontsize=9,
+                      transform=axis.get_yaxis_transform())  # fmt: skip
+        return far
+
     ours, paper = axes
     y, ticks = 0, []
     for group in groups:
@@ -131,18 +149,13 @@ def draw_ablations(groups, file):
         for row in group["rows"]:
             y += 1
             ticks.append((y, row["label"]))
-            if row["difference"] is not None:
+            far = line(ours, y, row, "difference", "average", "not measured", COLORS[0])
+            if row["difference"] is not None and not far:
                 seeds = [average - first["average"] for average in row["averages"]]
-                ours.plot([min(seeds), max(seeds)], [y, y], color=COLORS[4], linewidth=6,
-                          solid_capstyle="round", zorder=2)  # fmt: skip
-                ours.plot(row["difference"], y, "D", color=COLORS[0], markersize=8, zorder=3)
-                ours.plot(seeds, [y] * len(seeds), "o", color="white", markersize=4,
-                          markeredgecolor="black", markeredgewidth=0.8, zorder=4)  # fmt: skip
-            if row["paper"] is not None:
-                paper.plot(row["paper"], y, "s", color=COLORS[5], markersize=8)
-            for axis, value in ((ours, row["average"]), (paper, row["paper_average"])):
-                axis.text(1.01, y, "" if value is None else f"{value:.1f}", va="center",
-                          fontsize=9, transform=axis.get_yaxis_transform())  # fmt: skip
+                ours.plot([min(seeds), max(seeds)], [y, y], color=COLORS[4], linewidth=2, zorder=2)
+                ours.plot(seeds, [y] * len(seeds), "o", color="white", markersize=5, zorder=5,
+                          markeredgecolor="black", markeredgewidth=0.8)  # fmt: skip
+            line(paper, y, row, "paper", "paper_average", row["paper_remark"], COLORS[5])
         for axis in axes:
             axis.axhspan(top + 0.5, y + 0.5, color="#F4F4F4", zorder=0)
             axis.plot([0, 0], [top + 0.5, y + 0.5], color="black", linewidth=0.8, zorder=1)
@@ -150,10 +163,12 @@ def draw_ablations(groups, file):
     ours.set_yticks(*zip(*ticks), fontsize=9)
     for label in ours.get_yticklabels():
         label.set_fontweight("bold" if label.get_text().startswith("(") else "normal")
-    ours.set_ylim(y - 0.8, -0.7)
-    ours.set_title("nanoCuMo: exact answers, mean of three splits (% at the right)\n"
-                   "diamond: mean of the seeds, rings: each seed", fontsize=10)  # fmt: skip
-    paper.set_title("the paper: mean of SQA, TextVQA,\nMM-Vet and SEED (at the right)", fontsize=10)
+    ours.set(xlim=(-reach, reach), ylim=(y - 0.8, -0.7))
+    ours.set_title("this miniature: exact answers, mean of three splits\n"
+                   "bar: mean of the seeds, circles: each seed; right: percent",
+                   fontsize=10)  # fmt: skip
+    paper.set_title("the paper, Table 3: mean of SQA,\nTextVQA, MM-Vet, SEED; right: the mean",
+                    fontsize=10)  # fmt: skip
     for axis in axes:
         axis.set_xlabel("points above the group's first row")
         axis.grid(axis="x", color="#DDDDDD", linewidth=0.6)

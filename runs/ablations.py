@@ -7,11 +7,14 @@
 Every run is a stage 3 from the same stage 2, with the same questions in the same order for all rows
 of a seed, and an exam on scenes nobody has trained on (eval.py). A run that stands in several
 groups of the table is made once. Needs out/stage1 and out/stage2, which are made if they are not
-there (train.py). Ctrl-C stops it; the same command goes on, and leaves out what is finished.
+there (train.py). Ctrl-C stops it; the same command goes on, and leaves out what is finished. A run
+takes one thread: to use two cores start the command twice, each takes the runs that are left.
 
 Afterwards `python runs/results.py` writes the README's table from bench/ablations/results.json.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -22,6 +25,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+import torch
 from tqdm import tqdm
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -59,6 +63,7 @@ RUNS = {  # what differs from CuMo's own stage 3: the flags of train.py
 # The table's groups; with each row the paper's SQA, TextVQA, MM-Vet and SEED, where it has them.
 CUMO = (72.8, 59.7, 35.4, 69.8)
 NO_PFT = (71.7, 59.3, 34.3, 69.6)
+NOT_TRIED = "not in the paper"
 MLP_MOE = (73.5, 57.4, 33.1, 67.4)
 GROUPS = [
     ("a", "connector sparse (MLP-MoE), CLIP frozen", [
@@ -73,7 +78,7 @@ GROUPS = [
         ("b-clip", "CLIP unfrozen", (72.0, 58.9, 34.7, 69.0)),
         ("b-cumo", "... 2 of 4 experts (CuMo)", CUMO),
         ("b-8", "... 2 of 8 experts", (71.0, 59.0, 33.6, 69.2)),
-        ("b-scratch", "... CLIP's from scratch", None),  # "did not converge"
+        ("b-scratch", "... CLIP's from scratch", "did not converge"),
     ]),
     ("c", "language model sparse too", [
         ("b-cumo", "CuMo", CUMO),
@@ -89,9 +94,9 @@ GROUPS = [
         ("b-cumo", "with", (73.0, 62.8, 37.2, 70.9)),
     ]),
     ("f", "experts that a token visits", [
-        ("f-top1", "1 of 4", None),
-        ("b-cumo", "2 of 4", None),
-        ("f-top4", "4 of 4", None),
+        ("f-top1", "1 of 4", NOT_TRIED),
+        ("b-cumo", "2 of 4", NOT_TRIED),
+        ("f-top4", "4 of 4", NOT_TRIED),
     ]),
 ]  # fmt: skip
 
@@ -102,6 +107,7 @@ class AblationConfig:
     seeds: tuple = (0, 1, 2)  # of the questions, their order and the routers
     samples: int = 2600  # that stage 3 sees
     questions: int = 800  # of the exam, a split
+    threads: int = 1  # of a training; two take less time, but more CPU time
     demo: str = "out"  # folder of stages 1 and 2
     out: str = "out/ablations"  # folder of the runs
     bench: str = "bench/ablations"  # folder of results.json and ablations.png
@@ -132,6 +138,19 @@ def command(cfg, name, seed):
 def finished(folder):
     state = read_state(pathlib.Path(folder))
     return bool(state and state["finished"])
+
+
+@contextlib.contextmanager
+def lock(folder, wait=True):
+    """Keep other processes out of a folder; gives False if one is there and we shall not wait."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            ours = True
+        except BlockingIOError:
+            ours = False
+        yield ours
 
 
 def train(words, folder):
@@ -192,10 +211,11 @@ def measure(cfg, name, seed):
     words = command(cfg, name, seed)
     folder = pathlib.Path(words[words.index("--out") + 1])
     before = pathlib.Path(words[words.index("--init") + 1])
-    if not finished(before):
-        scales = ["--scales", RUNS[name]["scales"]] if "scales" in RUNS[name] else []
-        stage, out = before.name[-1], before.parent
-        train(["python", "train.py", "--stage", stage, "--out", str(out), *scales], out)
+    with lock(before.parent):  # shared by the seeds
+        if not finished(before):
+            scales = ["--scales", RUNS[name]["scales"]] if "scales" in RUNS[name] else []
+            flags = ["--stage", before.name[-1], "--out", str(before.parent), *scales]
+            train(["python", "train.py", *flags], before.parent)
     seconds = train(words, folder)
     if not finished(folder / "stage3"):
         raise ValueError(f"{folder} was interrupted; the same command goes on")
@@ -240,20 +260,24 @@ def merge(content, row):
 def main():
     cfg, _ = parse(AblationConfig, description=__doc__.split("\n")[0])
     os.chdir(ROOT)
-    names, content = chosen(cfg.rows), read_results(cfg)
-    there = {(row["name"], row["seed"]) for row in content["rows"]}
-    todo = [(name, seed) for seed in cfg.seeds for name in names if (name, seed) not in there]
+    os.environ["OMP_NUM_THREADS"] = str(cfg.threads)
+    torch.set_num_threads(cfg.threads)
     file = pathlib.Path(cfg.bench, "results.json")
-    bar = tqdm(todo, initial=len(cfg.seeds) * len(names) - len(todo), unit="run",
-               total=len(cfg.seeds) * len(names))  # fmt: skip
+    todo = [(name, seed) for seed in cfg.seeds for name in chosen(cfg.rows)]
+    bar = tqdm(todo, unit="run")
     try:
         for name, seed in bar:
             bar.set_description(f"{name}, seed {seed}")
-            content = merge(content, measure(cfg, name, seed))
-            write_json(file, content)
+            with lock(pathlib.Path(cfg.out, f"{name}-{seed}"), wait=False) as ours:
+                there = {(row["name"], row["seed"]) for row in read_results(cfg)["rows"]}
+                if not ours or (name, seed) in there:
+                    continue
+                row = measure(cfg, name, seed)
+                with lock(file.parent):
+                    write_json(file, merge(read_results(cfg), row))
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command continues")
-    bar.close()
+    content = read_results(cfg)
     print(results.ablations_table(content))
     draw_ablations(results.ablations(content), file.with_name("ablations.png"))
 

@@ -144,7 +144,10 @@ def ablations(content):
             splits = {s: [100 * run["accuracy"][s] for run in runs] for s in SPLITS}
             averages = [mean(shares) for shares in zip(*splits.values())]
             row = {"label": line["label"], "runs": runs, "splits": splits, "averages": averages,
-                   "average": mean(averages), "paper_average": mean(line["paper"])}  # fmt: skip
+                   "average": mean(averages)}  # fmt: skip
+            known = not isinstance(line["paper"], str)
+            row["paper_average"] = mean(line["paper"]) if known else None
+            row["paper_remark"] = "" if known else line["paper"]
             rows.append(row)
             for key, average in (("difference", "average"), ("paper", "paper_average")):
                 there = None not in (row[average], rows[0][average])
@@ -176,6 +179,7 @@ def ablations_table(content):
                 cells.append(f"{mean(values):.1f} ({spread})" if values else "not measured")
             for key in ("difference", "paper"):
                 cells.append(f"{row[key]:+.1f}" if i and row[key] is not None else "")
+            cells[-1] += row["paper_remark"]
             cells[-2] += row["remark"] and f", {row['remark']}"
             size = [run[k] / 1e6 for k in ("active_parameters", "parameters")] if run else []
             cells.append(" / ".join(f"{n:.1f}" for n in size))

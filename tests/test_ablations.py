@@ -100,6 +100,15 @@ def test_finished_runs_are_kept_and_an_interrupted_one_is_made_again(tmp_path, m
         start(tmp_path, monkeypatch, "--samples=64")
 
 
+def test_two_commands_never_make_the_same_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "train", lambda *_: pytest.fail("it is being made"))
+    with ablations.lock(tmp_path / "out" / "f-top1-0") as ours:
+        assert ours
+        (tmp_path / "bench").mkdir()
+        (tmp_path / "bench" / "results.json").write_text(json.dumps(content()))
+        assert not start(tmp_path, monkeypatch, "--rows=f-top1", "--seeds=0")["rows"]
+
+
 def test_stages_that_are_not_there_are_trained_first_at_the_scales_of_the_row(
     tmp_path, monkeypatch
 ):
