@@ -173,7 +173,7 @@ def train(words, folder):
         signal.signal(number, handler)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds += after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    write_json(file, {"seconds": round(seconds, 1)})
+    write_json(file, {"seconds": seconds})
     if stops:
         raise KeyboardInterrupt
     if status:

@@ -125,7 +125,7 @@ def test_stages_that_are_not_there_are_trained_first_at_the_scales_of_the_row(
 def test_cpu_seconds_of_every_attempt_are_counted_and_a_failure_is_one_line(tmp_path):
     busy = "import time\nwhile time.process_time() < 0.3: pass"
     first = ablations.train(["python", "-c", busy], tmp_path / "run")
-    assert 0.3 <= first < 1
+    assert first >= 0.3
     assert ablations.train(["python", "-c", busy], tmp_path / "run") >= first + 0.3
     with pytest.raises(ValueError, match="failed: no such thing .*train.log"):
         ablations.train(["python", "-c", "exit('no such thing')"], tmp_path / "run")
