@@ -259,6 +259,10 @@ def merge(content, row):
 
 def main():
     cfg, _ = parse(AblationConfig, description=__doc__.split("\n")[0])
+    if cfg.questions < 1 or cfg.samples < 1:
+        raise ValueError(
+            f"--samples {cfg.samples} and --questions {cfg.questions} must be 1 or more"
+        )
     os.chdir(ROOT)
     os.environ["OMP_NUM_THREADS"] = str(cfg.threads)
     torch.set_num_threads(cfg.threads)
@@ -273,7 +277,7 @@ def main():
                 if not ours or (name, seed) in there:
                     continue
                 row = measure(cfg, name, seed)
-                with lock(file.parent):
+                with lock(pathlib.Path(cfg.out)):
                     write_json(file, merge(read_results(cfg), row))
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command continues")
