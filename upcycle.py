@@ -38,11 +38,8 @@ def sparse_config(cfg, parts, num_experts, top_k):
     unknown = [part for part in parts if part not in PARTS]
     if unknown or not parts:
         raise ValueError(f"parts {','.join(parts)!r}: choose from {', '.join(PARTS)}")
-    experts_now = {
-        "clip": cfg.vision.num_experts,
-        "mlp": cfg.mlp_experts,
-        "llm": cfg.llm.num_experts,
-    }
+    experts_now = {"clip": cfg.vision.num_experts, "mlp": cfg.mlp_experts,
+                   "llm": cfg.llm.num_experts}  # fmt: skip
     sparse = [part for part in parts if experts_now[part]]
     if sparse:
         raise ValueError(
@@ -104,16 +101,12 @@ def upcycle(model, parts=("clip", "mlp"), num_experts=4, top_k=2, seed=0, scratc
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for kind in (Router, Experts) if scratch else (Router,):  # routers first: the same for both
-            for module in sparse.modules():
-                if isinstance(module, kind):
-                    module.reset_parameters()
+            for module in (m for m in sparse.modules() if isinstance(m, kind)):
+                module.reset_parameters()
     dense = model.original_state_dict()
     targets = sparse.original_state_dict()
-    copied = {
-        name: view
-        for name, view in targets.items()
-        if name in dense or (dense_source(name) and part_of(name) not in scratch)
-    }
+    copied = {n: view for n, view in targets.items()
+              if n in dense or (dense_source(n) and part_of(n) not in scratch)}  # fmt: skip
     source = {name: dense[name if name in dense else dense_source(name)] for name in copied}
     load_into(copied, source, source="the dense model")
     return sparse
