@@ -12,6 +12,8 @@ import json
 import math
 import os
 import pathlib
+import shutil
+import zlib
 from dataclasses import dataclass
 
 import torch
@@ -210,6 +212,48 @@ def read_state(folder):
     except (ValueError, LookupError, TypeError):
         raise ValueError(f"{file} is damaged; --overwrite begins the stage again") from None
     return state
+
+
+def begin(folder):
+    """Make `folder` anew for a stage. ValueError if something else than a stage lies there.
+
+    An earlier stage goes by a rename, at once: one that is half removed looks like a stranger's.
+    """
+    gone, ours = folder.with_name(folder.name + ".gone"), ("train.json", "train.json.partial")
+    if folder.exists():
+        files = [file.name for file in folder.iterdir()]
+        if files and not any(name in files for name in ours):
+            raise ValueError(f"{folder} holds files that no training made; name another --out")
+        shutil.rmtree(gone, ignore_errors=True)
+        folder.rename(gone)
+    folder.mkdir(parents=True)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def checksums(folder):
+    """{file: CRC-32} of the weights of a stage."""
+    sums = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        crc = 0
+        with open(file, "rb") as opened:
+            while part := opened.read(2**24):
+                crc = zlib.crc32(part, crc)
+        sums[file.name] = f"{crc:08x}"
+    return sums
+
+
+def check_sums(folder):
+    """ValueError if the weights in `folder` are a finished stage's and not what it has written."""
+    folder = pathlib.Path(folder)
+    try:
+        written = dict(json.loads((folder / "train.json").read_text())["crc32"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return  # from elsewhere, or from before there were checksums
+    now = checksums(folder)
+    for name in sorted(written.keys() | now):
+        if now.get(name) != written.get(name):
+            raise ValueError(f"{folder / name} is not what its stage wrote (its CRC-32 is not the "
+                             "one in train.json): bring it back, or --overwrite the stage")  # fmt: skip
 
 
 def differences(cfg, state, fields=None):

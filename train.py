@@ -28,11 +28,9 @@ import math
 import os
 import pathlib
 import shlex
-import shutil
 import signal
 import sys
 import time
-import zipfile
 from contextlib import closing
 from functools import partial
 
@@ -51,7 +49,7 @@ from data.llava import LlavaData, check_row, encode
 from data.loader import KINDS, Loader, data_order, told
 from data.packing import pack
 from data.tokenizer import Tokenizer
-from data.weights import publish, write_json
+from data.weights import check_zip, copy_into, publish, sync, write_json
 from data.world import World
 from llm import LLM
 from mlp_moe import Connector
@@ -61,6 +59,9 @@ from stages import (
     SHARED,
     WORLD_TASK,
     TrainConfig,
+    begin,
+    check_sums,
+    checksums,
     learning,
     listed,
     lr_at,
@@ -112,6 +113,7 @@ def build(cfg):
         model.vision, model.llm = vision, llm
         model.connector = Connector(vision.cfg.dim * len(vision.cfg.scales), llm.cfg.dim).to(dtype)
     else:
+        check_sums(source)
         model = CuMo.from_pretrained(source, dtype=dtype)
     if cfg.stage == 3 and cfg.upcycle != "none":
         parts, scratch = cfg.upcycle.split(","), listed(cfg.scratch)
@@ -147,13 +149,6 @@ def open_data(cfg):
 
 RESUME = ("resume.pt", "resume.old.pt")  # the newest first
 PLACE = ("step", "used", "counts", "seconds")  # how far a Trainer has come
-
-
-def check_zip(file):
-    """BadZipFile unless every part of a file of torch.save has its checksum; loading ignores it."""
-    with zipfile.ZipFile(file) as archive:
-        if damaged := archive.testzip():
-            raise zipfile.BadZipFile(f"{damaged} is damaged")
 
 
 class Trainer:
@@ -245,6 +240,7 @@ class Trainer:
         newest, older = (self.folder / name for name in RESUME)
         aside = self.folder / (newest.name + ".partial")
         try:
+            sync(self.folder / "metrics.jsonl")
             torch.save(state, aside)
             if newest.is_file():
                 newest.replace(older)
@@ -267,7 +263,7 @@ class Trainer:
                 break
             except FileNotFoundError:  # the machine stopped between two renames
                 continue
-            except (zipfile.BadZipFile, RuntimeError, EOFError) as error:  # cut short or damaged
+            except Exception as error:  # a file that is cut short or damaged raises anything
                 print(f"{file} cannot be read ({error!r:.99}), trying the one before")
         else:
             raise ValueError(f"no resume point in {self.folder} can be read; --overwrite begins "
@@ -278,8 +274,9 @@ class Trainer:
         torch.set_rng_state(state["rng"])
         if not parallel.first():
             return
-        lines = (self.folder / "metrics.jsonl").read_text().splitlines()[: self.step]
-        (self.folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+        log = self.folder / "metrics.jsonl"
+        lines = log.read_bytes().splitlines(keepends=True)[: self.step]
+        os.truncate(log, sum(map(len, lines)))
 
     def loop(self, wandb=None):
         """Train to the end of the data -> True, or until Ctrl-C -> False."""
@@ -287,7 +284,7 @@ class Trainer:
         bar = tqdm(total=len(self.order), initial=self.used, unit="sample",
                    desc=f"stage {self.cfg.stage}", disable=not first)  # fmt: skip
         self.model.train()
-        log = open(self.folder / "metrics.jsonl" if first else os.devnull, "a")
+        log = open(self.folder / "metrics.jsonl" if first else os.devnull, "a", buffering=1)
         with log, bar, closing(self.batches()) as batches:  # closing ends the workers
             while not parallel.anyone(self.stop, device):
                 metrics = self.train_step(batches)
@@ -301,7 +298,6 @@ class Trainer:
                                 tok_s=metrics["tokens_per_s"], mfu=f"{metrics['mfu']:.0%}",
                                 GB=metrics["memory_gb"])  # fmt: skip
                 if self.step % self.cfg.save_every == 0:
-                    log.flush()
                     self.save_resume()
             return False
 
@@ -366,10 +362,7 @@ def train_stage(cfg):
         trainer.load_resume()
         print(f"{name}: resumed after {trainer.used:,} samples")
     elif parallel.first():
-        if folder.exists() and any(folder.iterdir()) and not read_state(folder):
-            raise ValueError(f"{folder} holds files that no training made; name another --out")
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        begin(folder)
     if parallel.first():
         write_json(folder / "train.json", {"finished": False, "config": dataclasses.asdict(cfg)})
 
@@ -408,10 +401,11 @@ def finish(trainer, model):
     folder, cfg = trainer.folder, trainer.cfg
     model.save_pretrained(folder)
     for file in trainer.tokenizer.files:
-        shutil.copy(file, folder)
+        copy_into(folder, file)
     seconds = round(trainer.seconds, 1)
     state = {"finished": True, "seconds": seconds, "samples": trainer.used}
     state["peak_memory_gb"] = round(budget.peak_memory(cfg.device) / budget.GB, 2)
+    state["crc32"] = checksums(folder)
     write_json(folder / "train.json", state | {"config": dataclasses.asdict(cfg)})
     for file in folder.glob("resume*"):
         file.unlink()

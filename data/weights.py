@@ -29,6 +29,7 @@ as "no weights here" and never as a mixture of two models.
 import dataclasses
 import json
 import os
+import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -165,6 +166,13 @@ def write_json(file: str | Path, content: dict) -> None:
     publish(file)
 
 
+def copy_into(folder: str | Path, file: str | Path) -> None:
+    """Copy a file, so that a reader sees the old one or the new one, never half of it."""
+    copy = Path(folder) / Path(file).name
+    shutil.copy(file, copy.with_name(copy.name + ".partial"))
+    publish(copy)
+
+
 def check_fields(config: object) -> None:
     """ValueError unless every number of a config dataclass is of its kind and of a sane size."""
     for field in dataclasses.fields(config):
@@ -275,11 +283,23 @@ def _read_shard(file: Path, shard_of: dict[str, str]) -> Iterator[tuple[str, Ten
         raise ValueError(f"{file} lacks what its index promises: {', '.join(sorted(promised))}")
 
 
+def check_zip(file: Path) -> None:
+    """BadZipFile unless every part of a file of torch.save has its checksum; loading ignores it."""
+    with zipfile.ZipFile(file) as archive:
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"{damaged} is damaged")
+
+
+def sync(file: Path) -> None:
+    """Have what is written to a file on the disk."""
+    with open(file, "rb+") as written:
+        os.fsync(written.fileno())
+
+
 def publish(file: Path) -> None:
     """Flush `file`.partial to the disk, then rename it: the one step that cannot be halved."""
     partial = file.with_name(file.name + ".partial")
-    with open(partial, "rb+") as written:
-        os.fsync(written.fileno())
+    sync(partial)
     os.replace(partial, file)
     if os.name == "posix":  # where a new name, too, is on the disk only once its folder is flushed
         folder = os.open(file.parent, os.O_RDONLY)
