@@ -57,6 +57,8 @@ def parse(text, where):
         before = re.findall(r'"id"\s*:\s*("[^"\n]*"|\d+)', text[: error.pos])
         hint += f"; the last id before it is {before[-1]:.60}" if before else ""
         raise ValueError(f"{where}: is not valid JSON ({error}){hint}") from None
+    except ValueError:
+        raise ValueError(f"{where}: holds a number of too many digits") from None
 
 
 def check_record(record, k, path, folder):

@@ -83,7 +83,14 @@ class Tokenizer:
             text = (self.mark if start else "") + text.replace(" ", self.mark)
         raw = text.encode(errors="replace") if self.gone else b""
         whole = len(raw.translate(None, self.gone)) == len(raw)
-        ranks = self.bpe.encode_ordinary(text) if whole else self.ranks_around_gaps(text)
+        try:
+            ranks = self.bpe.encode_ordinary(text) if whole else self.ranks_around_gaps(text)
+        except BaseException as error:  # of a pattern that cuts out nothing, or goes round for ever
+            if type(error).__name__ != "PanicException":  # which Rust raises, and is no Exception
+                raise
+            source = self.files[0] if self.files else "the tokenizer"
+            raise ValueError(f"{source}: its pattern {self.pattern!r:.80} does not cut every text "
+                             "into words") from None  # fmt: skip
         return [*chain.from_iterable(map(self.ids.__getitem__, ranks))]
 
     def ranks_around_gaps(self, text):
@@ -123,7 +130,9 @@ class Tokenizer:
             names = [named.get("bos_token") or "<s>", named.get("eos_token") or "</s>"]
             names = [name["content"] if isinstance(name, dict) else name for name in names]
             return cls(*read[file.name](file), names=names, files=files)
-        except (LookupError, TypeError, AttributeError, struct.error, UnicodeError) as error:
+        except (LookupError, TypeError, AttributeError, struct.error, ValueError) as error:
+            if str(error).startswith(f"{file}: "):  # it is told already
+                raise
             raise ValueError(f"{file}: is damaged or not a {file.name} ({error!r:.80})") from None
 
 
@@ -204,6 +213,8 @@ def read_tekken(file):
     if listed:
         special = {token["token_str"]: token["rank"] for token in listed}
     first = config["default_num_special_tokens"]
+    if not 0 <= first <= 2**20:
+        raise ValueError(f"{file}: cannot have {first!r:.40} special tokens")
     special |= {f"<SPECIAL_{i}>": i for i in range(len(special), first)}
     # the file holds more pieces than the model has embeddings
     vocab = spec["vocab"][: config["default_vocab_size"] - first]

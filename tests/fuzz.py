@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 import zlib
 from pathlib import Path
 
@@ -239,7 +240,7 @@ class Images:
             file = io.BytesIO()
             noise.save(file, kind)
             self.files[kind] = file.getvalue()
-        for mode in ("1", "L", "P", "LA", "RGBA", "I;16", "I"):
+        for mode in ("1", "L", "P", "LA", "RGBA", "I;16"):
             file = io.BytesIO()
             noise.convert("L" if mode[0] == "I" else mode).convert(mode).save(file, "PNG")
             self.files[f"PNG {mode}"] = file.getvalue()
@@ -378,7 +379,9 @@ def attempt(target, name, blob):
         if Path(frame.filename).is_relative_to(ROOT) and "\n" not in str(error):
             return "refused"
         return traceback.format_exc()
-    except (Exception, TooSlow):
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # Rust's panics are no Exceptions
         return traceback.format_exc()
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -407,12 +410,12 @@ def fuzz(kind, target, seed, seconds):
     return counts
 
 
-def led_by_coverage(kind, seconds, arguments):
+def led_by_coverage(kind, seconds):
     """The same with atheris: it watches which lines an input reaches, and changes it further."""
     import atheris
 
     with tempfile.TemporaryDirectory() as place, tempfile.TemporaryDirectory() as corpus:
-        atheris.instrument_all() if arguments else None
+        atheris.instrument_all()
         target = TARGETS[kind](Path(place))
         names = sorted(target.files)
         for k, name in enumerate(names):
@@ -450,10 +453,11 @@ def main():
         if kind not in TARGETS:
             parser.error(f"{kind} is no target; choose from {', '.join(TARGETS)}")
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # Pillow's, of odd files
     resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30, -1))
     signal.signal(signal.SIGPROF, too_slow)
     if args.coverage:
-        led_by_coverage(args.targets[0], int(args.seconds), True)
+        led_by_coverage(args.targets[0], int(args.seconds))
     lost = 0
     for kind in args.targets or TARGETS:
         with tempfile.TemporaryDirectory() as place:
