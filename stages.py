@@ -252,8 +252,8 @@ def check_sums(folder):
     now = checksums(folder)
     for name in sorted(written.keys() | now):
         if now.get(name) != written.get(name):
-            raise ValueError(f"{folder / name} is not what its stage wrote (its CRC-32 is not the "
-                             "one in train.json): bring it back, or --overwrite the stage")  # fmt: skip
+            raise ValueError(f"{folder / name} is not what its stage wrote (its CRC-32 is not that "
+                             "in train.json): copy it anew, or --overwrite it")  # fmt: skip
 
 
 def differences(cfg, state, fields=None):

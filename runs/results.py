@@ -226,8 +226,64 @@ def memory_block():
     return "\n".join(lines)
 
 
+FAULTS = {
+    "killed": "killed (SIGKILL) at a random moment",
+    "points": "killed before or after a flush, rename or removal, or in the middle of a file",
+    "disk error": "one of these calls fails",
+    "disk full": "the disk is full, at a random size",
+    "read-only": "the disk can only be read",
+    "cut": "the newest resume point has lost its end",
+    "bit flip": "one bit of the newest resume point is another",
+    "finished stage": "the weights of the stage before are damaged",
+}
+INPUTS = {
+    "llava": "LLaVA JSON and JSONL",
+    "chat": "conversations",
+    "text": "text for three tokenizers",
+    "tokenizer-files": "`tokenizer.model`, `tokenizer.json`, `tekken.json`",
+    "images": "pictures, of 10 formats",
+    "checkpoint": "configs, safetensors, indexes",
+}
+
+
+def faults_block():
+    """What tests/crash.py, fuzz.py and long_run.py have counted."""
+    file = ROOT / "bench" / "faults.json"
+    if not file.is_file():
+        return "Not measured yet."
+    content = json.loads(file.read_text())
+    lines = ["| a training, when | tried | survived | lost |", "|---|---|---|---|"]
+    crash, inputs, long = (content.get(name, {}) for name in ("crash", "inputs", "long"))
+    kinds = {k: crash["kinds"][k] for k in FAULTS if k in crash.get("kinds", {})}
+    for kind, n in kinds.items():
+        lines.append(f"| {FAULTS[kind]} | {n['tried']} | {n['survived']} | {n['lost']} |")
+    tried, survived, lost = (sum(n[k] for n in kinds.values())
+                             for k in ("tried", "survived", "lost"))  # fmt: skip
+    lines.append(f"| **all faults** | {tried} | {survived} | {lost} |")
+    lines += ["", "| damaged files | tried | read | refused in one line | anything else |"]
+    lines.append("|---|---|---|---|---|")
+    rows = {INPUTS[k]: inputs[k] for k in INPUTS if k in inputs}
+    columns = ("tried", "read", "refused", "lost")
+    rows["**all inputs**"] = {k: sum(n[k] for n in rows.values()) for k in columns}
+    for name, n in rows.items():
+        lines.append(f"| {name} | " + " | ".join(f"{n[k]:,}" for k in columns) + " |")
+    if long:
+        first, last = long["rss_mib"]
+        lines += [
+            "",
+            f"{long['steps']:,} steps of a tiny model: memory {first:.0f} MiB halfway and "
+            f"{last:.0f} at the end ({long['rss_slope_kib_per_1000_steps']:.1f} KiB per 1,000 "
+            f"steps), open files {' to '.join(map(str, sorted({*long['files']})))}, "
+            f"{long['metrics_bytes_per_step']} bytes of `metrics.jsonl` a step; "
+            f"{long['epochs']} epochs, in each every sample once; the same seed "
+            f"{'gave the same weights' if long['same seed twice'] else 'GAVE OTHER WEIGHTS'}.",
+        ]
+    return "\n".join(lines)
+
+
 BLOCKS = {"reading": reading_block, "results": results_block, "sparse": sparse_block,
-          "ablations": ablations_block, "memory": memory_block}  # fmt: skip
+          "ablations": ablations_block, "memory": memory_block,
+          "faults": faults_block}  # fmt: skip
 
 
 def rewrite(text):

@@ -147,6 +147,7 @@ class Training:
 
     def __init__(self, place, flags, calm=None):
         self.place, self.calm = place, calm
+        place.mkdir(exist_ok=True)
         self.folder, self.said = place / "stage2", place.with_suffix(".txt")
         self.go = command(flags | dict(stage=2, save_every=1), place)
 
@@ -342,8 +343,9 @@ def damage_weights(training, init, times, dice):
 # ------------------------------------------------------------------------------------- all of them
 
 
-def campaign(place, kills, samples, dice):
+def campaign(place, kills, samples, seed, only=()):
     """{kind: {"tried", "survived", "lost"}} and what else there is to tell."""
+    dice = random.Random(seed)
     weights = tiny_weights(place) | dict(samples=samples)
     stage1 = command(weights | dict(stage=1, samples=4), place / "init")
     assert end_of(live(stage1, place / "init.txt")) == 0
@@ -351,10 +353,10 @@ def campaign(place, kills, samples, dice):
     calm = Training(place / "calm", flags)
     subprocess.run(calm.go, check=True, capture_output=True)  # a process of its own, for once
     training = Training(place / "disturbed", flags, calm)
+    points = list(enumerate(points_of(training)))
     disk = Disk(place / "disk")
     on_disk = Training(place / "disk" / "out", flags, calm)
     on_disk.said = place / "on_disk.txt"
-    points = list(enumerate(points_of(training)))
     some = sorted(dice.sample(points, min(kills, len(points))))
     few, unnoticed = -(-kills // 4), Counter()
     kinds = {
@@ -370,14 +372,18 @@ def campaign(place, kills, samples, dice):
     counts = {}
     try:
         for kind, lives in kinds.items():
+            if only and kind not in only:
+                continue
+            dice.seed(f"{seed} {kind}")  # the same with --only
             start, survived = time.time(), list(lives)
             counts[kind] = {"tried": len(survived), "survived": sum(survived),
                             "lost": len(survived) - sum(survived)}  # fmt: skip
             print(f"{kind:15} {counts[kind]} in {time.time() - start:.0f} s", flush=True)
     finally:
         disk.close()
-    return {"steps": len(calm.result()[1]), "points": len(points), "disk": disk.there,
-            "flips in blanks": unnoticed["bit flip"], "cuts unnoticed": unnoticed["cut"],
+    for kind in unnoticed.keys() & counts:
+        counts[kind]["in blanks"] = unnoticed[kind]
+    return {"steps": len(calm.result()[1]), "points": len(points), "tmpfs": disk.there,
             "kinds": counts}  # fmt: skip
 
 
@@ -386,17 +392,19 @@ def main():
     parser.add_argument("--kills", type=int, default=3, help="how often of each kind [3]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=60, help="length of the training [60]")
+    parser.add_argument("--only", nargs="+", default=[], help="these kinds of faults")
     parser.add_argument("--out", help="JSON file whose `crash` becomes what is counted here")
     args = parser.parse_args()
     torch.set_num_threads(1)  # the same sums in the same order, here and in the lives
     with tempfile.TemporaryDirectory() as place:
-        found = campaign(Path(place), args.kills, args.samples, random.Random(args.seed))
+        found = campaign(Path(place), args.kills, args.samples, args.seed, args.only)
     if args.out:
         go = f"python tests/crash.py --kills {args.kills} --seed {args.seed}"
         about = {"command": go, "commit": commit(), "machine": machine()}
         file = Path(args.out)
         there = json.loads(file.read_text()) if file.is_file() else {}
-        write_json(file, there | {"crash": about | found})
+        kinds = (there.get("crash", {}).get("kinds", {}) if args.only else {}) | found["kinds"]
+        write_json(file, there | {"crash": about | found | {"kinds": kinds}})
     sys.exit(sum(kind["lost"] for kind in found["kinds"].values()) > 0)
 
 

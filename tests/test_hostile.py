@@ -82,7 +82,10 @@ def test_a_size_the_weights_do_not_have_takes_no_memory(folder):
     refused(folder, "model.embed_tokens.weight is [97, 32] instead of [97, 1048576]")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "5", '"x"', "\0", "[" * 100_000])
+DEEP = "[" * 10_000 + "]" * 10_000
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "5", '"x"', "\0", "[" * 100_000, DEEP])
 def test_a_config_that_is_no_config_is_refused(folder, content):
     (folder / "config.json").write_text(content)
     refused(folder, "config.json")
@@ -136,6 +139,11 @@ def test_a_lost_shard_or_one_that_points_elsewhere_is_refused(folder):
     moved = {name: "../x.safetensors" if shard == lost.name else shard for name, shard in shard_of}
     write_json(folder / "model.safetensors.index.json", {"weight_map": moved})
     refused(folder, "points outside its folder: '../x.safetensors'")
+    for outside in ("../../x", "/etc/passwd", "..", "sub/x", "sub\\x", ""):
+        write_json(folder / "model.safetensors.index.json", {"weight_map": {"weight": outside}})
+        refused(folder, f"points outside its folder: {outside!r}")
+    (folder / "model.safetensors.index.json").write_text(DEEP)
+    refused(folder, "model.safetensors.index.json is not valid JSON")
 
 
 def test_a_file_where_a_folder_should_be_and_the_other_way_round(folder, tmp_path):

@@ -172,12 +172,41 @@ def jpeg():
     ("half.png", png(64, 64, bytes(64))[:-20], "cannot be read as an image"),
     ("short.png", png(64, 64, bytes(64)), "cannot be read as an image"),
     ("bomb.png", png(60_000, 60_000), "more than 178,956,970 pixels; scale it down"),
+    ("large.png", png(50_000, 50_000), "more than 178,956,970 pixels; scale it down"),
 ])  # fmt: skip
 def test_file_that_is_no_image_is_one_clear_line(name, content, complaint, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name}: .*{complaint}") as caught:
         open_image(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP"])
+def test_text_that_unpacks_to_100_megabytes_is_refused_or_not_unpacked(kind, tmp_path):
+    tracemalloc = pytest.importorskip("tracemalloc")
+    packed = zlib.compress(bytes(10**8))
+    body = {b"zTXt": b"k\0\0", b"iTXt": b"k\0\1\0\0\0", b"iCCP": b"k\0\0"}[kind] + packed
+    chunk = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    whole = png(64, 64, bytes(64 * 193))
+    (tmp_path / "x.png").write_bytes(whole[:33] + chunk + whole[33:])
+    tracemalloc.start()
+    try:
+        assert open_image(tmp_path / "x.png").size == (64, 64)
+    except ValueError as error:
+        assert "x.png: cannot be read as an image" in str(error)
+    finally:
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert most < 10_000_000
+
+
+def test_pixels_beyond_the_picture_are_not_unpacked(tmp_path):
+    """200 MB in 200 kB, of a picture of 64 x 64."""
+    resource = pytest.importorskip("resource")
+    (tmp_path / "x.png").write_bytes(png(64, 64, bytes(2 * 10**8)))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert open_image(tmp_path / "x.png").size == (64, 64)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
 
 
 def test_missing_file_folder_and_impossible_name_are_one_clear_line(tmp_path):

@@ -154,6 +154,8 @@ def test_all_faulty_records_are_counted_at_once(folder):
     ("3", "holds a int, not a list"),
     ("[]", "holds no sample to learn from"),
     ("[" * 100_000, "is nested too deeply"),
+    ("[" * 10_000 + "]" * 10_000, "is nested too deeply"),
+    ('[{"id": ' + "9" * 5_000 + "}]", "holds a number of too many digits"),
     ('{"id": 1}\n{"id": 2}', "name it .jsonl if each line is a sample"),
     (json.dumps([record("Q", " ")]), "holds no sample to learn from; the first: .* 1 is empty"),
 ])  # fmt: skip
@@ -161,6 +163,27 @@ def test_file_that_is_no_llava_json_is_one_clear_line(content, complaint, folder
     with pytest.raises(ValueError, match="data.json: .*" + complaint) as caught:
         load(folder, content)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["id", "image", "conversations", "from", "value"])
+def test_depth_that_json_just_reads_is_refused_by_name(field, folder):
+    turn = '{"from": "human", "value": "Q"}'
+    for depth in (100, *range(900, 1000, 3)):
+        deep = "[" * depth + "]" * depth
+        fields = {"id": "5", "conversations": f"[{turn}]", "image": "[]"} | {field: deep}
+        if field in ("from", "value"):
+            fields["conversations"] = "[" + turn.replace('"human"' if field == "from" else '"Q"',
+                                                         deep) + "]"  # fmt: skip
+        record = ", ".join(f'"{name}": {fields[name]}' for name in ("id", "conversations", "image"))
+        with pytest.raises(ValueError, match="data.json: ") as caught:
+            load(folder, f"[{{{record}}}]")
+        assert "\n" not in str(caught.value)
+
+
+def test_link_in_the_image_folder_is_followed_as_its_owner_made_it(folder):
+    """A data file can name it, but not make it."""
+    (folder / "pics" / "link.png").symlink_to(folder / "pics" / "red.png")
+    assert len(load(folder, [record("<image>", "A", image="link.png")])) == 1
 
 
 def test_broken_line_of_a_jsonl_file_is_named_by_its_number(folder):

@@ -320,9 +320,28 @@ def test_tekken_comes_before_tokenizer_json_and_a_damaged_one_is_refused(tmp_pat
         dict(vocab=[]),
         dict(config={}),
         dict(vocab=[{"rank": 3, "token_bytes": "YQ=="}]),
+        dict(vocab=[{"rank": 0, "token_bytes": "YQ="}]),
+        dict(vocab=[{"rank": 0, "token_bytes": "▁"}]),
+        dict(config=dict(pattern=".", default_vocab_size=9, default_num_special_tokens=2**63)),
+        dict(config=dict(pattern="(", default_vocab_size=263, default_num_special_tokens=5)),
     ):
-        with pytest.raises(ValueError, match="tekken.json: (is damaged|its pieces)"):
+        with pytest.raises(ValueError, match="tekken.json: (is damaged|its pieces|cannot have)"):
             Tokenizer.from_pretrained(small_tekken(tmp_path, **damage))
+
+
+@pytest.mark.parametrize("pattern", ["", "(?=a)", "a*"])
+def test_pattern_that_cuts_out_nothing_is_refused_when_it_meets_such_a_text(pattern, tmp_path):
+    config = dict(pattern=pattern, default_vocab_size=263, default_num_special_tokens=5)
+    with pytest.raises(ValueError, match="tekken.json: its pattern .* does not cut every text"):
+        Tokenizer.from_pretrained(small_tekken(tmp_path, config=config)).encode("bab")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tekken.json", "tokenizer_config.json"])
+def test_json_nested_10_000_deep_is_one_clear_error(name, tmp_path):
+    shutil.copy(MINI / "tokenizer.json", tmp_path)
+    (tmp_path / name).write_text("[" * 10_000 + "]" * 10_000)
+    with pytest.raises(ValueError, match=f"{name}: is not valid JSON"):
+        Tokenizer.from_pretrained(tmp_path)
 
 
 # --------------------------------------------------------------------------------- special tokens

@@ -291,6 +291,83 @@ def test_a_damaged_resume_point_gives_way_to_the_one_before(
     assert losses_of(tmp_path / "stage2") == losses_of(finished / "stage2")
 
 
+@pytest.mark.parametrize("fault", ["cut", "bit"])
+def test_a_damaged_stage_is_not_built_upon(fault, weights, finished, tmp_path):
+    shutil.copytree(finished / "stage1", tmp_path / "stage1")
+    file = tmp_path / "stage1" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content if fault == "bit" else content[:-4])
+    with pytest.raises(ValueError, match=f"{file} is not what its stage wrote .*CRC-32"):
+        run_stages(weights, tmp_path, 2)
+    for told in ("", "{}", '{"crc32": 5}'):  # of a model from elsewhere
+        (tmp_path / "stage1" / "train.json").write_text(told)
+        stages.check_sums(tmp_path / "stage1")
+
+
+def test_any_bit_of_a_resume_point_is_told_or_is_not_read(weights, finished, tmp_path):
+    """Among the flips are those that make of the archive one packed by another method."""
+    cfg = train.resolve(weights | dict(out=str(tmp_path), init=str(finished / "stage1")), 2)
+    with pytest.MonkeyPatch.context() as patch:
+        crash_in(patch, train.CuMo, "save_pretrained", 1)
+        with pytest.raises(Crash):
+            train.train_stage(cfg)
+    newest, older = (tmp_path / "stage2" / name for name in train.RESUME)
+    whole, state = newest.read_bytes(), torch.load(newest)
+    shutil.copy(newest, older)
+    train.settle(cfg)
+    trainer = train.Trainer(cfg)
+    end = whole.rindex(b"PK\1\2")  # the directory's last entry: its 11th byte is the method
+    for place in (end + 10, end + 12, end + 20, end + 46, end, len(whole) - 10, 100, 2000):
+        content = bytearray(whole)
+        content[place] ^= 8
+        newest.write_bytes(content)
+        trainer.load_resume()
+        assert trainer.step == state["step"]
+        for name, weight in trainer.model.state_dict().items():
+            assert torch.equal(weight, state["model"][name])
+
+
+def test_a_stage_that_was_cut_off_while_it_began_can_begin_again(weights, finished, tmp_path):
+    options = dict(out=str(tmp_path), init=str(finished / "stage1"))
+    cfg = train.resolve(weights | options, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        crash_in(patch, data.weights.os, "fsync", 1)  # train.json is written, not in place
+        with pytest.raises(Crash):
+            train.train_stage(cfg)
+    assert [file.name for file in (tmp_path / "stage2").iterdir()] == ["train.json.partial"]
+    assert train.train_stage(cfg)
+    (tmp_path / "stage2" / "train.json").write_text("damaged")
+    with pytest.raises(ValueError, match="damaged; --overwrite begins the stage again"):
+        train.train_stage(cfg)
+    with pytest.MonkeyPatch.context() as patch:
+        crash_in(patch, stages.shutil, "rmtree", 2)  # the earlier stage is not removed yet
+        cfg.overwrite = True
+        with pytest.raises(Crash):
+            train.train_stage(cfg)
+    cfg.overwrite = False
+    assert train.train_stage(cfg)
+    assert not changed(finished / "stage2", tmp_path / "stage2")[0]
+
+
+def test_steps_are_not_lost_with_a_disk_that_is_full_at_resume(weights, finished, tmp_path):
+    options = dict(out=str(tmp_path), init=str(finished / "stage1"), save_every=2)
+    cfg = train.resolve(weights | options, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        crash_in(patch, train.Trainer, "train_step", 4)
+        with pytest.raises(Crash):
+            train.train_stage(cfg)
+    log = tmp_path / "stage2" / "metrics.jsonl"
+    before = log.read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        crash_in(patch, train.os, "truncate", 1)
+        with pytest.raises(Crash):
+            train.train_stage(cfg)
+    assert log.read_bytes() == before and before.count(b"\n") == 3
+    assert train.train_stage(cfg)
+    assert losses_of(tmp_path / "stage2") == losses_of(finished / "stage2")
+
+
 def test_a_full_disk_is_named_and_the_resume_point_before_is_good(weights, finished, tmp_path):
     resource = pytest.importorskip("resource")
     options = dict(out=str(tmp_path), init=str(finished / "stage1"), save_every=2)
