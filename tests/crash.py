@@ -343,10 +343,11 @@ def damage_weights(training, init, times, dice):
 # ------------------------------------------------------------------------------------- all of them
 
 
-def campaign(place, kills, samples, seed, only=()):
-    """{kind: {"tried", "survived", "lost"}} and what else there is to tell."""
+def campaign(place, kills, samples, seed, only, write):
+    """{kind: {"tried", "survived", "lost"}}, which goes to `write` after each kind, with what else
+    there is to tell."""
     dice = random.Random(seed)
-    weights = tiny_weights(place) | dict(samples=samples)
+    weights = tiny_weights(place) | dict(samples=samples, rows=1, row_tokens=128)
     stage1 = command(weights | dict(stage=1, samples=4), place / "init")
     assert end_of(live(stage1, place / "init.txt")) == 0
     flags = weights | dict(init=place / "init" / "stage1")
@@ -369,7 +370,8 @@ def campaign(place, kills, samples, seed, only=()):
         "bit flip": damage(training, kills, dice, "bit flip", unnoticed),
         "finished stage": damage_weights(training, place / "init" / "stage1", few, dice),
     }
-    counts = {}
+    counts, about = {}, {"points": len(points), "tmpfs": disk.there}
+    about["steps"] = len(calm.result()[1])
     try:
         for kind, lives in kinds.items():
             if only and kind not in only:
@@ -378,34 +380,38 @@ def campaign(place, kills, samples, seed, only=()):
             start, survived = time.time(), list(lives)
             counts[kind] = {"tried": len(survived), "survived": sum(survived),
                             "lost": len(survived) - sum(survived)}  # fmt: skip
+            if kind in unnoticed:
+                counts[kind]["in blanks"] = unnoticed[kind]
             print(f"{kind:15} {counts[kind]} in {time.time() - start:.0f} s", flush=True)
+            write(about, counts)
     finally:
         disk.close()
-    for kind in unnoticed.keys() & counts:
-        counts[kind]["in blanks"] = unnoticed[kind]
-    return {"steps": len(calm.result()[1]), "points": len(points), "tmpfs": disk.there,
-            "kinds": counts}  # fmt: skip
+    return counts
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--kills", type=int, default=3, help="how often of each kind [3]")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--samples", type=int, default=60, help="length of the training [60]")
+    parser.add_argument("--samples", type=int, default=10, help="length of the training [10]")
     parser.add_argument("--only", nargs="+", default=[], help="these kinds of faults")
     parser.add_argument("--out", help="JSON file whose `crash` becomes what is counted here")
     args = parser.parse_args()
     torch.set_num_threads(1)  # the same sums in the same order, here and in the lives
-    with tempfile.TemporaryDirectory() as place:
-        found = campaign(Path(place), args.kills, args.samples, args.seed, args.only)
-    if args.out:
+
+    def write(about, counts):
+        if not args.out:
+            return
         go = f"python tests/crash.py --kills {args.kills} --seed {args.seed}"
-        about = {"command": go, "commit": commit(), "machine": machine()}
+        about = {"command": go, "commit": commit(), "machine": machine()} | about
         file = Path(args.out)
         there = json.loads(file.read_text()) if file.is_file() else {}
-        kinds = (there.get("crash", {}).get("kinds", {}) if args.only else {}) | found["kinds"]
-        write_json(file, there | {"crash": about | found | {"kinds": kinds}})
-    sys.exit(sum(kind["lost"] for kind in found["kinds"].values()) > 0)
+        kinds = there.get("crash", {}).get("kinds", {}) | counts
+        write_json(file, there | {"crash": about | {"kinds": kinds}})
+
+    with tempfile.TemporaryDirectory() as place:
+        counts = campaign(Path(place), args.kills, args.samples, args.seed, args.only, write)
+    sys.exit(sum(kind["lost"] for kind in counts.values()) > 0)
 
 
 if __name__ == "__main__":

@@ -37,20 +37,27 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "runs")]
 os.environ["OMP_NUM_THREADS"] = "1"
-import numpy as np
 import torch
-from PIL import Image
-from results import commit, machine
-from tiny import TOKENIZER, tiny_cumo, tiny_weights
 
-from clip_moe import CLIPVision
-from cumo import CuMo
-from data.chat import TEMPLATES, render, render_next
-from data.images import MODES, open_image, preprocess
-from data.llava import LlavaData, encode
-from data.tokenizer import Tokenizer, protobuf
-from data.weights import write_json, write_tensors
-from llm import LLM
+LED = contextlib.nullcontext()
+if "--coverage" in sys.argv:
+    import atheris
+
+    LED = atheris.instrument_imports(include=["data", "PIL"])
+with LED:
+    import numpy as np
+    from PIL import Image
+    from results import commit, machine
+    from tiny import TOKENIZER, tiny_cumo, tiny_weights
+
+    from clip_moe import CLIPVision
+    from cumo import CuMo
+    from data.chat import TEMPLATES, render, render_next
+    from data.images import MODES, open_image, preprocess
+    from data.llava import LlavaData, encode
+    from data.tokenizer import Tokenizer, protobuf
+    from data.weights import write_json, write_tensors
+    from llm import LLM
 
 HOSTILE = [
     None, True, False, 0, -1, 1, 7, 2**31, 2**63, 10**30, 1.5, -0.0, 1e308, float("nan"),
@@ -412,10 +419,7 @@ def fuzz(kind, target, seed, seconds):
 
 def led_by_coverage(kind, seconds):
     """The same with atheris: it watches which lines an input reaches, and changes it further."""
-    import atheris
-
     with tempfile.TemporaryDirectory() as place, tempfile.TemporaryDirectory() as corpus:
-        atheris.instrument_all()
         target = TARGETS[kind](Path(place))
         names = sorted(target.files)
         for k, name in enumerate(names):
