@@ -67,6 +67,9 @@ class Tokenizer:
                              '"bos_token" and "eos_token" in tokenizer_config.json')  # fmt: skip
         self.bos, self.eos = (special[name] for name in names)
         self.ids = list(pieces.values())  # rank -> ids
+        for i in chain(special.values(), *self.ids):
+            if type(i) is not int or not 0 <= i < 2**31:
+                raise TypeError(f"{i!r:.40} is no token id")
         self.bytes_of = {i: bytes([b]) for b, i in enumerate(fallback)}
         self.bytes_of |= {ids[0]: piece for piece, ids in pieces.items() if len(ids) == 1}
         self.vocab_size = max(*(max(ids, default=0) for ids in self.ids), *special.values()) + 1

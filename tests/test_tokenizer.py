@@ -402,6 +402,8 @@ def test_cut_off_tokenizer_model_is_refused(tmp_path):
     ({"pre_tokenizer": {"type": "Whitespace"}}, "not known here .Whitespace"),
     ({"pre_tokenizer": None}, "damaged"),
     ({"added_tokens": []}, "no special token '<s>'"),
+    *(({"model": MINI_JSON["model"] | {"vocab": MINI_JSON["model"]["vocab"] | {"a": i}}},
+       "damaged .*is no token id") for i in (1.5, -1, True, "5", 2**40)),
 ])  # fmt: skip
 def test_tokenizer_json_of_an_unknown_kind_is_refused(change, complaint, tmp_path):
     with pytest.raises(ValueError, match=complaint):
