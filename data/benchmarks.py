@@ -92,8 +92,10 @@ def faults(where, lacks="has no"):
     """What is looked up in vain becomes a ValueError that tells where."""
     try:
         yield
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
+    except LookupError as error:
         raise ValueError(f"{where}: {lacks} {error!s:.160}; {LAYOUT}") from None
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{where}: is not what it should be ({error!s:.160}); {LAYOUT}") from None
 
 
 def llava(folder, file, images, answer):
@@ -268,7 +270,7 @@ def picture(question):
     """The picture (PIL) that a question is about, or None."""
     if not isinstance(question.image, str):
         return open_image(question.image) if question.image else None
-    with faults(f"question {question.id!r:.60}", "its picture cannot be read:"):
+    with faults(f"the picture of question {question.id!r:.60}"):
         return open_image(io.BytesIO(base64.b64decode(question.image)))
 
 
