@@ -174,19 +174,21 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):
         raise ValueError(f"--out {out} cannot be written; name another folder")
+    if cfg.benchmark:  # what is wrong with its files shows before a large model is loaded
+        questions = benchmarks.load(cfg.benchmark, cfg.folder, cfg.n if "n" in given else 0)
+    elif cfg.data:
+        data = LlavaData(cfg.data, cfg.image_folder, cfg.n if "n" in given else 400)
     path = resolve(cfg.model) if cfg.model else find_model(cfg.out)
     model = CuMo.from_pretrained(path, device=cfg.device, dtype=DTYPES[cfg.dtype]).eval()
     tokenizer = Tokenizer.from_pretrained(path)
     if cfg.benchmark:
         ask = lambda *asked: answer(model, tokenizer, *asked)
-        limit = cfg.n if "n" in given else 0
-        results = benchmarks.run(cfg.benchmark, cfg.folder, ask, out, str(path), cfg.batch, limit)
+        results = benchmarks.run(cfg.benchmark, questions, ask, out, str(path), cfg.batch)
         write_json(out / f"{cfg.benchmark}.json", results)
         return print(json.dumps(results, indent=1))
     if own:
         pictures = [picture for *_, picture in exam("seen", 400, cfg.seed + 1)]
     else:
-        data = LlavaData(cfg.data, cfg.image_folder, cfg.n if "n" in given else 400)
         pictures = [image for sample in data for image in sample["images"]]
     load = expert_load(model, pictures) if pictures else {}
     if own:

@@ -251,19 +251,18 @@ BENCHMARKS = {  # how its questions are read, and the longest answer in tokens
 
 
 def load(name, folder, limit=0):
-    """The questions of a benchmark, of its files all or the first `limit` -> (questions, number of
-    all). ValueError when a file or a picture is not there, or not what it should be."""
+    """The questions of a benchmark, the first `limit` or (0) all. ValueError when a file or a
+    picture is not there, or not what it should be."""
     if name not in BENCHMARKS:
         raise ValueError(f"--benchmark {name} is unknown; choose from {', '.join(BENCHMARKS)}")
-    every = BENCHMARKS[name][0](Path(folder))
-    questions = every[: limit or None]
+    questions = BENCHMARKS[name][0](Path(folder))[: limit or None]
     absent = [q.image for q in questions if isinstance(q.image, Path) and not q.image.is_file()]
     if absent:
         raise ValueError(f"{absent[0]}: no such image ({len(absent)} of {len(questions)} questions "
                          f"lack theirs); {LAYOUT}")  # fmt: skip
     if not questions:
         raise ValueError(f"{folder}: holds no question of {name}; {LAYOUT}")
-    return questions, len(every)
+    return questions
 
 
 def picture(question):
@@ -289,13 +288,12 @@ def earlier(file, model):
     return said
 
 
-def run(name, folder, ask, out, model, batch=8, limit=0):
-    """Ask the questions of a benchmark, the first `limit` or (0) all, and score the answers.
+def run(name, questions, ask, out, model, batch=8):
+    """Ask the questions of a benchmark and score the answers -> its results.
 
     `ask(prompts, pictures, max_new_tokens)` -> answers; a picture may be None. An interrupted run
     goes on where it was, if it is the same `model`'s.
     """
-    questions, of = load(name, folder, limit)
     begun, key = out / f"{name}.begun.jsonl", lambda question: (question.id, question.prompt)
     said = earlier(begun, model)
     rest = [question for question in questions if key(question) not in said]
@@ -314,5 +312,5 @@ def run(name, folder, ask, out, model, batch=8, limit=0):
     begun.replace(out / f"{name}.jsonl")
     table = SCORES[name]([(question, said[key(question)]) for question in questions])
     score = next(iter(table.values()))
-    return {"benchmark": name, "model": model, "questions": len(questions), "of": of,
-            "score": score} | table  # fmt: skip
+    about = {"benchmark": name, "model": model, "questions": len(questions)}
+    return about | {"score": score} | table

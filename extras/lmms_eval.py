@@ -16,6 +16,7 @@ letter). `eval.py --benchmark` has those of the paper.
 import difflib
 import sys
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -164,7 +165,7 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     number = lambda row: {k: v for k, v in row.items() if isinstance(v, int | float)}
     numbers = {task: number(row) for task, row in results["results"].items()}
-    content = {"model": str(path), "lmms_eval": results["lmms_eval_version"], "limit": cfg.limit}
+    content = {"model": str(path), "lmms_eval": version("lmms_eval"), "limit": cfg.limit}
     write_json(out / "lmms_eval.json", content | {"results": numbers})
     print(f"wrote {out / 'lmms_eval.json'}")
 
