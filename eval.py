@@ -167,6 +167,8 @@ def main():
                          f"{cfg.batch} 1 or more")  # fmt: skip
     if bool(cfg.benchmark) != bool(cfg.folder) or cfg.benchmark and (cfg.data or cfg.experts):
         raise ValueError("--benchmark NAME and --folder DIR go together, without --data, --experts")
+    if cfg.image_folder and not cfg.data:
+        raise ValueError(f"--image-folder {cfg.image_folder} goes with --data FILE")
     if cfg.dtype not in DTYPES:
         raise ValueError(f"--dtype {cfg.dtype!r} is unknown; choose float32 or bfloat16")
     check_device(cfg.device)

@@ -674,6 +674,7 @@ def test_experts_load_over_ones_own_pictures(model, tmp_path, monkeypatch, capsy
     (["--folder", "x"], "--benchmark NAME and --folder DIR go together"),
     (["--benchmark", "pope", "--folder", "x", "--experts", "e.png"], "go together, without --data"),
     (["--benchmark", "pope", "--folder", "x"], "cannot be read (No such file or directory)"),
+    (["--image-folder", "pics"], "--image-folder pics goes with --data FILE"),
     (["--dtype", "float8"], "--dtype 'float8' is unknown"),
     (["--n", "3"], "--n 3 must be 8 or more"),
 ])  # fmt: skip
