@@ -13,7 +13,7 @@ them. What is printed is the median of each and its ratio to ours (2.0: ours tak
             original's loop over samples and experts, and transformers' Mixtral block; and beside
             itself with more experts
     scale   the sparse block again, with more and more images
-    decode  tokens one by one beside transformers' generate, and the memory's own speed
+    decode  tokens one by one beside transformers and llama.cpp, and the memory's own speed
     llm     the language model, forward and backward, beside transformers' Mistral
     train   a training step of the miniature, beside the machine's matrix product: MFU
     load    from_pretrained beside transformers: seconds
@@ -25,6 +25,7 @@ float32 elsewhere, and PyTorch's fused attention.
 
 import argparse
 import gc
+import importlib.util
 import json
 import pathlib
 import platform
@@ -44,6 +45,7 @@ from cumo import has_fast_bf16
 from data.weights import write_json, write_tensors
 from llm import LLM, LLMConfig
 from mlp_moe import ACTIVATIONS, SparseMoE
+from quant import quantize
 
 ROOT = pathlib.Path(__file__).resolve().parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -314,46 +316,111 @@ def bandwidth():
     return x.nbytes / best
 
 
-def decode(runs, tokens=96):
-    """SmolLM2-135M, one answer: seconds a token, after the first, beside transformers' generate."""
-    import transformers
+class LlamaCpp:
+    """llama.cpp on the same weights, in a process of its own: (n) makes n tokens -> seconds."""
 
+    def __init__(self, file, precision):
+        words = [sys.executable, str(ROOT / "bench" / "llama_peer.py"), str(file), precision]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(words, text=True, **pipes)
+        assert self.process.stdout.readline() == "ready\n", f"llama.cpp cannot read {file}"
+
+    def __call__(self, n):
+        self.process.stdin.write(f"{n}\n")
+        self.process.stdin.flush()
+        return float(self.process.stdout.readline())
+
+    def close(self):
+        self.process.communicate()
+
+
+def decode(runs):
+    """SmolLM2-135M, batch 1, 32 tokens read: until the first token, and then a token."""
+    rows = []
+    for precision in ("float32", str(DTYPE)[6:], "int8"):
+        if not any(precision in r["case"] for r in rows):
+            rows += decode_at(precision, runs)
+    return rows + [many_answers(runs)]
+
+
+def smollm2(precision="float32"):
     folder = ROOT / "weights" / "SmolLM2-135M-Instruct"
     if not folder.is_dir():
         raise ValueError("section decode asks SmolLM2: run runs/smollm2.sh")
-    ids, rows = torch.randint(1000, (1, 32), device=DEVICE), []
-    for dtype in {torch.float32, DTYPE}:
-        ours = LLM.from_pretrained(folder, dtype, DEVICE).eval()
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    llm = LLM.from_pretrained(folder, dtype, DEVICE).eval()
+    return folder, dtype, quantize(llm) if precision == "int8" else llm
+
+
+def timed(run):
+    def seconds(n):
+        start = time.perf_counter()
+        run(n)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return seconds
+
+
+def decode_at(precision, runs, tokens=96):
+    folder, dtype, ours = smollm2(precision)
+    ids = torch.arange(100, 132, device=DEVICE)[None]
+    contestants = {
+        "ours, compiled": timed(lambda n: ours.generate(ids, max_new_tokens=n, compile=True)),
+        "ours": timed(lambda n: ours.generate(ids, max_new_tokens=n)),
+    }
+    if precision != "int8":
+        import transformers
+
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(DEVICE)
         how = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
         how["attention_mask"] = torch.ones_like(ids)
+        contestants["transformers"] = timed(
+            lambda n: theirs.generate(ids, max_new_tokens=n, min_new_tokens=n, **how)
+        )
+    packed = pathlib.Path(f"{folder}.gguf")
+    if importlib.util.find_spec("llama_cpp") and packed.is_file() and DEVICE == "cpu":
+        kind = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}[precision]
+        contestants[f"llama.cpp {kind}"] = LlamaCpp(packed, kind)
+    firsts, nexts = ({name: [] for name in contestants} for _ in range(2))
+    speed = bandwidth()
+    for turn in range(runs + 2):  # two to warm up: the second shape compiles once more
+        for name, seconds in contestants.items():
+            first, whole = seconds(1), seconds(1 + tokens)
+            if turn > 1:
+                firsts[name].append(first)
+                nexts[name].append((whole - first) / tokens)
+        speed = max(speed, bandwidth())
+    for contestant in contestants.values():
+        if isinstance(contestant, LlamaCpp):
+            contestant.close()
+    size = sum(t.nbytes for t in ours.state_dict().values())
+    first = row("decode", f"first token, {precision}", firsts)
+    rest = row("decode", f"a token, {precision}", nexts)
+    share = size / rest["medians"]["ours, compiled"] / speed
+    print(f"        {size / 2**20:.0f} MB; {share:.0%} of the {speed / 1e9:.0f} GB/s at which "
+          "memory is read")  # fmt: skip
+    return [first, rest | {"bytes": size, "gb_s": speed / 1e9, "share_of_bandwidth": share}]
 
-        def a_token(generate):  # of an answer so long, and of one token
-            seconds = []
-            for n in (1, 1 + tokens):
-                start = time.perf_counter()
-                generate(n)
-                seconds.append(time.perf_counter() - start)
-            return (seconds[1] - seconds[0]) / tokens
 
-        contestants = {
-            "ours, compiled": lambda n, m=ours: m.generate(ids, max_new_tokens=n, compile=True),
-            "ours": lambda n, m=ours: m.generate(ids, max_new_tokens=n),
-            "transformers": lambda n, m=theirs, how=how: m.generate(
-                ids, max_new_tokens=n, min_new_tokens=n, **how
-            ),
-        }
-        seconds = {name: [] for name in contestants}
-        for turn in range(runs + 2):  # two to warm up: the second shape compiles once more
-            for name, generate in contestants.items():
-                took = a_token(generate)
-                seconds[name] += [took] if turn > 1 else []
-        size, speed = sum(p.nbytes for p in ours.parameters()), bandwidth()
-        result = row("decode", f"SmolLM2-135M, {str(dtype)[6:]}", seconds)
-        share = size / result["medians"]["ours, compiled"] / speed
-        print(f"        {share:.0%} of the {speed / 1e9:.0f} GB/s at which memory is read")
-        rows.append(result | {"gb_s": speed / 1e9, "share_of_bandwidth": share})
-    return rows
+def many_answers(runs, rows=16, tokens=32):
+    """16 prompts of unequal length at once, beside one: seconds a token of one answer each."""
+    _, _, llm = smollm2(str(DTYPE)[6:])
+    ids = torch.randint(1000, (rows, 32), device=DEVICE)
+    segments = (torch.arange(32) >= torch.arange(rows)[:, None]).long().to(DEVICE)
+    contestants = {}
+    for name, compile in ((", compiled", True), ("", False)):
+        for n in (rows, 1):
+            args = dict(tokens=ids[:n], segments=segments[:n], compile=compile)
+            contestants[f"{n} at once{name}"] = (n, timed(
+                lambda k, a=args: llm.generate(**a, max_new_tokens=k)))  # fmt: skip
+    seconds = {name: [] for name in contestants}
+    for turn in range(runs + 2):
+        for name, (n, run) in contestants.items():
+            took = (run(1 + tokens) - run(1)) / tokens / n
+            seconds[name] += [took] if turn > 1 else []
+    return row("decode", f"a token of each answer, {str(DTYPE)[6:]}", seconds)
 
 
 SECTIONS = {

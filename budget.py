@@ -147,12 +147,16 @@ def activations(plan: Plan) -> int:
     return kept * size + 3 * logits * 4
 
 
-def plan_of(cfg: CuMoConfig, stage: int, tokens: int, **choices) -> Plan:
+def plan_of(
+    cfg: CuMoConfig, stage: int, tokens: int, learning: list[str] | None = None, **choices
+) -> Plan:
+    """The plan of a stage in which the submodules `learning` (None: the stage's) are trained."""
     with torch.device("meta"):
         model = CuMo(cfg)
-    learns = model.connector if stage == 1 else model
-    sizes = (sum(p.numel() for p in part.parameters()) for part in (model, learns))
-    return Plan(cfg, stage, *sizes, tokens, **choices)
+    sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in model.named_children()}
+    if learning is None:
+        learning = ["connector"] if stage == 1 else list(sizes)
+    return Plan(cfg, stage, sum(sizes.values()), sum(map(sizes.get, learning)), tokens, **choices)
 
 
 def estimate(plan: Plan) -> dict[str, int]:

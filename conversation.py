@@ -108,7 +108,7 @@ class Conversation:
             raise ValueError("--stop '' is empty; name the text before which an answer ends")
         self.model, self.tokenizer, self.stop, self.options = model, tokenizer, stop, options
         llm = model if isinstance(model, LLM) else model.llm
-        window, weight = llm.cfg.sliding_window, llm.model.embed_tokens.weight
+        window, weight = llm.cfg.sliding_window, llm.model.norm.weight
         self.room = None if window else min(context, llm.cfg.max_positions)
         size = window + 1 if window else self.room  # a longer text than the window makes a ring
         self.new_cache = lambda: Cache(llm.cfg, 1, size, weight.dtype, weight.device, compile)

@@ -247,8 +247,8 @@ class Cache:
         return joined
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [B, T, D] times weight [F, D], transposed: F.linear.
+def product(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """x [B, T, D] times weight [F, D], transposed: F.linear. int8 weights have a scale [F].
 
     To make one token, each weight is read once and used once, so the speed is that of the memory.
     On a CPU PyTorch's matrix product reaches two thirds of it. Written out, torch.compile makes a
@@ -257,8 +257,12 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     alone = x.numel() == x.shape[-1] and x.device.type == "cpu"
     if alone and torch.compiler.is_compiling():
         x_D = x.float().flatten().as_strided((x.shape[-1],), (1,))  # makes it store x once
-        return (weight.float() * x_D).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
-    return F.linear(x, weight)
+        y = (weight.float() * x_D).sum(-1).view(*x.shape[:-1], -1)
+    elif scale is None:
+        return F.linear(x, weight)
+    else:
+        y = F.linear(x, weight.to(x.dtype))
+    return (y if scale is None else y * scale).to(x.dtype)
 
 
 class Linear(nn.Linear):
@@ -366,7 +370,7 @@ class LLM(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         head = self.model.embed_tokens if self.cfg.tie_embeddings else self.lm_head
-        return product(x, head.weight)
+        return product(x, head.weight, getattr(head, "scale", None))  # int8: quant.py
 
     def hidden(self, x: Tensor, segments: Tensor | None = None,
                cache: Cache | None = None) -> tuple[Tensor, Aux | None]:  # fmt: skip

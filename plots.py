@@ -141,6 +141,74 @@ def draw_answers(cells, file):
     print(f"wrote {file}")
 
 
+def draw_ablations(groups, file, reach=6):
+    """Differences to each group's first row: ours with every seed, beside the paper's.
+
+    `groups` as `ablations` of runs/results.py makes them. What lies further off than `reach` points
+    becomes an arrow with its number, so that the small differences stay visible.
+    """
+    plt = pyplot()
+    if not plt:
+        return
+    n_lines = sum(len(group["rows"]) + 1.5 for group in groups)
+    figure, axes = plt.subplots(1, 2, sharex=True, sharey=True, layout="constrained",
+                                figsize=(11, 0.28 * n_lines + 1.5))  # fmt: skip
+
+    def line(axis, y, row, key, average, remark, color):
+        far = row[key] is not None and abs(row[key]) > reach - 0.5
+        if far:
+            edge = (reach - 0.3) * (1 if row[key] > 0 else -1)
+            axis.plot(edge, y, ">" if edge > 0 else "<", color=color, markersize=8)
+            axis.text(edge * 0.93, y, f"{row[key]:+.1f}", fontsize=9, va="center",
+                      ha="right" if edge > 0 else "left")  # fmt: skip
+        elif row[key] is not None:
+            axis.plot(row[key], y, "|", color=color, markersize=15, markeredgewidth=3, zorder=4)
+        elif remark:
+            axis.text(0.2, y, remark, fontsize=9, va="center", style="italic", color="#555555")
+        if row[average] is not None:
+            axis.text(1.01, y, f"{row[average]:.1f}", va="center", fontsize=9,
+                      transform=axis.get_yaxis_transform())  # fmt: skip
+        return far
+
+    ours, paper = axes
+    y, ticks = 0, []
+    for group in groups:
+        top, first = y, group["rows"][0]
+        ticks.append((y, f"({group['group']}) {group['title']}"))
+        for row in group["rows"]:
+            y += 1
+            ticks.append((y, row["label"]))
+            far = line(ours, y, row, "difference", "average", "not measured", COLORS[0])
+            if row["difference"] is not None and not far:
+                seeds = [average - first["average"] for average in row["averages"]]
+                ours.plot([min(seeds), max(seeds)], [y, y], color=COLORS[4], linewidth=2, zorder=2)
+                ours.plot(seeds, [y] * len(seeds), "o", color="white", markersize=5, zorder=5,
+                          markeredgecolor="black", markeredgewidth=0.8)  # fmt: skip
+            line(paper, y, row, "paper", "paper_average", row["paper_remark"], COLORS[5])
+        for axis in axes:
+            axis.axhspan(top + 0.5, y + 0.5, color="#F4F4F4", zorder=0)
+            axis.plot([0, 0], [top + 0.5, y + 0.5], color="black", linewidth=0.8, zorder=1)
+        y += 1.5
+    ours.set_yticks(*zip(*ticks), fontsize=9)
+    for label in ours.get_yticklabels():
+        label.set_fontweight("bold" if label.get_text().startswith("(") else "normal")
+    ours.set(xlim=(-reach, reach), ylim=(y - 0.8, -0.7))
+    ours.set_title("this miniature: exact answers, mean of three splits\n"
+                   "bar: mean of the seeds, circles: each seed; right: percent",
+                   fontsize=10)  # fmt: skip
+    paper.set_title("the paper, Table 3: mean of SQA,\nTextVQA, MM-Vet, SEED; right: the mean",
+                    fontsize=10)  # fmt: skip
+    for axis in axes:
+        axis.set_xlabel("points above the group's first row")
+        axis.grid(axis="x", color="#DDDDDD", linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.tick_params(axis="y", length=0)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+    print(f"wrote {file}")
+
+
 def draw_metrics(folder):
     """loss.png, and for a sparse stage experts.png: the load over the last fifth of the steps."""
     plt = pyplot()

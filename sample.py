@@ -33,6 +33,7 @@ from data.weights import read_config
 from data.world import DESCRIBE
 from llm import LLM
 from plots import draw_experts
+from quant import quantize
 
 DTYPES = {"": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 COMMANDS = "/image FILE adds a picture to the next question, /reset forgets all, /quit leaves"
@@ -54,6 +55,7 @@ class SampleConfig:
     context: int = 4096  # tokens of a conversation that are kept, if the model has no window
     experts: str = ""  # draw which expert saw which patch into this file
     dtype: str = ""  # of the weights: float32 or bfloat16; empty: float32
+    quant: str = ""  # int8: the language model's matrices in one byte a weight (quant.py)
     compile: bool = False  # torch.compile the steps: some seconds at first, then faster
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to run
 
@@ -68,11 +70,15 @@ def find_model(out="out"):
     )
 
 
-def load(path, device, dtype=None):
+def load(path, device, dtype=None, quant=""):
     """The CuMo in a folder, or the LLM, if there is nothing else in it."""
     config = read_config(path)
     sees = "vision_config" in config or "mm_vision_tower" in config
-    return (CuMo if sees else LLM).from_pretrained(path, device=device, dtype=dtype).eval()
+    place = "cpu" if quant else device  # where a byte a weight has room, two may have none
+    model = (CuMo if sees else LLM).from_pretrained(path, device=place, dtype=dtype).eval()
+    if quant:
+        quantize(model if isinstance(model, LLM) else model.llm)
+    return model.to(device)
 
 
 # ---------------------------------------------------------------------------- the terminal
@@ -179,13 +185,15 @@ def main():
                          f"{len(cfg.image)}: give --image FILE")  # fmt: skip
     if cfg.dtype not in DTYPES:
         raise ValueError(f"--dtype {cfg.dtype!r} is unknown; choose float32 or bfloat16")
+    if cfg.quant not in ("", "int8"):
+        raise ValueError(f"--quant {cfg.quant!r} is unknown; there is int8")
     images = [open_image(file) for file in cfg.image]
     question = cfg.ask if "ask" in given or cfg.chat else piped() or DESCRIBE * bool(images)
     if not (cfg.chat or images or "ask" in given or question):
         raise ValueError("nothing to do; give --image FILE, --ask QUESTION, or both")
     check_device(cfg.device)
     path = resolve(cfg.model) if cfg.model else find_model()
-    model = load(path, cfg.device, DTYPES[cfg.dtype])
+    model = load(path, cfg.device, DTYPES[cfg.dtype], cfg.quant)
     if cfg.experts:
         draw_routing(model, images[0], cfg.experts)
     conversation = Conversation(

@@ -27,7 +27,7 @@ from data.loader import default_workers
 from data.weights import read_config
 from llm import LLMConfig
 from optim import MOMENTS, WEIGHTS
-from upcycle import sparse_config
+from upcycle import PARTS, sparse_config
 
 
 @dataclass
@@ -69,7 +69,8 @@ class TrainConfig:
     upcycle: str = "clip,mlp"  # parts made sparse in stage 3 (clip, mlp, llm); "none": stay dense
     num_experts: int = 4  # experts of a sparse block
     top_k: int = 2  # experts a token visits
-    scratch: bool = False  # random experts instead of copies (ablation)
+    scratch: str = ""  # of these parts, those whose experts start random, not as copies (ablation)
+    freeze: str = ""  # parts that do not learn in stages 2 and 3 (clip, mlp, llm)
     balance_coef: float = 0.1  # weight of the balance losses
     z_coef: float = 0.01  # weight of the router z-losses
 
@@ -137,6 +138,11 @@ def resolve(given, stage, target=True):
     check_choice("image-mode", cfg.image_mode, MODES)
     check_choice("weights", cfg.weights, ["", *WEIGHTS])
     check_choice("moments", cfg.moments, ["", *MOMENTS])
+    for name, choices in (("scratch", cfg.upcycle.split(",")), ("freeze", PARTS)):
+        for part in listed(getattr(cfg, name)):
+            check_choice(name, part, choices)
+    if set(listed(cfg.freeze)) == set(PARTS):
+        raise ValueError(f"--freeze {cfg.freeze} leaves nothing to learn; freeze at most two parts")
     for name in ("lr", "clip_grad", "weight_decay", "balance_coef", "z_coef"):
         value, flag = getattr(cfg, name), "--" + name.replace("_", "-")
         if value < 0 or value == 0 and name in ("lr", "clip_grad"):
@@ -164,6 +170,19 @@ def check_choice(flag, value, choices):
         raise ValueError(
             f"--{flag} {value!r} is unknown; choose from {', '.join(filter(None, choices))}"
         )
+
+
+def listed(text):
+    """The parts in a flag such as "clip,mlp"."""
+    return text.split(",") if text else []
+
+
+def learning(cfg):
+    """The submodules of a CuMo that this stage trains."""
+    if cfg.stage == 1:
+        return ["connector"]
+    modules = dict(zip(PARTS, ("vision", "connector", "llm")))
+    return [name for part, name in modules.items() if part not in listed(cfg.freeze)]
 
 
 def lr_at(done, cfg):
@@ -196,7 +215,9 @@ def read_state(folder):
 def differences(cfg, state, fields=None):
     """`lr was 0.1, now 0.2` for each of the `fields` (None: all) in which a stage's differ."""
     then, now = state["config"], json.loads(json.dumps(dataclasses.asdict(cfg)))
-    differ = [k for k in fields or now if k not in IRRELEVANT and now[k] != then.get(k)]
+    fields = [k for k in fields or now if k not in IRRELEVANT]
+    # a flag that is younger than the stage was off, and off is written "", 0, False or null
+    differ = [k for k in fields if (now[k] or None) != (then.get(k) or None)]
     return [f"{k} was {then.get(k)!r}, now {now[k]!r}" for k in differ]
 
 
@@ -236,7 +257,8 @@ def plan_of(cfg):
     """What a batch of this stage takes: a budget.Plan."""
     _, processes = parallel.world()
     tokens = cfg.rows * cfg.row_tokens // processes
-    return budget.plan_of(model_config(cfg), cfg.stage, tokens, bf16=cfg.bf16, processes=processes)
+    return budget.plan_of(model_config(cfg), cfg.stage, tokens, learning(cfg), bf16=cfg.bf16,
+                          processes=processes)  # fmt: skip
 
 
 def fixed(cfg):

@@ -61,6 +61,8 @@ from stages import (
     SHARED,
     WORLD_TASK,
     TrainConfig,
+    learning,
+    listed,
     lr_at,
     print_estimate,
     read_state,
@@ -112,11 +114,11 @@ def build(cfg):
     else:
         model = CuMo.from_pretrained(source, dtype=dtype)
     if cfg.stage == 3 and cfg.upcycle != "none":
-        parts = tuple(cfg.upcycle.split(","))
-        model = upcycle(model, parts, cfg.num_experts, cfg.top_k, cfg.seed, cfg.scratch)
+        parts, scratch = cfg.upcycle.split(","), listed(cfg.scratch)
+        model = upcycle(model, parts, cfg.num_experts, cfg.top_k, cfg.seed, scratch)
     model.vision.checkpoint = model.llm.checkpoint = bool(cfg.recompute)
-    model.requires_grad_(cfg.stage > 1)
-    model.connector.requires_grad_(True)
+    for name, module in model.named_children():  # vision, connector, llm
+        module.requires_grad_(name in learning(cfg))
     model.cfg.balance_coef, model.cfg.z_coef = cfg.balance_coef, cfg.z_coef
     model.cfg.image_mode = cfg.image_mode
     model.cfg.template = cfg.template
@@ -425,9 +427,9 @@ def main():
     parallel.start(cfg.device)
     last = cfg.stage or 3
     first = last if cfg.init else 1
-    for stage in range(first, last + 1):
+    cfgs = {k: resolve(given, k, cfg.stage in (0, k)) for k in range(first, last + 1)}
+    for stage, stage_cfg in cfgs.items():  # all resolved before the first is trained
         target = cfg.stage in (0, stage)
-        stage_cfg = resolve(given, stage, target)
         if cfg.estimate:
             print_estimate(stage_cfg) if target else None
             continue

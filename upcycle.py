@@ -12,8 +12,8 @@ expert then sees other tokens and grows apart from its copies. No noise is added
 
     python upcycle.py SRC DST --parts clip,mlp --experts 4 --top-k 2
 
-`--parts llm` upcycles the language model too (paper, Table 3c), `--scratch` leaves the experts
-random: the row of the ablation that shows why copies matter.
+`--parts llm` upcycles the language model too (paper, Table 3c), `--scratch clip` leaves the experts
+of that part random: the rows of the ablation that show why copies matter.
 """
 
 import argparse
@@ -38,11 +38,8 @@ def sparse_config(cfg, parts, num_experts, top_k):
     unknown = [part for part in parts if part not in PARTS]
     if unknown or not parts:
         raise ValueError(f"parts {','.join(parts)!r}: choose from {', '.join(PARTS)}")
-    experts_now = {
-        "clip": cfg.vision.num_experts,
-        "mlp": cfg.mlp_experts,
-        "llm": cfg.llm.num_experts,
-    }
+    experts_now = {"clip": cfg.vision.num_experts, "mlp": cfg.mlp_experts,
+                   "llm": cfg.llm.num_experts}  # fmt: skip
     sparse = [part for part in parts if experts_now[part]]
     if sparse:
         raise ValueError(
@@ -82,13 +79,20 @@ def dense_source(name):
     return f"{before.removesuffix('.block_sparse_moe')}.mlp.{projection}.weight"
 
 
+def part_of(name):
+    """The part that a public weight name belongs to."""
+    return {"vision_tower": "clip", "mm_projector": "mlp"}.get(name.split(".")[1], "llm")
+
+
 @torch.no_grad()
-def upcycle(model, parts=("clip", "mlp"), num_experts=4, top_k=2, seed=0, scratch=False):
+def upcycle(model, parts=("clip", "mlp"), num_experts=4, top_k=2, seed=0, scratch=()):
     """A sparse CuMo from a dense one: every expert a copy of the MLP it replaces, routers fresh.
 
-    `seed` draws the routers (the original leaves them unseeded). `scratch=True` keeps the experts
-    random and copies only the rest. ValueError for unknown or already sparse parts.
+    `seed` draws the routers (the original leaves them unseeded). Of the parts in `scratch` the
+    experts stay random, only the rest is copied. ValueError for unknown or already sparse parts.
     """
+    if not set(scratch) <= set(parts):
+        raise ValueError(f"scratch {','.join(scratch)!r}: choose from {', '.join(parts)}")
     cfg = sparse_config(model.cfg, parts, num_experts, top_k)
     weight = next(model.parameters())
     with torch.device("meta"):
@@ -96,13 +100,13 @@ def upcycle(model, parts=("clip", "mlp"), num_experts=4, top_k=2, seed=0, scratc
     sparse = sparse.to_empty(device=weight.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for module in sparse.modules():
-            if isinstance(module, Router) or (scratch and isinstance(module, Experts)):
+        for kind in (Router, Experts) if scratch else (Router,):  # routers first: the same for both
+            for module in (m for m in sparse.modules() if isinstance(m, kind)):
                 module.reset_parameters()
     dense = model.original_state_dict()
     targets = sparse.original_state_dict()
-    copied = {name: view for name, view in targets.items()
-              if name in dense or (dense_source(name) and not scratch)}  # fmt: skip
+    copied = {n: view for n, view in targets.items()
+              if n in dense or (dense_source(n) and part_of(n) not in scratch)}  # fmt: skip
     source = {name: dense[name if name in dense else dense_source(name)] for name in copied}
     load_into(copied, source, source="the dense model")
     return sparse
@@ -117,15 +121,14 @@ def main():
     parser.add_argument("--experts", type=int, default=4, help="experts of each sparse block")
     parser.add_argument("--top-k", type=int, default=2, help="experts that each token uses")
     parser.add_argument("--seed", type=READ["seed"], default=0, help="draws the routers")
-    parser.add_argument("--scratch", action="store_true", help="random experts (ablation)")
+    parser.add_argument("--scratch", default="", help="of --parts, those with random experts")
     args = parser.parse_args()
     src, dst = resolve(args.src), pathlib.Path(args.dst)
     if dst.exists():
         raise ValueError(f"{dst} exists already; name a new directory")
     dense = CuMo.from_pretrained(src)
-    sparse = upcycle(
-        dense, tuple(args.parts.split(",")), args.experts, args.top_k, args.seed, args.scratch
-    )
+    parts, scratch = (tuple(filter(None, x.split(","))) for x in (args.parts, args.scratch))
+    sparse = upcycle(dense, parts, args.experts, args.top_k, args.seed, scratch)
     try:
         sparse.save_pretrained(dst)
         for name in (*TOKENIZERS, "tokenizer_config.json"):

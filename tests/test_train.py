@@ -130,6 +130,42 @@ def test_stage_3_is_sparse_and_trains_every_expert(finished):
     assert "model.mm_projector.gate.weight" in three - two
 
 
+def test_frozen_parts_stay_as_they_are_and_the_others_learn(weights, finished, tmp_path):
+    for stage, freeze in ((2, "clip"), (3, "clip,llm"), (3, "mlp")):
+        out = tmp_path / f"{stage}-{freeze}"
+        upcycled = "clip,mlp" if freeze == "mlp" else "mlp"
+        options = dict(init=str(finished / f"stage{stage - 1}"), samples=12, upcycle=upcycled)
+        run_stages(weights, out, stage, freeze=freeze, **options)
+        moved, _, _ = changed(finished / f"stage{stage - 1}", out / f"stage{stage}")
+        seen = {"clip": "model.vision_tower.", "llm": "model.layers."}
+        for part, prefix in seen.items():
+            assert any(name.startswith(prefix) for name in moved) == (part not in freeze), freeze
+    dense = load_file(finished / "stage2" / "model.safetensors")
+    sparse = load_file(out / "stage3" / "model.safetensors")  # of the frozen, upcycled connector
+    for name, copy in sparse.items():
+        if name.startswith("model.mm_projector.experts."):
+            assert torch.equal(copy, dense[re.sub(r"experts\.\d\.", "", name)])
+
+
+def test_frozen_parts_take_no_memory_for_moments(weights):
+    cfg = train.resolve(weights | dict(freeze="llm"), 2)
+    frozen, whole = (stages.plan_of(train.resolve(weights | f, 2)) for f in ({"freeze": "llm"}, {}))
+    assert stages.learning(cfg) == ["vision", "connector"]
+    assert frozen.parameters == whole.parameters and frozen.learning < whole.learning
+
+
+def test_stages_from_before_a_flag_existed_are_still_finished(weights, finished, tmp_path):
+    shutil.copytree(finished / "stage1", tmp_path / "stage1")
+    file = tmp_path / "stage1" / "train.json"
+    state = json.loads(file.read_text())
+    del state["config"]["freeze"]
+    state["config"]["scratch"] = False  # as it was written once
+    file.write_text(json.dumps(state))
+    run_stages(weights, tmp_path, 1)
+    with pytest.raises(ValueError, match="freeze was None, now 'clip'"):
+        run_stages(weights, tmp_path, 1, freeze="clip")
+
+
 def test_metrics_and_configuration_are_kept(finished):
     rows = [json.loads(x) for x in (finished / "stage3" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
@@ -445,6 +481,9 @@ def test_memory_that_cannot_be_had_is_one_line_on_a_cpu_too(weights, tmp_path, m
             ["--upcycle", "clip,mpl", "--stage", "3", "--init", "STAGE2"],
             "choose from clip, mlp, llm",
         ),
+        (["--freeze", "clp"], "--freeze 'clp' is unknown; choose from clip, mlp, llm"),
+        (["--freeze", "llm,clip,mlp"], "--freeze llm,clip,mlp leaves nothing to learn"),
+        (["--scratch", "llm", "--stage", "3"], "--scratch 'llm' is unknown; choose from clip, mlp"),
         (["--rows", "0"], "--rows 0"),
         (["--device", "nowhere"], "--device nowhere"),
         (["--template", "foo"], "choose from plain"),

@@ -46,12 +46,22 @@ def test_the_dense_model_is_left_alone_and_seeds_draw_the_routers():
 
 def test_scratch_keeps_everything_but_the_experts():
     dense = tiny_cumo().eval()
-    scratch = upcycle(dense, scratch=True).eval()
+    scratch = upcycle(dense, scratch=("clip", "mlp")).eval()
     assert torch.equal(
         scratch.vision.layers[0].self_attn.q_proj.weight,
         dense.vision.layers[0].self_attn.q_proj.weight,
     )
     assert not torch.allclose(scratch(TOKENS, IMAGE).logits, dense(TOKENS, IMAGE).logits, atol=1e-3)
+
+
+def test_scratch_is_for_the_parts_that_it_names_and_leaves_the_routers_as_they_are():
+    dense, copies = tiny_cumo(), upcycle(tiny_cumo())
+    one = upcycle(dense, scratch=("clip",))
+    assert torch.equal(one.connector.moe.experts.w1, copies.connector.moe.experts.w1)
+    for layer, other in zip(one.vision.layers, copies.vision.layers):
+        assert not torch.equal(layer.moe.experts.w1, other.moe.experts.w1)
+        assert torch.equal(layer.moe.gate.weight, other.moe.gate.weight)
+    assert torch.equal(one.connector.moe.gate.weight, copies.connector.moe.gate.weight)
 
 
 def test_a_mixtral_keeps_its_own_experts():
@@ -67,6 +77,8 @@ def test_impossible_requests_are_refused():
         upcycle(dense, ("clpi",))
     with pytest.raises(ValueError, match="clip, mlp is sparse already"):
         upcycle(upcycle(dense))
+    with pytest.raises(ValueError, match="scratch 'llm': choose from clip, mlp"):
+        upcycle(dense, scratch=("llm",))
     with pytest.raises(ValueError, match="top_k=5"):
         upcycle(dense, num_experts=4, top_k=5)
 
