@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import textwrap
 
 import numpy as np
 from PIL import ImageColor
@@ -108,6 +109,34 @@ def draw_experts(picture, choices, load, file):
         "only the first; dotted: an even share.\nThe connector routes each patch once, on the "
         "channels of all its S2 scales together.", fontsize=8, color="#444444")  # fmt: skip
     figure.savefig(file, dpi=150)
+    plt.close(figure)
+    print(f"wrote {file}")
+
+
+def draw_answers(cells, file):
+    """Pictures and what was asked about them, three in a row: green is right, red shows the truth.
+
+    `cells` [(title, picture, [(question, truth, answer), ...]), ...].
+    """
+    plt = pyplot()
+    if not plt:
+        return
+    figure = plt.figure(figsize=(13, 7))
+    for cell, (title, picture, asked) in enumerate(cells):
+        row, column = divmod(cell, 3)
+        left, top = column / 3 + 0.01, 0.95 - 0.49 * row
+        axis = figure.add_axes((left, top - 0.25, 0.135, 0.25))
+        axis.imshow(picture)
+        axis.axis("off")
+        axis.set_title(title, fontsize=11)
+        for k, (question, right, text) in enumerate(asked):
+            shown, color, size = text, "#007A53", 8.5
+            if text != right:
+                shown, color, size = textwrap.fill(f"{text} (truth: {right})", 44), "#B3261E", 7.5
+            at = top - 0.055 * k
+            figure.text(left + 0.142, at, question, fontsize=7.5, color="#666666")
+            figure.text(left + 0.142, at - 0.01, shown, fontsize=size, color=color, va="top")
+    figure.savefig(file, dpi=100)
     plt.close(figure)
     print(f"wrote {file}")
 
