@@ -47,6 +47,7 @@ from cumo import has_fast_bf16
 from data.weights import write_json, write_tensors
 from llm import LLM, LLMConfig, attend, attention_mask
 from mlp_moe import ACTIVATIONS, SparseMoE
+from plots import draw_ratios
 from quant import quantize
 from sample import find_model
 
@@ -418,7 +419,7 @@ def decode_at(precision, runs, tokens=96):
     ids = torch.arange(100, 132, device=DEVICE)[None]
     contestants = {
         "ours, compiled": timed(lambda n: ours.generate(ids, max_new_tokens=n, compile=True)),
-        "ours": timed(lambda n: ours.generate(ids, max_new_tokens=n)),
+        "ours, eager": timed(lambda n: ours.generate(ids, max_new_tokens=n)),
     }
     if precision != "int8":
         import transformers
@@ -517,6 +518,7 @@ def main():
         known = [r for r in known if r["section"] != name] + rows
         write_json(file, here | {"rows": known})
     print(f"wrote {file.relative_to(ROOT)}")
+    draw_ratios(known, file.with_suffix(".png"))
 
 
 if __name__ == "__main__":

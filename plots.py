@@ -209,6 +209,34 @@ def draw_ablations(groups, file, reach=6):
     print(f"wrote {file}")
 
 
+def draw_ratios(rows, file):
+    """Rows of bench.py: how many times as long as we each peer takes, on a logarithmic scale."""
+    plt = pyplot()
+    rows = [row for row in rows if "ours" in next(iter(row.get("ratios", "-"))) and
+            len(row["ratios"]) > 1]  # fmt: skip
+    if not plt or not rows:
+        return
+    figure, axis = plt.subplots(figsize=(11, 0.36 * len(rows) + 1), layout="constrained")
+    for y, row in enumerate(rows):
+        names = list(row["ratios"])[1:]
+        for x in (row["ratios"][name] for name in names):
+            axis.plot(x, y, "o", color=COLORS[0] if x >= 1 else COLORS[5])
+        said = "; ".join(f"{name} {row['ratios'][name]:.2f}" for name in names)
+        axis.text(1.01, y, said, fontsize=7, va="center", transform=axis.get_yaxis_transform())
+    axis.axvline(1, color="black", linewidth=1)
+    axis.set(xscale="log", xlabel="time of the other / ours: right of the line we are faster",
+             yticks=range(len(rows)))  # fmt: skip
+    labels = [f"{row['section']}: {row['case']}" for row in rows]
+    axis.set_yticklabels(labels, fontsize=7)
+    axis.set_xticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
+    axis.minorticks_off()
+    axis.grid(axis="x", alpha=0.3)
+    axis.invert_yaxis()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+    print(f"wrote {file}")
+
+
 def draw_metrics(folder):
     """loss.png, and for a sparse stage experts.png: the load over the last fifth of the steps."""
     plt = pyplot()

@@ -229,8 +229,45 @@ def memory_block():
     return "\n".join(lines)
 
 
+SHOWN = (  # rows of bench.py that the README shows: (section, start of the case)
+    ("moe", "CLIP-L, 16"), ("moe", "CuMo-7B's connector, 4"), ("moe", "miniature CLIP, 16"),
+    ("moe", "Mixtral"), ("moe", "CLIP-L, more"), ("scale", "attention"), ("llm", ""),
+    ("train", "half"), ("train", "miniature"), ("load", ""), ("decode", "first token, bf"),
+    ("decode", "a token, fl"), ("decode", "a token, bf"), ("decode", "a token, int8"),
+    ("decode", "a token of each"), ("start", ""))  # fmt: skip
+
+
+def performance_block():
+    run = json.loads((ROOT / "bench" / "amd-epyc-bfloat16.json").read_text())
+    lines = ["| `bench.py` | case | ours | beside it, as a multiple |", "|---|---|---|---|"]
+    for section, case in SHOWN:
+        for row in run["rows"]:
+            if row["section"] == section and row["case"].startswith(case):
+                (first, seconds), *_ = row["medians"].items()
+                others = [f"{n} {x:.2f}" for n, x in row["ratios"].items() if n != first]
+                name = "" if first in ("ours", "ours, compiled") else f" ({first})"
+                lines.append(f"| {section} | {row['case']} | {1e3 * seconds:.3g} ms{name} | "
+                             f"{', '.join(others)} |")  # fmt: skip
+    where = f"2 cores of {run['machine']}, {run['precision'][6:]} where nothing else is said"
+    lines += ["", f"{where}, torch {run['torch']}; medians. Above 1, ours is faster."]
+    return "\n".join(lines)
+
+
+def quant_block():
+    run = json.loads((ROOT / "bench" / "quant.json").read_text())
+    lines = ["| weights of the language model | SmolLM2-135M: MB | loss | same next token | "
+             "miniature: MB | seen | pairs | style |", "|" + "---|" * 8]  # fmt: skip
+    for name in ("float32", "bfloat16", "int8"):
+        smol, mini = run["smollm2"][name], run["miniature"][name]
+        shares = " | ".join(f"{100 * mini[s]:.1f}" for s in SPLITS)
+        read = f"{smol['megabytes']:.0f} | {smol['loss']:.3f} | {100 * smol['same']:.1f} %"
+        lines.append(f"| {name} | {read} | {mini['megabytes']:.1f} | {shares} |")
+    return "\n".join(lines)
+
+
 BLOCKS = {"reading": reading_block, "results": results_block, "sparse": sparse_block,
-          "ablations": ablations_block, "memory": memory_block}  # fmt: skip
+          "ablations": ablations_block, "memory": memory_block,
+          "performance": performance_block, "quant": quant_block}  # fmt: skip
 
 
 def rewrite(text):
