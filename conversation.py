@@ -133,7 +133,7 @@ class Conversation:
             if self.longest(new) > self.room:
                 raise ValueError(
                     f"question and answer may take {self.longest(new)} tokens, there is room for "
-                    f"{self.room}: ask less, or lower --max-new-tokens"
+                    f"{self.room}: ask less, lower --max-new-tokens, or raise --context"
                 )
         if dropped or not self.cache:
             cache = self.new_cache()

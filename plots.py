@@ -6,7 +6,10 @@ import math
 import textwrap
 
 import numpy as np
+import torch
 from PIL import ImageColor
+
+from data.images import preprocess, squared
 
 # told apart by the colour-blind too (Okabe and Ito), and what can be read on each
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
@@ -67,6 +70,23 @@ def expert_map(picture, choice):
     return map_SS3 * (1 - outline_SS1) + white_on_black * outline_SS1
 
 
+@torch.no_grad()
+def routing(model, pixels):
+    """Where the patches of a picture [3, S, S] go -> ({name of a sparse block: the expert that each
+    patch chose first [rows, columns]}, {name: each expert's share of all choices}); {} if dense."""
+    _, aux = model.encode_images(pixels[None].to(model.device), with_aux=True)
+    choices, load = {}, {}
+    if aux["clip"]:  # at several scales: the choices of the whole image, the load of its tiles too
+        for layer, (choice, share) in enumerate(zip(aux["clip"].choice, aux["clip"].load)):
+            choices[f"CLIP layer {layer}"] = choice[0, 1:, 0]  # the class token is no patch
+            load[f"CLIP layer {layer}"] = share
+    if aux["mlp"]:
+        choices["connector"], load["connector"] = aux["mlp"].choice[0, :, 0], aux["mlp"].load
+    side = int(model.image_tokens**0.5)
+    choices = {name: choice.view(side, side).cpu().numpy() for name, choice in choices.items()}
+    return choices, {name: share.tolist() for name, share in load.items()}
+
+
 def draw_experts(picture, choices, load, file):
     """Which expert sees which part of a picture (PIL, square): a map and bars a sparse block.
 
@@ -111,6 +131,18 @@ def draw_experts(picture, choices, load, file):
     figure.savefig(file, dpi=150)
     plt.close(figure)
     print(f"wrote {file}")
+
+
+def draw_routing(model, image, file):
+    """Draw which expert sees which patch of `image` (PIL). ValueError when none sees any."""
+    choices = {}
+    if hasattr(model, "encode_images"):
+        size, mode = model.cfg.vision.image_size, model.cfg.image_mode
+        choices, load = routing(model, preprocess(image, size, mode))
+    if not choices:
+        raise ValueError(f"--experts {file}: no expert of this model sees pictures; leave it out, "
+                         "or give a sparse --model (train.py --stage 3 makes one)")  # fmt: skip
+    draw_experts(squared(image, 336, mode), choices, load, file)  # sharper than a small CLIP's 64
 
 
 def draw_answers(cells, file):

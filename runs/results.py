@@ -47,21 +47,15 @@ READING = [
     ("budget.py", "gigabytes and operations of a training, before it begins"),
     ("optim.py", "AdamW on bf16 weights: rounding at random, or a float32 copy"),
     ("conversation.py", "questions and answers of which nothing is computed twice"),
+    ("quant.py", "int8 weights: a byte each, and what that costs"),
     ("sample.py", "asking about pictures: once, in a chat, with a map of the experts"),
     ("eval.py", "exact answers by type and split, and which expert does what; benchmarks"),
     ("plots.py", "loss curves, expert loads and expert maps as pictures"),
     ("data/world.py", "pictures, captions and questions drawn from a seed"),
-    ("data/exam.py", "questions of the emoji world for eval.py, and what can be guessed"),
     ("data/chat.py", "conversations to ids and labels, segment by segment"),
     ("data/tokenizer.py", "SentencePiece and byte-level BPE, both on tiktoken"),
-    ("data/check.py", "what a training would make of a data set"),
-    ("data/loader.py", "samples in order, from worker processes; broken pictures"),
-    ("data/packing.py", "conversations laid end to end in rows"),
     ("data/weights.py", "reading, checking and writing checkpoints"),
-    ("data/hub.py", "names of public models to folders: local, cached or downloaded"),
     ("data/benchmarks.py", "POPE, GQA, TextVQA, ScienceQA, MME and others, from local files"),
-    ("data/scores.py", "how each of them reads and counts answers"),
-    ("data/text_world.py", "scenes as text, for a language model that has not seen a picture"),
     ("data/pretrain_mini.py", "how the miniature CLIP and LLM were made"),
 ]
 
@@ -237,6 +231,10 @@ SHOWN = (  # rows of bench.py that the README shows: (section, start of the case
     ("decode", "a token of each"), ("start", ""))  # fmt: skip
 
 
+def took_in_words(seconds):
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
 def performance_block():
     run = json.loads((ROOT / "bench" / "amd-epyc-bfloat16.json").read_text())
     lines = ["| `bench.py` | case | ours | beside it, as a multiple |", "|---|---|---|---|"]
@@ -246,7 +244,7 @@ def performance_block():
                 (first, seconds), *_ = row["medians"].items()
                 others = [f"{n} {x:.2f}" for n, x in row["ratios"].items() if n != first]
                 name = "" if first in ("ours", "ours, compiled") else f" ({first})"
-                lines.append(f"| {section} | {row['case']} | {1e3 * seconds:.3g} ms{name} | "
+                lines.append(f"| {section} | {row['case']} | {took_in_words(seconds)}{name} | "
                              f"{', '.join(others)} |")  # fmt: skip
     where = f"2 cores of {run['machine']}, {run['precision'][6:]} where nothing else is said"
     lines += ["", f"{where}, torch {run['torch']}; medians. Above 1, ours is faster."]
