@@ -20,6 +20,7 @@ them. What is printed is the median of each and its ratio to ours (2.0: ours tak
     start   seconds from the command to the first word about a picture
     load    from_pretrained beside transformers: seconds, and the peak of memory
     memory  the estimate (budget.py) beside the peak that a training really took
+    tokenizer   seconds a megabyte, beside the reference libraries
 
 All peers run at their best setting here: bfloat16 where the processor multiplies it in hardware,
 float32 elsewhere, and PyTorch's fused attention.
@@ -375,14 +376,14 @@ def start(runs):
     return [row("start", "sample.py --image cat.jpg", race({"ours": first_word}, runs))]
 
 
-def bandwidth():
-    """Bytes a second at which all cores together read memory: the sum of 512 MB, best of ten."""
-    x, best = torch.randn(2**27, device=DEVICE), float("inf")
-    for _ in range(10):
-        start = time.perf_counter()
+def bandwidth(x):
+    """Bytes a second at which all cores together read memory: the sum of x, median of five."""
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
         x.sum().item()
-        best = min(best, time.perf_counter() - start)
-    return x.nbytes / best
+        seconds.append(time.perf_counter() - begin)
+    return x.nbytes / statistics.median(seconds)
 
 
 def decode(runs):
@@ -436,19 +437,20 @@ def decode_at(precision, runs, tokens=96):
         peer = Process("llama_peer.py", packed, kind)
         contestants[f"llama.cpp {kind}"] = lambda n: peer(n)[0]
     firsts, nexts = ({name: [] for name in contestants} for _ in range(2))
-    speed = bandwidth()
+    memory, speeds = torch.randn(2**27, device=DEVICE), []  # 512 MB
     for turn in range(runs + 2):  # two to warm up: the second shape compiles once more
         for name, seconds in contestants.items():
             first, whole = seconds(1), seconds(1 + tokens)
             if turn > 1:
                 firsts[name].append(first)
                 nexts[name].append((whole - first) / tokens)
-        speed = max(speed, bandwidth())
+        speeds.append(bandwidth(memory))
     if peer:
         peer.close()
     size = sum(t.nbytes for t in ours.state_dict().values())
     first = row("decode", f"first token, {precision}", firsts)
     rest = row("decode", f"a token, {precision}", nexts)
+    speed = statistics.median(speeds)
     share = size / rest["medians"]["ours, compiled"] / speed
     print(f"        {size / 2**20:.0f} MB; {share:.0%} of the {speed / 1e9:.0f} GB/s at which "
           "memory is read")  # fmt: skip
@@ -474,6 +476,19 @@ def many_answers(runs, rows=16, tokens=32):
     return row("decode", f"a token of each answer, {str(DTYPE)[6:]}", seconds)
 
 
+def tokenizer(runs):
+    """Seconds a megabyte beside the reference libraries, over 10 MB (bench/tokenizers.py)."""
+    subprocess.run([sys.executable, ROOT / "bench" / "tokenizers.py"], check=True)
+    measured = json.loads((ROOT / "bench" / "tokenizers.json").read_text())["rows"]
+    rows = []
+    for one in measured:
+        if one["text"] == "all":
+            name, _, reference = one["tokenizer"].partition(", ")
+            seconds = {"ours": [1 / one["ours_mb_s"]], reference: [1 / one["reference_mb_s"]]}
+            rows.append(row("tokenizer", f"{name}, a megabyte", seconds))
+    return rows
+
+
 SECTIONS = {
     "moe": moe,
     "start": start,
@@ -483,6 +498,7 @@ SECTIONS = {
     "train": train_,
     "load": load,
     "memory": memory,
+    "tokenizer": tokenizer,
 }
 
 
@@ -500,7 +516,9 @@ def machine():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument(
-        "sections", nargs="*", help="moe start scale decode llm train load memory; none: all"
+        "sections",
+        nargs="*",
+        help="moe start scale decode llm train load memory tokenizer; none: all",
     )
     parser.add_argument("--runs", type=int, default=5, help="runs of each, in turn")
     args = parser.parse_args()
