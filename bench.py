@@ -12,12 +12,15 @@ them. What is printed is the median of each and its ratio to ours (2.0: ours tak
     moe     the sparse block, forward and backward, beside a dense MLP of the same active work, the
             original's loop over samples and experts, and transformers' Mixtral block; and beside
             itself with more experts
-    scale   the sparse block again, with more and more images
+    scale   the sparse block again, with more and more images; attention with and without window
     decode  tokens one by one beside transformers and llama.cpp, and the memory's own speed
     llm     the language model, forward and backward, beside transformers' Mistral
-    train   a training step of the miniature, beside the machine's matrix product: MFU
-    load    from_pretrained beside transformers: seconds
+    train   a step of half of CuMo beside the same built from transformers' parts; and of the
+            miniature beside the machine's matrix product: MFU
+    start   seconds from the command to the first word about a picture
+    load    from_pretrained beside transformers: seconds, and the peak of memory
     memory  the estimate (budget.py) beside the peak that a training really took
+    tokenizer   seconds a megabyte, beside the reference libraries
 
 All peers run at their best setting here: bfloat16 where the processor multiplies it in hardware,
 float32 elsewhere, and PyTorch's fused attention.
@@ -43,9 +46,11 @@ import budget
 import train
 from cumo import has_fast_bf16
 from data.weights import write_json, write_tensors
-from llm import LLM, LLMConfig
+from llm import LLM, LLMConfig, attend, attention_mask
 from mlp_moe import ACTIVATIONS, SparseMoE
+from plots import draw_ratios
 from quant import quantize
+from sample import find_model
 
 ROOT = pathlib.Path(__file__).resolve().parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -98,6 +103,26 @@ def forward_backward(module, x, pick=lambda y: y):
             p.grad = None
 
     return run
+
+
+class Process:
+    """A contestant in a process of its own, so that its threads and memory are its own:
+    (line) -> the numbers that it prints in reply."""
+
+    def __init__(self, script, *words):
+        words = [sys.executable, str(ROOT / "bench" / script), *map(str, words)]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(words, text=True, **pipes)
+        ready = self.process.stdout.readline()
+        assert ready == "ready\n", f"{' '.join(words[1:])} did not start; run it by hand"
+
+    def __call__(self, line=""):
+        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
+        return [float(x) for x in self.process.stdout.readline().split()]
+
+    def close(self):
+        self.process.communicate()
 
 
 # ------------------------------------------------------------------------------ sections
@@ -172,7 +197,20 @@ def scale(runs):
     result = row("scale", "CLIP-L's block, images", seconds)
     a_image = {n: t / int(n.split()[0]) for n, t in result["medians"].items()}
     print("        ms an image: " + "; ".join(f"{n} {t * 1e3:.1f}" for n, t in a_image.items()))
-    return [result | {"seconds_an_image": a_image}]
+    return [result | {"seconds_an_image": a_image}, attention(runs)]
+
+
+@torch.no_grad()
+def attention(runs, tokens=32768, window=4096, heads=2, head_dim=64):
+    """FlexAttention forward with the block masks of llm.py: 32k tokens, window of 4k or none."""
+    shape = (1, heads, tokens, head_dim)
+    q, k, v = (torch.randn(shape, device=DEVICE, dtype=DTYPE) for _ in range(3))
+    places = torch.stack((torch.arange(tokens), torch.ones(tokens, dtype=torch.int64)))
+    places, contestants = places[None].to(DEVICE), {}
+    for name, w in (("window", window), ("full", None)):
+        mask = attention_mask(places, places, w)
+        contestants[name] = lambda m=mask: attend(q, k, v, m)
+    return row("scale", f"attention, {tokens} tokens", race(contestants, runs))
 
 
 def mixtral_block(runs, dim=1024, hidden=3584, tokens=1024):
@@ -230,6 +268,25 @@ def training(stage=3, **options):
 
 
 def train_(runs):
+    return [half_size(runs), miniature(runs)]
+
+
+def half_size(runs):
+    """A step of CuMo at half the size (bench/half_size.py) beside one built from transformers."""
+    seconds, memory = {"ours": [], "transformers": []}, {}
+    for _ in range(2):  # one after the other: 24 GB do not hold both
+        for name in seconds:
+            step = Process("half_size.py", name)
+            steps = [step() for _ in range(3 + (runs + 1) // 2)]
+            step.close()
+            seconds[name] += [took for took, _ in steps[3:]]  # the first touch fresh memory
+            memory[name] = max(gb for _, gb in steps)
+    result = row("train", "half size, one step", seconds, peak_memory_gb=memory)
+    print("        peak memory " + "; ".join(f"{n} {gb:.1f} GB" for n, gb in memory.items()))
+    return result
+
+
+def miniature(runs):
     """Stage 3 of the miniature; the peer is a large matrix product of as many operations."""
     if not (ROOT / "out" / "stage2" / "config.json").is_file():
         raise ValueError("section train starts from out/stage2: run `python train.py --stage 2`")
@@ -252,7 +309,7 @@ def train_(runs):
     result = row("train", "miniature, stage 3, one step",
                  {"ours": seconds, "one large product": products}, **more)  # fmt: skip
     print(f"        MFU {more['mfu']:.0%}, {more['tokens_per_s']:.0f} tokens/s")
-    return [result]
+    return result
 
 
 def load(runs, layers=12):
@@ -306,32 +363,27 @@ def memory(runs):
     return rows
 
 
-def bandwidth():
-    """Bytes a second at which all cores together read memory: the sum of 512 MB, best of ten."""
-    x, best = torch.randn(2**27, device=DEVICE), float("inf")
-    for _ in range(10):
-        start = time.perf_counter()
+def start(runs):
+    """From the command to the answer's first word, imports included: the miniature, cat.jpg."""
+    words = [sys.executable, "sample.py", "--image", "cat.jpg", "--ask", "Where is the cat?"]
+    find_model(ROOT / "out")
+
+    def first_word():
+        with subprocess.Popen(words, stdout=subprocess.PIPE, cwd=ROOT) as process:
+            assert process.stdout.read(1), "no answer"
+            process.kill()
+
+    return [row("start", "sample.py --image cat.jpg", race({"ours": first_word}, runs))]
+
+
+def bandwidth(x):
+    """Bytes a second at which all cores together read memory: the sum of x, median of five."""
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
         x.sum().item()
-        best = min(best, time.perf_counter() - start)
-    return x.nbytes / best
-
-
-class LlamaCpp:
-    """llama.cpp on the same weights, in a process of its own: (n) makes n tokens -> seconds."""
-
-    def __init__(self, file, precision):
-        words = [sys.executable, str(ROOT / "bench" / "llama_peer.py"), str(file), precision]
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        self.process = subprocess.Popen(words, text=True, **pipes)
-        assert self.process.stdout.readline() == "ready\n", f"llama.cpp cannot read {file}"
-
-    def __call__(self, n):
-        self.process.stdin.write(f"{n}\n")
-        self.process.stdin.flush()
-        return float(self.process.stdout.readline())
-
-    def close(self):
-        self.process.communicate()
+        seconds.append(time.perf_counter() - begin)
+    return x.nbytes / statistics.median(seconds)
 
 
 def decode(runs):
@@ -368,7 +420,7 @@ def decode_at(precision, runs, tokens=96):
     ids = torch.arange(100, 132, device=DEVICE)[None]
     contestants = {
         "ours, compiled": timed(lambda n: ours.generate(ids, max_new_tokens=n, compile=True)),
-        "ours": timed(lambda n: ours.generate(ids, max_new_tokens=n)),
+        "ours, eager": timed(lambda n: ours.generate(ids, max_new_tokens=n)),
     }
     if precision != "int8":
         import transformers
@@ -379,25 +431,26 @@ def decode_at(precision, runs, tokens=96):
         contestants["transformers"] = timed(
             lambda n: theirs.generate(ids, max_new_tokens=n, min_new_tokens=n, **how)
         )
-    packed = pathlib.Path(f"{folder}.gguf")
+    packed, peer = pathlib.Path(f"{folder}.gguf"), None
     if importlib.util.find_spec("llama_cpp") and packed.is_file() and DEVICE == "cpu":
         kind = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}[precision]
-        contestants[f"llama.cpp {kind}"] = LlamaCpp(packed, kind)
+        peer = Process("llama_peer.py", packed, kind)
+        contestants[f"llama.cpp {kind}"] = lambda n: peer(n)[0]
     firsts, nexts = ({name: [] for name in contestants} for _ in range(2))
-    speed = bandwidth()
+    memory, speeds = torch.randn(2**27, device=DEVICE), []  # 512 MB
     for turn in range(runs + 2):  # two to warm up: the second shape compiles once more
         for name, seconds in contestants.items():
             first, whole = seconds(1), seconds(1 + tokens)
             if turn > 1:
                 firsts[name].append(first)
                 nexts[name].append((whole - first) / tokens)
-        speed = max(speed, bandwidth())
-    for contestant in contestants.values():
-        if isinstance(contestant, LlamaCpp):
-            contestant.close()
+        speeds.append(bandwidth(memory))
+    if peer:
+        peer.close()
     size = sum(t.nbytes for t in ours.state_dict().values())
     first = row("decode", f"first token, {precision}", firsts)
     rest = row("decode", f"a token, {precision}", nexts)
+    speed = statistics.median(speeds)
     share = size / rest["medians"]["ours, compiled"] / speed
     print(f"        {size / 2**20:.0f} MB; {share:.0%} of the {speed / 1e9:.0f} GB/s at which "
           "memory is read")  # fmt: skip
@@ -423,14 +476,29 @@ def many_answers(runs, rows=16, tokens=32):
     return row("decode", f"a token of each answer, {str(DTYPE)[6:]}", seconds)
 
 
+def tokenizer(runs):
+    """Seconds a megabyte beside the reference libraries, over 10 MB (bench/tokenizers.py)."""
+    subprocess.run([sys.executable, ROOT / "bench" / "tokenizers.py"], check=True)
+    measured = json.loads((ROOT / "bench" / "tokenizers.json").read_text())["rows"]
+    rows = []
+    for one in measured:
+        if one["text"] == "all":
+            name, _, reference = one["tokenizer"].partition(", ")
+            seconds = {"ours": [1 / one["ours_mb_s"]], reference: [1 / one["reference_mb_s"]]}
+            rows.append(row("tokenizer", f"{name}, a megabyte", seconds))
+    return rows
+
+
 SECTIONS = {
     "moe": moe,
+    "start": start,
     "scale": scale,
     "decode": decode,
     "llm": llm,
     "train": train_,
     "load": load,
     "memory": memory,
+    "tokenizer": tokenizer,
 }
 
 
@@ -448,7 +516,9 @@ def machine():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument(
-        "sections", nargs="*", help="moe scale decode llm train load memory; none: all"
+        "sections",
+        nargs="*",
+        help="moe start scale decode llm train load memory tokenizer; none: all",
     )
     parser.add_argument("--runs", type=int, default=5, help="runs of each, in turn")
     args = parser.parse_args()
@@ -466,6 +536,7 @@ def main():
         known = [r for r in known if r["section"] != name] + rows
         write_json(file, here | {"rows": known})
     print(f"wrote {file.relative_to(ROOT)}")
+    draw_ratios(known, file.with_suffix(".png"))
 
 
 if __name__ == "__main__":

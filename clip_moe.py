@@ -291,3 +291,11 @@ def is_unused(name: str) -> bool:
     heads = ("text_model.", "text_projection.", "visual_projection.", "logit_scale",
              "vision_model.post_layernorm.")  # fmt: skip
     return name.startswith(heads) or name.endswith("position_ids")
+
+
+if __name__ == "__main__":  # a worked example: one image of noise through a small sparse CLIP
+    cfg = CLIPVisionConfig(56, 14, 64, 256, 3, 4, scales=(1, 3), num_experts=4)
+    vision, images = CLIPVision(cfg), torch.randn(1, 3, 56, 56)
+    features, aux = vision(images)
+    print(f"images {[*images.shape]} -> features {[*features.shape]}: 4 x 4 patches at scales 1, 3")
+    print(f"first layer, best expert of each patch:\n{aux.choice[0, 0, 1:, 0].view(4, 4)}")

@@ -10,8 +10,8 @@ values of all that was said, so a question costs its own tokens and those of its
     <s>[INST] <image> Where is it? [/INST] left </s>[INST] And the dog? [/INST] ...
     '------------------ in the cache ----------'    '------- new -------'
 
-When the cache is full, the oldest turns are dropped and the rest is read again. A model with a
-sliding window has a ring for a cache, in which there is always room.
+When the cache is full, the oldest turns are dropped (the last picture stays) and half the room is
+read again. A model with a sliding window has a ring for a cache, in which there is always room.
 """
 
 import time
@@ -128,14 +128,12 @@ class Conversation:
             new, unseen = [i for turn in turns for i in turn.ids + turn.said], turns
         if self.room and (self.cache.seen if self.cache else 0) + self.longest(new) > self.room:
             while len(turns) > 1 and (not dropped or self.longest(new) > self.room // 2):
-                turns, dropped = turns[1:], dropped + 1  # down to half: reading anew takes a while
-                ids, _ = prompt(self.model, self.tokenizer, turns[0].question, turns[0].images)
-                turns[0] = replace(turns[0], ids=ids)
+                turns, dropped = self.without_first(turns), dropped + 1
                 new, unseen = [i for turn in turns for i in turn.ids + turn.said], turns
             if self.longest(new) > self.room:
                 raise ValueError(
                     f"question and answer may take {self.longest(new)} tokens, there is room for "
-                    f"{self.room}: ask less, or lower --max-new-tokens"
+                    f"{self.room}: ask less, lower --max-new-tokens, or raise --context"
                 )
         if dropped or not self.cache:
             cache = self.new_cache()
@@ -161,6 +159,15 @@ class Conversation:
         self.turns = turns if self.room else turns[-1:]  # with a window none is ever read again
         return Answer(printer.finish(), len(said), len(new), first[0], time.perf_counter() - start,
                       dropped)  # fmt: skip
+
+    def without_first(self, turns):
+        """Forget a turn, but not the last picture: without it the model would go on guessing."""
+        gone, first, *rest = turns
+        images = first.images
+        if not any(turn.images for turn in (first, *rest)):
+            images = gone.images
+        ids, pixels = prompt(self.model, self.tokenizer, first.question, images)
+        return [replace(first, images=images, ids=ids, pixels=pixels), *rest]
 
     def longest(self, new):
         return len(new) + self.options["max_new_tokens"]

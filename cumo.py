@@ -259,3 +259,10 @@ class CuMo(nn.Module):
             weights = chain(read_tensors(path), read_stage_files(path))
             load_into(model.original_state_dict(), weights, source=str(path))
         return model
+
+
+if __name__ == "__main__":  # a worked example: a picture's place in a sentence
+    model = CuMo(CuMoConfig(CLIPVisionConfig(24, 8, 24, 40, 3, 2), LLMConfig(97, 32, 56, 2, 4, 2)))
+    tokens = torch.tensor([[5, *[IMAGE_TOKEN] * model.image_tokens, 7]])
+    out = model(tokens, torch.randn(1, 3, 24, 24))
+    print(f"tokens {tokens.tolist()} -> logits {[*out.logits.shape]}")

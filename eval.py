@@ -2,6 +2,8 @@
 
     python eval.py                       # the furthest stage in out/, all splits
     python eval.py --model DIR --n 1000
+    python eval.py --model DIR --benchmark pope --folder eval/pope     # data/benchmarks.py
+    python eval.py --experts load.png --data mine.json --image-folder pics
 
 Three splits (data/world.py): `seen` (fresh scenes), `pairs` (pairs of things that never met in
 training), `style` (a drawing style never trained on). Beside each accuracy stand two baselines:
@@ -15,89 +17,58 @@ experts share the tokens of the split `seen`.
 """
 
 import collections
+import json
 import os
 import pathlib
-import re
-import textwrap
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from conversation import prompt
 from cumo import CuMo, check_device, has_fast_bf16
-from data import world
-from data.chat import render
+from data import benchmarks, world
+from data.exam import SPLITS, exam, fixed_answers, question_form
 from data.flags import parse, run
 from data.hub import resolve
 from data.images import preprocess
+from data.llava import LlavaData
 from data.tokenizer import Tokenizer
 from data.weights import write_json
 from mlp_moe import SparseMoE
-from plots import draw_load, pyplot
-from sample import find_model
+from plots import draw_answers, draw_load
+from sample import DTYPES, find_model
 
 
 @dataclass
 class EvalConfig:
     model: str = ""  # a checkpoint; empty: the furthest stage in out/
     out: str = "out"  # folder for eval.json and experts.png
-    n: int = 1600  # questions a split
+    n: int = 1600  # questions a split; of a benchmark: the first so many, not given: all
+    benchmark: str = ""  # a public one instead of the scenes: pope, gqa, ... (data/benchmarks.py)
+    folder: str = ""  # where the benchmark's files are
+    experts: str = ""  # draw the experts' load into this file; empty: experts.png in --out
+    data: str = ""  # draw it for the pictures of this LLaVA file, and do nothing else
+    image_folder: str = ""  # what image paths in --data are relative to
     batch: int = 50  # questions at a time
+    dtype: str = ""  # of the weights: float32 or bfloat16; empty: float32
     seed: int = 1  # of the scenes and questions
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to run
 
 
-SPLITS = ("seen", "pairs", "style")
-
-
-def exam(split, n, seed):
-    """`n` questions of a split, every type in turn: [(type, question, answer, picture)]."""
-    asked, i = [], 0
-    while len(asked) < n:
-        rng = np.random.default_rng((seed, world.SPLITS.index(split), 99, i))
-        i += 1
-        scene = world.sample_scene(rng, split)
-        kind = world.QUESTION_TYPES[len(asked) % len(world.QUESTION_TYPES)]
-        pair = world.ASK[kind](scene, rng)
-        if pair:
-            asked.append((kind, *pair, world.draw(scene)))
-    return asked
-
-
-def question_form(question):
-    """The question with every concept and place blanked: what can be known without the picture."""
-    words = "|".join(sorted({*world.CONCEPTS, *map(world.plural, world.CONCEPTS),
-                             *world.CATEGORIES.values()}, key=len, reverse=True))  # fmt: skip
-    return re.sub(rf"\b(an? )?({words})\b", "_", question)
-
-
-def fixed_answers(n=4000):
-    """question form -> the answer most often right in training."""
-    counts = collections.defaultdict(collections.Counter)
-    for i in range(n):
-        rng = np.random.default_rng((3, 99, i))
-        for _, question, answer in world.questions(world.sample_scene(rng, "train"), rng, 2):
-            counts[question_form(question)][answer] += 1
-    return {form: answers.most_common(1)[0][0] for form, answers in counts.items()}
-
-
 @torch.no_grad()
 def answer(model, tokenizer, questions, pictures, max_new_tokens=48):
-    """Greedy answers to a batch of questions, each about one picture (PIL)."""
-    prompts = []
-    for question in questions:
-        turns = [{"from": "human", "value": "<image>\n" + question}]
-        prompts.append(render(turns, tokenizer, model.cfg.template, model.image_tokens, 1)[0])
-    width = max(map(len, prompts))
-    tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
-    segments = torch.tensor(
-        [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device
-    )
-    size, mode = model.cfg.vision.image_size, model.cfg.image_mode
-    pixels = torch.stack([preprocess(p, size, mode) for p in pictures]).to(model.device)
+    """Greedy answers to a batch of questions, each about one picture (PIL) or None."""
+    asked = [prompt(model, tokenizer, q, [p] if p else []) for q, p in zip(questions, pictures)]
+    width = max(len(ids) for ids, _ in asked)
+    padding = [[0] * (width - len(ids)) for ids, _ in asked]
+    tokens = torch.tensor([pad + ids for pad, (ids, _) in zip(padding, asked)])
+    segments = torch.tensor([pad + [1] * len(ids) for pad, (ids, _) in zip(padding, asked)])
+    seen = [pixels.to(model.device) for _, pixels in asked if pixels is not None]
     with torch.autocast(model.device.type, torch.bfloat16, has_fast_bf16(model.device)):
-        ids = model.generate(tokens, pixels, segments, max_new_tokens=max_new_tokens,
+        ids = model.generate(tokens.to(model.device), torch.cat(seen) if seen else None,
+                             segments.to(model.device), max_new_tokens=max_new_tokens,
                              eos_token_id=tokenizer.eos)  # fmt: skip
     return [tokenizer.decode(row).strip() for row in ids.tolist()]
 
@@ -149,34 +120,17 @@ def expert_load(model, pictures, batch=50):
     return {name: (c / c.sum()).tolist() for name, c in counts.items()}
 
 
-def draw_answers(model, tokenizer, file, seed=7):
-    """Two scenes of each split and what they can be asked: green is right, red shows the truth."""
-    plt = pyplot()
-    if not plt:
-        return
-    figure = plt.figure(figsize=(13, 7))
+def shown_answers(model, tokenizer, seed=7):
+    """Two scenes of each split and what they can be asked: [(split, picture, [(question, truth,
+    answer)])]."""
+    cells = []
     for cell in range(6):
-        row, column = divmod(cell, 3)
-        rng = np.random.default_rng((seed, cell))
-        scene = world.sample_scene(rng, SPLITS[column], n_objects=2 + row)
-        asked = [pair for ask in world.ASK.values() if (pair := ask(scene, rng))]
-        pictures = [world.draw(scene)] * len(asked)
-        said = answer(model, tokenizer, [question for question, _ in asked], pictures)
-        left, top = column / 3 + 0.01, 0.95 - 0.49 * row
-        axis = figure.add_axes((left, top - 0.25, 0.135, 0.25))
-        axis.imshow(world.draw(scene, scale=4))
-        axis.axis("off")
-        axis.set_title(SPLITS[column], fontsize=11)
-        for k, ((question, right), text) in enumerate(zip(asked, said)):
-            shown, color, size = text, "#007A53", 8.5
-            if text != right:
-                shown, color, size = textwrap.fill(f"{text} (truth: {right})", 44), "#B3261E", 7.5
-            at = top - 0.055 * k
-            figure.text(left + 0.142, at, question, fontsize=7.5, color="#666666")
-            figure.text(left + 0.142, at - 0.01, shown, fontsize=size, color=color, va="top")
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
-    print(f"wrote {file}")
+        rng, split = np.random.default_rng((seed, cell)), SPLITS[cell % 3]
+        scene = world.sample_scene(rng, split, n_objects=2 + cell // 3)
+        questions, truths = zip(*(pair for ask in world.ASK.values() if (pair := ask(scene, rng))))
+        said = answer(model, tokenizer, questions, [world.draw(scene)] * len(questions))
+        cells.append((split, world.draw(scene, scale=4), list(zip(questions, truths, said))))
+    return cells
 
 
 def print_table(results):
@@ -188,41 +142,69 @@ def print_table(results):
         print(f"{kind:12}" + "".join(f"{cell:8.1%}" for cell in cells))
 
 
-def main():
-    cfg, _ = parse(EvalConfig, description=__doc__.split("\n")[0])
-    if cfg.n < len(world.QUESTION_TYPES) or cfg.batch < 1:
-        raise ValueError(f"--n {cfg.n} must be {len(world.QUESTION_TYPES)} or more, --batch "
-                         f"{cfg.batch} 1 or more")  # fmt: skip
-    check_device(cfg.device)
-    out = pathlib.Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    if not os.access(out, os.W_OK):
-        raise ValueError(f"--out {out} cannot be written; name another folder")
-    path = resolve(cfg.model) if cfg.model else find_model(cfg.out)
-    model = CuMo.from_pretrained(path, device=cfg.device).eval()
-    tokenizer = Tokenizer.from_pretrained(path)
+def scenes(model, tokenizer, cfg):
+    """The exam in all splits -> {split: {"model" | "blank" | "chance": {type: accuracy}}}."""
     fixed, results = fixed_answers(), {}
     for split in SPLITS:
         asked = exam(split, cfg.n, cfg.seed)
         guesses = collections.defaultdict(list)
         for kind, question, right, _ in asked:
             guesses[kind].append(fixed.get(question_form(question)) == right)
+        how = model, tokenizer, asked, cfg.batch
         results[split] = {
-            "model": means(accuracy(model, tokenizer, asked, cfg.batch, label=split)),
-            "blank": means(
-                accuracy(model, tokenizer, asked, cfg.batch, blank=True, label=split + " blank")
-            ),
+            "model": means(accuracy(*how, label=split)),
+            "blank": means(accuracy(*how, blank=True, label=split + " blank")),
             "chance": means(guesses),
         }
-    print_table(results)
-    load = expert_load(model, [picture for *_, picture in exam("seen", 400, cfg.seed + 1)])
-    write_json(out / "eval.json",
-               {"model": str(path), "questions": cfg.n, "accuracy": results,
-                "expert_load": load})  # fmt: skip
-    print(f"wrote {out / 'eval.json'}")
-    draw_answers(model, tokenizer, out / "answers.png")
+    return results
+
+
+def main():
+    cfg, given = parse(EvalConfig, description=__doc__.split("\n")[0])
+    own = not (cfg.benchmark or cfg.data)
+    if own and cfg.n < len(world.QUESTION_TYPES) or min(cfg.n, cfg.batch) < 1:
+        raise ValueError(f"--n {cfg.n} must be {len(world.QUESTION_TYPES)} or more, --batch "
+                         f"{cfg.batch} 1 or more")  # fmt: skip
+    if bool(cfg.benchmark) != bool(cfg.folder) or cfg.benchmark and (cfg.data or cfg.experts):
+        raise ValueError("--benchmark NAME and --folder DIR go together, without --data, --experts")
+    if cfg.image_folder and not cfg.data:
+        raise ValueError(f"--image-folder {cfg.image_folder} goes with --data FILE")
+    if cfg.dtype not in DTYPES:
+        raise ValueError(f"--dtype {cfg.dtype!r} is unknown; choose float32 or bfloat16")
+    check_device(cfg.device)
+    out = pathlib.Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise ValueError(f"--out {out} cannot be written; name another folder")
+    if cfg.benchmark:  # what is wrong with its files shows before a large model is loaded
+        questions = benchmarks.load(cfg.benchmark, cfg.folder, cfg.n if "n" in given else 0)
+    elif cfg.data:
+        data = LlavaData(cfg.data, cfg.image_folder, cfg.n if "n" in given else 400)
+    path = resolve(cfg.model) if cfg.model else find_model(cfg.out)
+    model = CuMo.from_pretrained(path, device=cfg.device, dtype=DTYPES[cfg.dtype]).eval()
+    tokenizer = Tokenizer.from_pretrained(path)
+    if cfg.benchmark:
+        ask = lambda *asked: answer(model, tokenizer, *asked)
+        results = benchmarks.run(cfg.benchmark, questions, ask, out, str(path), cfg.batch)
+        write_json(out / f"{cfg.benchmark}.json", results)
+        return print(json.dumps(results, indent=1))
+    if own:
+        pictures = [picture for *_, picture in exam("seen", 400, cfg.seed + 1)]
+    else:
+        pictures = [image for sample in data for image in sample["images"]]
+    load = expert_load(model, pictures) if pictures else {}
+    if own:
+        results = scenes(model, tokenizer, cfg)
+        print_table(results)
+        write_json(out / "eval.json", {"model": str(path), "questions": cfg.n, "accuracy": results,
+                                       "expert_load": load})  # fmt: skip
+        print(f"wrote {out / 'eval.json'}")
+        draw_answers(shown_answers(model, tokenizer), out / "answers.png")
     if load:
-        draw_load(load, out / "experts.png")
+        draw_load(load, cfg.experts or out / "experts.png")
+    elif cfg.experts or not own:
+        raise ValueError("no expert sees a picture: --experts and --data want a sparse --model "
+                         "(train.py --stage 3 makes one), and pictures")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -518,3 +518,9 @@ class LLM(nn.Module):
         """Write a directory that `from_pretrained`, and transformers, can read."""
         write_tensors(path, self.original_state_dict())
         write_json(Path(path) / "config.json", self.cfg.to_hf())
+
+
+if __name__ == "__main__":  # a worked example: the miniature goes on with 1, 30, 40
+    llm, tokens = LLM.from_pretrained("data/mini/llm"), torch.tensor([[1, 30, 40]])
+    print(f"tokens {[*tokens.shape]} -> logits {[*llm(tokens).shape]}")
+    print(f"next: {llm.generate(tokens, max_new_tokens=5).tolist()}")

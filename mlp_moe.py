@@ -292,3 +292,10 @@ class Connector(nn.Module):
             raise ValueError("a dense connector's weights cannot fill a sparse one: "
                              "load a dense model and upcycle it (upcycle.py)")  # fmt: skip
         load_into(self.original_state_dict(), state_dict, source="the connector's state dict")
+
+
+if __name__ == "__main__":  # a worked example: ten tokens, four experts, two for each token
+    moe, x = SparseMoE(8, 32, num_experts=4, top_k=2), torch.randn(1, 10, 8)
+    y, aux = moe(x)
+    print(f"x {[*x.shape]} -> y {[*y.shape]}; experts of each token: {aux.choice[0].tolist()}")
+    print(f"load {aux.load.tolist()}, balance {aux.balance:.2f} (1: even), z {aux.z:.2f}")

@@ -3,9 +3,13 @@
 import functools
 import json
 import math
+import textwrap
 
 import numpy as np
+import torch
 from PIL import ImageColor
+
+from data.images import preprocess, squared
 
 # told apart by the colour-blind too (Okabe and Ito), and what can be read on each
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
@@ -66,6 +70,23 @@ def expert_map(picture, choice):
     return map_SS3 * (1 - outline_SS1) + white_on_black * outline_SS1
 
 
+@torch.no_grad()
+def routing(model, pixels):
+    """Where the patches of a picture [3, S, S] go -> ({name of a sparse block: the expert that each
+    patch chose first [rows, columns]}, {name: each expert's share of all choices}); {} if dense."""
+    _, aux = model.encode_images(pixels[None].to(model.device), with_aux=True)
+    choices, load = {}, {}
+    if aux["clip"]:  # at several scales: the choices of the whole image, the load of its tiles too
+        for layer, (choice, share) in enumerate(zip(aux["clip"].choice, aux["clip"].load)):
+            choices[f"CLIP layer {layer}"] = choice[0, 1:, 0]  # the class token is no patch
+            load[f"CLIP layer {layer}"] = share
+    if aux["mlp"]:
+        choices["connector"], load["connector"] = aux["mlp"].choice[0, :, 0], aux["mlp"].load
+    side = int(model.image_tokens**0.5)
+    choices = {name: choice.view(side, side).cpu().numpy() for name, choice in choices.items()}
+    return choices, {name: share.tolist() for name, share in load.items()}
+
+
 def draw_experts(picture, choices, load, file):
     """Which expert sees which part of a picture (PIL, square): a map and bars a sparse block.
 
@@ -108,6 +129,46 @@ def draw_experts(picture, choices, load, file):
         "only the first; dotted: an even share.\nThe connector routes each patch once, on the "
         "channels of all its S2 scales together.", fontsize=8, color="#444444")  # fmt: skip
     figure.savefig(file, dpi=150)
+    plt.close(figure)
+    print(f"wrote {file}")
+
+
+def draw_routing(model, image, file):
+    """Draw which expert sees which patch of `image` (PIL). ValueError when none sees any."""
+    choices = {}
+    if hasattr(model, "encode_images"):
+        size, mode = model.cfg.vision.image_size, model.cfg.image_mode
+        choices, load = routing(model, preprocess(image, size, mode))
+    if not choices:
+        raise ValueError(f"--experts {file}: no expert of this model sees pictures; leave it out, "
+                         "or give a sparse --model (train.py --stage 3 makes one)")  # fmt: skip
+    draw_experts(squared(image, 336, mode), choices, load, file)  # sharper than a small CLIP's 64
+
+
+def draw_answers(cells, file):
+    """Pictures and what was asked about them, three in a row: green is right, red shows the truth.
+
+    `cells` [(title, picture, [(question, truth, answer), ...]), ...].
+    """
+    plt = pyplot()
+    if not plt:
+        return
+    figure = plt.figure(figsize=(13, 7))
+    for cell, (title, picture, asked) in enumerate(cells):
+        row, column = divmod(cell, 3)
+        left, top = column / 3 + 0.01, 0.95 - 0.49 * row
+        axis = figure.add_axes((left, top - 0.25, 0.135, 0.25))
+        axis.imshow(picture)
+        axis.axis("off")
+        axis.set_title(title, fontsize=11)
+        for k, (question, right, text) in enumerate(asked):
+            shown, color, size = text, "#007A53", 8.5
+            if text != right:
+                shown, color, size = textwrap.fill(f"{text} (truth: {right})", 44), "#B3261E", 7.5
+            at = top - 0.055 * k
+            figure.text(left + 0.142, at, question, fontsize=7.5, color="#666666")
+            figure.text(left + 0.142, at - 0.01, shown, fontsize=size, color=color, va="top")
+    figure.savefig(file, dpi=100)
     plt.close(figure)
     print(f"wrote {file}")
 
@@ -175,6 +236,34 @@ def draw_ablations(groups, file, reach=6):
         axis.set_axisbelow(True)
         axis.tick_params(axis="y", length=0)
         axis.spines[["top", "right", "left"]].set_visible(False)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+    print(f"wrote {file}")
+
+
+def draw_ratios(rows, file):
+    """Rows of bench.py: how many times as long as we each peer takes, on a logarithmic scale."""
+    plt = pyplot()
+    rows = [row for row in rows if "ours" in next(iter(row.get("ratios", "-"))) and
+            len(row["ratios"]) > 1]  # fmt: skip
+    if not plt or not rows:
+        return
+    figure, axis = plt.subplots(figsize=(11, 0.36 * len(rows) + 1), layout="constrained")
+    for y, row in enumerate(rows):
+        names = list(row["ratios"])[1:]
+        for x in (row["ratios"][name] for name in names):
+            axis.plot(x, y, "o", color=COLORS[0] if x >= 1 else COLORS[5])
+        said = "; ".join(f"{name} {row['ratios'][name]:.2f}" for name in names)
+        axis.text(1.01, y, said, fontsize=7, va="center", transform=axis.get_yaxis_transform())
+    axis.axvline(1, color="black", linewidth=1)
+    axis.set(xscale="log", xlabel="time of the other / ours: right of the line we are faster",
+             yticks=range(len(rows)))  # fmt: skip
+    labels = [f"{row['section']}: {row['case']}" for row in rows]
+    axis.set_yticklabels(labels, fontsize=7)
+    axis.set_xticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
+    axis.minorticks_off()
+    axis.grid(axis="x", alpha=0.3)
+    axis.invert_yaxis()
     figure.savefig(file, dpi=110)
     plt.close(figure)
     print(f"wrote {file}")

@@ -27,12 +27,12 @@ from conversation import Conversation
 from cumo import CuMo, check_device
 from data.flags import parse, run
 from data.hub import resolve
-from data.images import open_image, preprocess, squared
+from data.images import open_image
 from data.tokenizer import Tokenizer
 from data.weights import read_config
 from data.world import DESCRIBE
 from llm import LLM
-from plots import draw_experts
+from plots import draw_routing
 from quant import quantize
 
 DTYPES = {"": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -135,6 +135,8 @@ def chat(conversation, cfg, path, images):
             if word == "/reset":
                 conversation.reset()
                 images = []
+            elif word == "/image" and not rest.strip():
+                raise ValueError("/image needs the name of a file: /image cat.jpg")
             elif word == "/image":
                 images = [*images, open_image(rest.strip())]
             elif word.startswith("/"):
@@ -145,35 +147,6 @@ def chat(conversation, cfg, path, images):
                 images = []
         except ValueError as error:
             print(f"error: {error}")
-
-
-@torch.no_grad()
-def routing(model, pixels):
-    """Where the patches of a picture [3, S, S] go -> ({name of a sparse block: the expert that each
-    patch chose first [rows, columns]}, {name: each expert's share of all choices}); {} if dense."""
-    _, aux = model.encode_images(pixels[None].to(model.device), with_aux=True)
-    choices, load = {}, {}
-    if aux["clip"]:  # at several scales: the choices of the whole image, the load of its tiles too
-        for layer, (choice, share) in enumerate(zip(aux["clip"].choice, aux["clip"].load)):
-            choices[f"CLIP layer {layer}"] = choice[0, 1:, 0]  # the class token is no patch
-            load[f"CLIP layer {layer}"] = share
-    if aux["mlp"]:
-        choices["connector"], load["connector"] = aux["mlp"].choice[0, :, 0], aux["mlp"].load
-    side = int(model.image_tokens**0.5)
-    choices = {name: choice.view(side, side).cpu().numpy() for name, choice in choices.items()}
-    return choices, {name: share.tolist() for name, share in load.items()}
-
-
-def draw_routing(model, image, file):
-    """Draw which expert sees which patch of `image` (PIL). ValueError when none sees any."""
-    choices = {}
-    if not isinstance(model, LLM):
-        size, mode = model.cfg.vision.image_size, model.cfg.image_mode
-        choices, load = routing(model, preprocess(image, size, mode))
-    if not choices:
-        raise ValueError(f"--experts {file}: no expert of this model sees pictures; leave it out, "
-                         "or give a sparse --model (train.py --stage 3 makes one)")  # fmt: skip
-    draw_experts(squared(image, 336, mode), choices, load, file)  # sharper than a small CLIP's 64
 
 
 def main():

@@ -318,8 +318,8 @@ def settle(cfg):
     needs, there = budget.total(best) / budget.GB, budget.available_memory(cfg.device) / budget.GB
     if needs > 2 * there:
         raise ValueError(
-            f"stage {cfg.stage} takes about {needs:.0f} GB and there are {there:.0f}: lower --rows "
-            "or --row-tokens, or take a smaller --preset (--estimate shows the parts)"
+            f"stage {cfg.stage} takes about {needs:.0f} GB, and this machine has {there:.0f}: "
+            "lower --rows or --row-tokens, or take a smaller --preset (--estimate shows the parts)"
         )
     cfg.weights, cfg.moments, cfg.recompute = best.weights, best.moments, best.recompute
     return best

@@ -352,7 +352,7 @@ def train_stage(cfg):
     shown = {k: v for k, v in dataclasses.asdict(cfg).items() if v != ""}
     print(f"{name}: " + " ".join(f"{k}={v}" for k, v in shown.items()))
     print(f"{name}: takes about {budget.describe(plan)}; "
-          f"there are {budget.available_memory(cfg.device) / budget.GB:.0f}")  # fmt: skip
+          f"the machine has {budget.available_memory(cfg.device) / budget.GB:.0f} GB")  # fmt: skip
     wandb = open_wandb(cfg) if parallel.first() else None
     trainer = Trainer(cfg)
     every = sum(p.numel() for p in trainer.model.parameters())

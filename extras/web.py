@@ -44,8 +44,8 @@ from data.images import open_image
 from data.tokenizer import Tokenizer
 from data.world import DESCRIBE
 from llm import LLM
-from plots import pyplot
-from sample import DTYPES, draw_routing, find_model, load
+from plots import draw_routing, pyplot
+from sample import DTYPES, find_model, load
 
 CSS = ".message img { max-height: 110px } .message-buttons { display: none }"
 LETTERS, PICTURES = 4000, 4  # most of a question; gradio itself sets no limit

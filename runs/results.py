@@ -47,18 +47,15 @@ READING = [
     ("budget.py", "gigabytes and operations of a training, before it begins"),
     ("optim.py", "AdamW on bf16 weights: rounding at random, or a float32 copy"),
     ("conversation.py", "questions and answers of which nothing is computed twice"),
+    ("quant.py", "int8 weights: a byte each, and what that costs"),
     ("sample.py", "asking about pictures: once, in a chat, with a map of the experts"),
-    ("eval.py", "exact answers by type and split, and which expert does what"),
+    ("eval.py", "exact answers by type and split, and which expert does what; benchmarks"),
     ("plots.py", "loss curves, expert loads and expert maps as pictures"),
     ("data/world.py", "pictures, captions and questions drawn from a seed"),
     ("data/chat.py", "conversations to ids and labels, segment by segment"),
     ("data/tokenizer.py", "SentencePiece and byte-level BPE, both on tiktoken"),
-    ("data/check.py", "what a training would make of a data set"),
-    ("data/loader.py", "samples in order, from worker processes; broken pictures"),
-    ("data/packing.py", "conversations laid end to end in rows"),
     ("data/weights.py", "reading, checking and writing checkpoints"),
-    ("data/hub.py", "names of public models to folders: local, cached or downloaded"),
-    ("data/text_world.py", "scenes as text, for a language model that has not seen a picture"),
+    ("data/benchmarks.py", "POPE, GQA, TextVQA, ScienceQA, MME and others, from local files"),
     ("data/pretrain_mini.py", "how the miniature CLIP and LLM were made"),
 ]
 
@@ -278,11 +275,51 @@ def faults_block():
             f"{long['epochs']} epochs, in each every sample once; the same seed "
             f"{'gave the same weights' if long['same seed twice'] else 'GAVE OTHER WEIGHTS'}.",
         ]
+
+
+SHOWN = (  # rows of bench.py that the README shows: (section, start of the case)
+    ("moe", "CLIP-L, 16"), ("moe", "CuMo-7B's connector, 4"), ("moe", "miniature CLIP, 16"),
+    ("moe", "Mixtral"), ("moe", "CLIP-L, more"), ("scale", "attention"), ("llm", ""),
+    ("train", "half"), ("train", "miniature"), ("load", ""), ("decode", "first token, bf"),
+    ("decode", "a token, fl"), ("decode", "a token, bf"), ("decode", "a token, int8"),
+    ("decode", "a token of each"), ("start", ""))  # fmt: skip
+
+
+def took_in_words(seconds):
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
+def performance_block():
+    run = json.loads((ROOT / "bench" / "amd-epyc-bfloat16.json").read_text())
+    lines = ["| `bench.py` | case | ours | beside it, as a multiple |", "|---|---|---|---|"]
+    for section, case in SHOWN:
+        for row in run["rows"]:
+            if row["section"] == section and row["case"].startswith(case):
+                (first, seconds), *_ = row["medians"].items()
+                others = [f"{n} {x:.2f}" for n, x in row["ratios"].items() if n != first]
+                name = "" if first in ("ours", "ours, compiled") else f" ({first})"
+                lines.append(f"| {section} | {row['case']} | {took_in_words(seconds)}{name} | "
+                             f"{', '.join(others)} |")  # fmt: skip
+    where = f"2 cores of {run['machine']}, {run['precision'][6:]} where nothing else is said"
+    lines += ["", f"{where}, torch {run['torch']}; medians. Above 1, ours is faster."]
+    return "\n".join(lines)
+
+
+def quant_block():
+    run = json.loads((ROOT / "bench" / "quant.json").read_text())
+    lines = ["| weights of the language model | SmolLM2-135M: MB | loss | same next token | "
+             "miniature: MB | seen | pairs | style |", "|" + "---|" * 8]  # fmt: skip
+    for name in ("float32", "bfloat16", "int8"):
+        smol, mini = run["smollm2"][name], run["miniature"][name]
+        shares = " | ".join(f"{100 * mini[s]:.1f}" for s in SPLITS)
+        read = f"{smol['megabytes']:.0f} | {smol['loss']:.3f} | {100 * smol['same']:.1f} %"
+        lines.append(f"| {name} | {read} | {mini['megabytes']:.1f} | {shares} |")
     return "\n".join(lines)
 
 
 BLOCKS = {"reading": reading_block, "results": results_block, "sparse": sparse_block,
           "ablations": ablations_block, "memory": memory_block,
+          "performance": performance_block, "quant": quant_block,
           "faults": faults_block}  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from PIL import Image
 from tiny import ROOT, tiny_cumo
 
 from conversation import Conversation, Printer, prompt
+from cumo import IMAGE_TOKEN
 from data.chat import TEMPLATES, render, render_next
 from data.images import preprocess
 from data.tokenizer import Tokenizer
@@ -72,6 +73,19 @@ def test_one_more_question_goes_on_as_in_the_whole_conversation(template):
         assert whole == ids
 
 
+def test_the_last_picture_is_not_forgotten_with_its_turn():
+    model = tiny_cumo(experts=4, vocab=1024).eval()
+    model.cfg.template = "mistral_instruct"
+    spoken = talk(model, context=90)
+    spoken.ask("What is this?", [RED])
+    spoken.ask("And what is this?", [CAT])
+    dropped = sum(spoken.ask(f"Is it number {k}?").dropped for k in range(8))
+    assert dropped >= 3 and [turn.images for turn in spoken.turns if turn.images] == [[CAT]]
+    first = spoken.turns[0]
+    assert first.ids == prompt(model, MINI, first.question, [CAT])[0]
+    assert first.ids.count(IMAGE_TOKEN) == model.image_tokens
+
+
 def test_oldest_turns_are_dropped_when_there_is_no_room_and_the_rest_read_anew():
     model = tiny_cumo(vocab=1024).eval()
     model.cfg.template = "mistral_instruct"
@@ -83,9 +97,10 @@ def test_oldest_turns_are_dropped_when_there_is_no_room_and_the_rest_read_anew()
     assert dropped >= 4 and any(a.dropped > 1 for a in answers) and not answers[1].dropped
     fresh, kept = talk(model, context=90), spoken.turns
     ids = [i for turn in kept for i in turn.ids + turn.said][: -len(kept[-1].said)]
-    start = prompt(model, MINI, kept[0].question)[0]
-    assert kept[0].ids == start and kept[0].pixels is None, "it begins like a conversation"
-    expected = fresh.model.generate(torch.tensor([ids]), max_new_tokens=6, eos_token_id=MINI.eos)
+    start, pixels = prompt(model, MINI, kept[0].question, [CAT])
+    assert kept[0].ids == start, "it begins like a conversation, with the picture"
+    expected = fresh.model.generate(torch.tensor([ids]), pixels, max_new_tokens=6,
+                                    eos_token_id=MINI.eos)  # fmt: skip
     assert answers[-1].answer == MINI.decode(expected[0].tolist()).strip()
 
 

@@ -11,8 +11,7 @@ from tiny import tiny_cumo
 
 import plots
 from cumo import CuMo
-from plots import COLORS, draw_experts, expert_map
-from sample import routing
+from plots import COLORS, draw_experts, expert_map, routing
 
 RGB = np.array([ImageColor.getrgb(color) for color in COLORS])
 PLAIN = Image.new("RGB", (48, 48), (200, 90, 30))

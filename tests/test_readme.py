@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -90,3 +91,9 @@ def test_figures_of_rounding_and_of_smollm2_are_the_measured_ones():
     after, blank = (round(100 * smol[k]["exact"]) for k in ("after", "after, blank pictures"))
     assert smol["captions"] == 100
     assert f"names {after} of 100 new pictures exactly, {blank} when they are painted over" in text
+
+
+@pytest.mark.parametrize("name", ["mlp_moe", "clip_moe", "llm", "cumo"])
+def test_each_component_shows_a_worked_example(name):
+    done = subprocess.run([sys.executable, f"{name}.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "->" in done.stdout, done.stderr

@@ -25,7 +25,7 @@ from tiny import tiny_cumo
 gradio_client = pytest.importorskip("gradio_client")
 pytest.importorskip("gradio")
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "extras"))
+sys.path.append(str(ROOT / "extras"))  # last: lmms_eval.py there is not the package
 import web
 
 from conversation import Conversation

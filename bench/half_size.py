@@ -1,0 +1,109 @@
+"""A training step of CuMo at half the size, as a contestant of bench.py, in a process of its own:
+CLIP-B/16's shape with sparse MLPs, a sparse connector, SmolLM2-135M's shape; forward, backward and
+AdamW, float32 weights under bf16 autocast where the processor has bf16.
+
+    python bench/half_size.py ours           # or: transformers
+
+Each line on standard input asks for one step; printed are its seconds and the peak memory so far,
+in GB. "transformers" is what one would build from its CLIP and Llama: the experts of the original,
+one by one in a loop, and its fastest attention. Both get rows without padding, so that packing
+gains us nothing here.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # and not this folder, whose tokenizers.py transformers would import
+
+import budget  # noqa: E402
+from bench import DEVICE, DTYPE, LoopMoE  # noqa: E402
+from clip_moe import CLIPVisionConfig  # noqa: E402
+from cumo import IMAGE_TOKEN, CuMo, CuMoConfig  # noqa: E402
+from llm import LLMConfig  # noqa: E402
+
+VISION = CLIPVisionConfig(224, 16, 768, 3072, 12, 12, num_experts=4)
+LANGUAGE = LLMConfig(49152, 576, 1536, 30, 9, 3, tie_embeddings=True)
+ROWS, TEXT, PATCHES = 4, 316, (224 // 16) ** 2  # an image and 316 tokens of text a row
+
+
+class TransformersCuMo(nn.Module):
+    """The same model out of transformers' parts and the original's loop over experts."""
+
+    def __init__(self):
+        super().__init__()
+        import transformers as hf
+
+        clip = hf.CLIPVisionConfig(  # its other defaults are CLIP-B's
+            hidden_size=768, intermediate_size=3072, image_size=224, patch_size=16)  # fmt: skip
+        self.clip = hf.CLIPVisionModel._from_config(clip, attn_implementation="sdpa")
+        self.layers = [m for m in self.clip.modules() if type(m).__name__ == "CLIPEncoderLayer"]
+        self.auxes = []
+        for layer in self.layers:
+            layer.mlp = RoutedLoop(self.auxes, 768, 3072, 768, "quick_gelu")
+        self.connector = RoutedLoop(self.auxes, 768, 576, 576, "gelu")
+        llama = hf.MistralConfig(**LANGUAGE.to_hf() | {"sliding_window": None})
+        self.llm = hf.MistralForCausalLM._from_config(llama, attn_implementation="sdpa")
+
+    def forward(self, tokens, images, labels):
+        self.auxes.clear()
+        seen = self.clip(images, output_hidden_states=True)
+        x = self.connector(seen.hidden_states[-2][:, 1:])
+        is_image = tokens == IMAGE_TOKEN
+        text = self.llm.get_input_embeddings()(tokens.masked_fill(is_image, 0))
+        x = text.masked_scatter(is_image[..., None], x.to(text.dtype))
+        loss = self.llm(inputs_embeds=x, labels=labels, use_cache=False).loss
+        balance, z = (torch.stack(values).mean() for values in zip(*self.auxes))
+        return loss + 0.2 * balance + 0.02 * z  # CLIP's mean and the connector's, added
+
+
+class RoutedLoop(LoopMoE):
+    """With the router's two losses."""
+
+    def __init__(self, auxes, *sizes):
+        super().__init__(*sizes)
+        self.auxes = auxes
+
+    def forward(self, x):
+        logits = self.gate(x).float()
+        probs = logits.softmax(-1)
+        share = F.one_hot(probs.argmax(-1), probs.shape[-1]).float().mean(1)
+        balance = probs.shape[-1] ** 2 * (probs.mean(1) * share).mean()
+        self.auxes.append((balance, logits.logsumexp(-1).square().mean()))
+        return super().forward(x)
+
+
+def main():
+    torch.manual_seed(0)
+    if sys.argv[1] == "ours":
+        model = CuMo(CuMoConfig(VISION, LANGUAGE, mlp_experts=4))
+        loss = lambda: model(tokens, images, labels).loss
+    else:
+        model = TransformersCuMo()
+        loss = lambda: model(tokens, images, labels)
+    model.to(DEVICE).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    tokens = torch.randint(LANGUAGE.vocab_size, (ROWS, PATCHES + TEXT), device=DEVICE)
+    labels = tokens.clone()
+    tokens[:, 4 : 4 + PATCHES], labels[:, : 4 + PATCHES] = IMAGE_TOKEN, -100
+    images = torch.randn(ROWS, 3, 224, 224, device=DEVICE)
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=DTYPE == torch.bfloat16):
+            value = loss()
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        value.item()
+        print(time.perf_counter() - start, budget.peak_memory(DEVICE) / budget.GB, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""What int8 weights (quant.py) do to memory and to answers.
+
+    python bench/quant.py                            # writes bench/quant.json
+
+The miniature of the demo (out/stage3) sits the exam of eval.py, and SmolLM2-135M-Instruct
+(weights/, see runs/smollm2.sh) reads English of ours that it cannot have seen: its loss a token,
+and how often its likeliest next token is the one of the float32 weights.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+
+import torch
+import torch.nn.functional as F
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bench import machine  # noqa: E402
+from data.tokenizer import Tokenizer  # noqa: E402
+from eval import SPLITS, accuracy, exam, means  # noqa: E402
+from llm import LLM  # noqa: E402
+from quant import quantize  # noqa: E402
+from sample import load  # noqa: E402
+
+PRECISIONS = {"float32": (torch.float32, ""), "bfloat16": (torch.bfloat16, ""),
+              "int8": (torch.float32, "int8")}  # fmt: skip
+
+
+def megabytes(module):
+    return sum(t.nbytes for t in module.state_dict().values()) / 2**20
+
+
+@torch.no_grad()
+def reading(folder, length=512):
+    """Loss a token of our own documents, and the share of next tokens that are float32's."""
+    tokenizer, likeliest, rows = Tokenizer.from_pretrained(folder), {}, {}
+    text = "".join((ROOT / name).read_text() for name in ("README.md", "LOG.md", "data/MIXTURE.md"))
+    ids = torch.tensor(tokenizer.encode(text))
+    ids = ids[: len(ids) // length * length].view(-1, length)
+    for name, (dtype, quant) in PRECISIONS.items():
+        llm = LLM.from_pretrained(folder, dtype).eval()
+        llm = quantize(llm) if quant else llm
+        logits = torch.cat([llm(row[None])[:, :-1].float() for row in ids])
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        likeliest[name] = logits.argmax(-1)
+        same = (likeliest[name] == likeliest["float32"]).float().mean()
+        rows[name] = {"megabytes": megabytes(llm), "loss": loss.item(), "same": same.item()}
+        print(f"SmolLM2, {name}: {rows[name]}")
+    return {"tokens": ids.numel(), **rows}
+
+
+def answering(folder, n):
+    """Exact answers of the miniature in percent, and the megabytes of its language model."""
+    rows, tokenizer = {}, Tokenizer.from_pretrained(folder)
+    for name, (dtype, quant) in PRECISIONS.items():
+        model = load(folder, "cpu", dtype, quant)
+        rows[name] = {"megabytes": megabytes(model.llm)}
+        for split in SPLITS:
+            hits = accuracy(model, tokenizer, exam(split, n, 1), 50, label=f"{name} {split}")
+            rows[name][split] = means(hits)["all"]
+        print(f"miniature, {name}: {rows[name]}")
+    return {"questions": n, **rows}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--model", default=str(ROOT / "out" / "stage3"))
+    parser.add_argument("--llm", default=str(ROOT / "weights" / "SmolLM2-135M-Instruct"))
+    parser.add_argument("--n", type=int, default=800, help="questions a split")
+    args = parser.parse_args()
+    result = machine() | {"command": "python bench/quant.py"}
+    result |= {"smollm2": reading(args.llm), "miniature": answering(args.model, args.n)}
+    (ROOT / "bench" / "quant.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

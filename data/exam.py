@@ -1,0 +1,48 @@
+"""The exam on the emoji world: questions about fresh scenes, and how well one can guess.
+
+    asked = exam("pairs", n=80, seed=1)         # [(type, question, answer, picture), ...]
+    guess = fixed_answers()                     # {"Is there _?": "yes", ...}
+
+The splits are those of data/world.py that nobody trains on. A fixed answer is the one most often
+right, in training, for questions of the same form; a model that does not look cannot beat it.
+"""
+
+import collections
+import re
+
+import numpy as np
+
+from data import world
+
+SPLITS = ("seen", "pairs", "style")
+
+
+def exam(split, n, seed):
+    """`n` questions of a split, every type in turn: [(type, question, answer, picture)]."""
+    asked, i = [], 0
+    while len(asked) < n:
+        rng = np.random.default_rng((seed, world.SPLITS.index(split), 99, i))
+        i += 1
+        scene = world.sample_scene(rng, split)
+        kind = world.QUESTION_TYPES[len(asked) % len(world.QUESTION_TYPES)]
+        pair = world.ASK[kind](scene, rng)
+        if pair:
+            asked.append((kind, *pair, world.draw(scene)))
+    return asked
+
+
+def question_form(question):
+    """The question with every concept and place blanked: what can be known without the picture."""
+    words = "|".join(sorted({*world.CONCEPTS, *map(world.plural, world.CONCEPTS),
+                             *world.CATEGORIES.values()}, key=len, reverse=True))  # fmt: skip
+    return re.sub(rf"\b(an? )?({words})\b", "_", question)
+
+
+def fixed_answers(n=4000):
+    """question form -> the answer most often right in training."""
+    counts = collections.defaultdict(collections.Counter)
+    for i in range(n):
+        rng = np.random.default_rng((3, 99, i))
+        for _, question, answer in world.questions(world.sample_scene(rng, "train"), rng, 2):
+            counts[question_form(question)][answer] += 1
+    return {form: answers.most_common(1)[0][0] for form, answers in counts.items()}
