@@ -275,6 +275,7 @@ def faults_block():
             f"{long['epochs']} epochs, in each every sample once; the same seed "
             f"{'gave the same weights' if long['same seed twice'] else 'GAVE OTHER WEIGHTS'}.",
         ]
+    return "\n".join(lines)
 
 
 SHOWN = (  # rows of bench.py that the README shows: (section, start of the case)
