@@ -168,9 +168,9 @@ def ablations_table(content):
     head = ("stage 3", *SPLITS, "difference", "in the paper", "active / all, M", "CPU seconds")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for group in ablations(content):
-        lines.append(f"| **({group['group']}) {group['title']}** |" + " |" * (len(head) - 1))
         for i, row in enumerate(group["rows"]):
-            cells, run = [row["label"]], (row["runs"] or [None])[0]
+            title = "" if i else f"**({group['group']}) {group['title']}**: "
+            cells, run = [title + row["label"]], (row["runs"] or [None])[0]
             for values in row["splits"].values():
                 spread = f"{min(values):.1f} to {max(values):.1f}" if values else ""
                 cells.append(f"{mean(values):.1f} ({spread})" if values else "not measured")
