@@ -56,7 +56,6 @@ READING = [
     ("data/tokenizer.py", "SentencePiece and byte-level BPE, both on tiktoken"),
     ("data/weights.py", "reading, checking and writing checkpoints"),
     ("data/benchmarks.py", "POPE, GQA, TextVQA, ScienceQA, MME and others, from local files"),
-    ("data/pretrain_mini.py", "how the miniature CLIP and LLM were made"),
 ]
 
 
@@ -115,16 +114,15 @@ def sparse_block():
     if not file.is_file():
         return "Not measured yet."
     rows = json.loads(file.read_text())["rows"]
-    lines = ["| stage 3 | seen | pairs | style | seconds |", "|---|---|---|---|---|"]
+    lines = []
     for name in ("dense", "sparse"):
         mine = [row for row in rows if row["name"] == name]
         cells = []
         for split in SPLITS:
             values = [100 * row[split] for row in mine]
-            mean = sum(values) / len(values)
-            cells.append(f"{mean:.1f} ({min(values):.1f} to {max(values):.1f})")
-        seconds = sum(row["seconds"] for row in mine) / len(mine)
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {seconds:.0f} |")
+            cells.append(f"{split} {mean(values):.1f} ({min(values):.1f} to {max(values):.1f})")
+        seconds = mean([row["seconds"] for row in mine])
+        lines.append(f"- {name}: " + ", ".join(cells) + f"; {seconds:.0f} seconds")
     return "\n".join(lines)
 
 
