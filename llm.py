@@ -22,8 +22,8 @@ each, so packing changes no logit. A sliding window (Mistral-7B-v0.1: 4096 token
 back one layer looks; L layers look L times as far.
 
 What does the loss hold? The logits of 4,096 tokens are 500 MiB for Mistral-7B, their softmax and
-gradient as much again. `LLM.loss` makes them a chunk at a time, and once more in the backward
-pass: a second product with the head, 2 % of the parameters, instead of gigabytes.
+gradient as much again. `ChunkedLoss` makes them a chunk at a time, the gradients with them, and
+keeps only those: a row for each token, and the head's.
 
 What does generation remember? `Cache`: keys and values of the tokens so far. With a window it is
 a ring, and a text of any length takes `sliding_window` slots.
@@ -44,7 +44,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from torch.utils.checkpoint import checkpoint
 
 from data.chat import IGNORE
 from data.hub import resolve
@@ -345,6 +344,40 @@ def choose(logits_BV: Tensor, temperature: float, top_p=1.0, top_k=None, generat
     return token_BV.gather(1, drawn_B1)[:, 0]
 
 
+class ChunkedLoss(torch.autograd.Function):
+    """Summed cross-entropy of x [N, D] times head [V, D], for `size` tokens at a time.
+
+    Its gradient by the logits is softmax(logits) - one_hot(target), known as soon as they are. So
+    it is made, and multiplied on, on the way forward: the logits of a chunk are gone before the
+    next ones come, and are never made twice.
+    """
+
+    @staticmethod
+    def forward(ctx, x, head, targets, size):
+        grad_x, grad_head = (torch.zeros_like(y) if need else None
+                             for y, need in zip((x, head), ctx.needs_input_grad))  # fmt: skip
+        total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
+        for start in range(0, len(x), size):
+            rows = slice(start, start + size)
+            logits_NV = F.linear(x[rows], head)
+            logs_NV = logits_NV.to(total.dtype).log_softmax(-1)
+            target_N1 = targets[rows, None]
+            total -= logs_NV.gather(1, target_N1).sum()
+            error_NV = logs_NV.exp_()  # in place
+            error_NV.scatter_add_(1, target_N1, -torch.ones_like(error_NV[:, :1]))
+            error_NV = error_NV.to(logits_NV.dtype)
+            if grad_x is not None:
+                grad_x[rows] = error_NV @ head
+            if grad_head is not None:
+                grad_head += error_NV.T @ x[rows]
+        ctx.save_for_backward(grad_x, grad_head)
+        return total
+
+    @staticmethod
+    def backward(ctx, g):
+        return *(grad if grad is None else g * grad for grad in ctx.saved_tensors), None, None
+
+
 class LLM(nn.Module):
     def __init__(self, cfg: LLMConfig):
         super().__init__()
@@ -423,16 +456,11 @@ class LLM(nn.Module):
         belongs to another one.
         """
         x, targets = x[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        kept = (targets != IGNORE).nonzero()[:, 0]
         size = max(1, LOGITS_AT_ONCE // self.cfg.vocab_size)
-
-        def summed(x, targets):
-            logits = self.logits(x).float()
-            return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
-
-        if len(x) > size:
-            summed = functools.partial(checkpoint, summed, use_reentrant=False)
-        total = sum(summed(*chunk) for chunk in zip(x.split(size), targets.split(size)))
-        return total / (targets != IGNORE).sum().clamp(min=1)
+        head = self.model.embed_tokens if self.cfg.tie_embeddings else self.lm_head
+        total = ChunkedLoss.apply(x.index_select(0, kept), head.weight, targets[kept], size)
+        return total / max(1, len(kept))
 
     @torch.no_grad()
     def generate(self, tokens: Tensor | None = None, embeds: Tensor | None = None,
