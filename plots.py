@@ -114,16 +114,16 @@ def draw_experts(picture, choices, load, file, scales=1):
         return
     from matplotlib.patheffects import withStroke
 
+    most, n_experts = max(map(max, load.values())), max(map(len, load.values()))
     columns = math.ceil((1.5 * (1 + len(choices))) ** 0.5)
     rows = math.ceil((1 + len(choices)) / columns)
-    figure, axes = plt.subplots(rows, columns, layout="constrained",
-                                figsize=(max(8, 2.05 * columns), 1.65 * rows + 0.8))  # fmt: skip
+    size = max(8, 2.05 * columns, 1.15 * n_experts), 1.65 * rows + 0.8
+    figure, axes = plt.subplots(rows, columns, layout="constrained", figsize=size)
     figure.get_layout_engine().set(w_pad=0.06)
     for axis in axes.flat:
         axis.axis("off")
     axes.flat[0].imshow(picture)
     axes.flat[0].set_title("the picture", fontsize=9)
-    most = max(map(max, load.values()))
     for axis, (name, choice) in zip(axes.flat[1:], choices.items()):
         end = len(choice) - 0.5
         axis.imshow(expert_map(picture, choice), extent=(-0.5, end, end, -0.5))  # row 0 at the top
@@ -139,13 +139,13 @@ def draw_experts(picture, choices, load, file, scales=1):
             bars.barh(e, share, color=COLORS[e % len(COLORS)])
             bars.text(1.7 * most, e, f"{share:.0%}", ha="right", va="center", fontsize=7)
         bars.axvline(even, color="black", linewidth=0.8, linestyle=":")
-        bars.set(xlim=(0, 1.75 * most), xticks=[even], xticklabels=[f"{100 * even:.3g} %"],
+        bars.set(xlim=(0, 1.85 * most), xticks=[even], xticklabels=[f"{100 * even:.3g} %"],
                  yticks=range(experts))  # fmt: skip
         bars.invert_yaxis()
         bars.tick_params(length=0, labelsize=7, pad=1)
         bars.spines[["top", "right", "bottom"]].set_visible(False)
     dotted = plt.Line2D([], [], color="black", linewidth=0.8, linestyle=":", label="an even share")
-    expert_legend(figure, max(map(len, load.values())), dotted)
+    expert_legend(figure, n_experts, dotted)
     said = ["Map: the expert that a patch goes to first. Bars: each expert's share of all choices, "
             "not only the first."]  # fmt: skip
     if scales > 1:

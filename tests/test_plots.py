@@ -97,6 +97,11 @@ def test_every_block_has_a_map_and_every_expert_a_place_in_the_legend(drawn, blo
     assert titles == ["the picture", *choices]
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == [*(f"expert {e}" for e in range(experts)), "an even share"]
+    bars = [axis.child_axes[0] for axis in figure.axes if axis.child_axes]
+    texts = [*figure.legends[0].get_texts(), *(text for bar in bars for text in bar.texts)]
+    figure.canvas.draw()  # saving was at another resolution
+    boxes = [text.get_window_extent() for text in texts]
+    assert 0 <= min(box.x0 for box in boxes) and max(box.x1 for box in boxes) <= figure.bbox.x1
 
 
 def test_routing_gives_each_patch_the_choice_that_it_gets_alone():
