@@ -48,8 +48,8 @@ from cumo import has_fast_bf16
 from data.weights import write_json, write_tensors
 from llm import LLM, LLMConfig, attend, attention_mask
 from mlp_moe import ACTIVATIONS, SparseMoE
-from plots import draw_ratios
 from quant import quantize
+from runs.pictures import draw_ratios
 from sample import find_model
 
 ROOT = pathlib.Path(__file__).resolve().parent
@@ -536,7 +536,7 @@ def main():
         known = [r for r in known if r["section"] != name] + rows
         write_json(file, here | {"rows": known})
     print(f"wrote {file.relative_to(ROOT)}")
-    draw_ratios(known, file.with_suffix(".png"))
+    draw_ratios(here | {"rows": known}, file.with_suffix(".png"))
 
 
 if __name__ == "__main__":

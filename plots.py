@@ -14,6 +14,9 @@ from data.images import preprocess, squared
 # told apart by the colour-blind too (Okabe and Ito), and what can be read on each
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 INKS = ("white", "black", "white", "black", "black", "white", "black", "white")
+STAGES = {1: "connector pre-training", 2: "pre-finetuning", 3: "instruction tuning"}
+LM_LOSS = {"lm_loss": "language model"}
+PARTS = {"clip": "CLIP-MoE", "mlp": "MLP-MoE", "llm": "LLM-MoE"}
 
 
 @functools.cache  # says it once
@@ -27,29 +30,42 @@ def pyplot():
     return plt
 
 
+def save(figure, file, dpi=110):
+    figure.savefig(file, dpi=dpi)
+    pyplot().close(figure)
+    print(f"wrote {file}")
+
+
+def expert_legend(figure, experts, *more):
+    """Above a figure, the color of each expert; `more` handles stand behind them."""
+    colors = [COLORS[e % len(COLORS)] for e in range(experts)]
+    patch = pyplot().Rectangle
+    handles = [patch((0, 0), 1, 1, color=c, label=f"expert {e}") for e, c in enumerate(colors)]
+    figure.legend(handles=[*handles, *more], ncols=experts + len(more), fontsize=9, frameon=False,
+                  loc="outside upper center", handlelength=1.3, columnspacing=1.2)  # fmt: skip
+
+
 def draw_load(load, file):
-    """{name of a sparse block: share of each expert}: a bar for each block, a colour an expert."""
+    """{name of a sparse block: share of each expert}: a bar for each block, a color an expert."""
     plt = pyplot()
     if not plt:
         return
-    figure, axis = plt.subplots(figsize=(8, 0.45 * len(load) + 1.2))
+    figure, axis = plt.subplots(figsize=(8, 0.4 * len(load) + 1.1), layout="constrained")
     for y, shares in enumerate(load.values()):
-        left = 0
-        for e, share in enumerate(shares):
-            axis.barh(y, share, left=left, color=COLORS[e % len(COLORS)], edgecolor="white",
-                      label=None if y else f"expert {e}")  # fmt: skip
-            axis.text(left + share / 2, y, f"{share:.0%}", ha="center", va="center", fontsize=8,
-                      color=INKS[e % len(INKS)])  # fmt: skip
-            left += share
+        for e, (share, end) in enumerate(zip(shares, np.cumsum(shares))):
+            axis.barh(y, share, left=end - share, color=COLORS[e % len(COLORS)], edgecolor="white")
+            if share >= 0.04:  # else there is no room
+                axis.text(end - share / 2, y, f"{share:.0%}", ha="center", va="center", fontsize=9,
+                          color=INKS[e % len(INKS)])  # fmt: skip
     names = [name.replace("vision.layers.", "CLIP layer ").replace(".moe", "") for name in load]
-    axis.set(yticks=range(len(load)), yticklabels=names, xlim=(0, 1),
-             xlabel="share of the token-to-expert assignments")  # fmt: skip
+    even = f"(even: {100 / len(shares):.3g} % each)"
+    axis.set(yticks=range(len(load)), yticklabels=names, xlim=(0, 1), ylim=(-0.6, len(load) - 0.4),
+             xlabel=f"share of the tokens' choices {even}")  # fmt: skip
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
     axis.invert_yaxis()
-    axis.legend(ncols=len(shares), loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
-    figure.tight_layout()
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
-    print(f"wrote {file}")
+    axis.spines[["top", "right"]].set_visible(False)
+    expert_legend(figure, max(map(len, load.values())))
+    save(figure, file)
 
 
 def expert_map(picture, choice):
@@ -87,18 +103,22 @@ def routing(model, pixels):
     return choices, {name: share.tolist() for name, share in load.items()}
 
 
-def draw_experts(picture, choices, load, file):
+def draw_experts(picture, choices, load, file, scales=1):
     """Which expert sees which part of a picture (PIL, square): a map and bars a sparse block.
 
-    `choices` {name: each patch's expert, as in `expert_map`}, `load` {name: share of each expert}.
+    `choices` {name: each patch's expert, as in `expert_map`}, `load` {name: share of each expert},
+    `scales` how many scales the model sees the picture at.
     """
     plt = pyplot()
     if not plt:
         return
+    from matplotlib.patheffects import withStroke
+
+    most, n_experts = max(map(max, load.values())), max(map(len, load.values()))
     columns = math.ceil((1.5 * (1 + len(choices))) ** 0.5)
     rows = math.ceil((1 + len(choices)) / columns)
-    figure, axes = plt.subplots(rows, columns, layout="constrained",
-                                figsize=(max(7.6, 1.9 * columns), 1.55 * rows + 0.8))  # fmt: skip
+    size = max(8, 2.05 * columns, 1.15 * n_experts), 1.65 * rows + 0.8
+    figure, axes = plt.subplots(rows, columns, layout="constrained", figsize=size)
     figure.get_layout_engine().set(w_pad=0.06)
     for axis in axes.flat:
         axis.axis("off")
@@ -110,27 +130,29 @@ def draw_experts(picture, choices, load, file):
         axis.set_title(name, fontsize=9)
         if len(choice) <= 12:  # more numbers could not be read
             for (row, column), e in np.ndenumerate(choice):
-                axis.text(column, row, e, ha="center", va="center", fontsize=6,
-                          color=INKS[e % len(INKS)])  # fmt: skip
-        bars = axis.inset_axes((1.12, 0, 0.3, 1))
-        colors = [COLORS[e % len(COLORS)] for e in range(len(load[name]))]
-        bars.barh(range(len(colors)), load[name], color=colors)
-        bars.axvline(1 / len(colors), color="black", linewidth=0.6, linestyle=":")
-        bars.set(yticks=range(len(colors)), xticks=[], xlim=(0, max(map(max, load.values()))))
+                halo = withStroke(linewidth=2, foreground=COLORS[e % len(COLORS)])
+                axis.text(column, row, e, ha="center", va="center", fontsize=7,
+                          color=INKS[e % len(INKS)], path_effects=[halo])  # fmt: skip
+        experts, even = len(load[name]), 1 / len(load[name])
+        bars = axis.inset_axes((1.12, 0, 0.46, 1))
+        for e, share in enumerate(load[name]):
+            bars.barh(e, share, color=COLORS[e % len(COLORS)])
+            bars.text(1.7 * most, e, f"{share:.0%}", ha="right", va="center", fontsize=7)
+        bars.axvline(even, color="black", linewidth=0.8, linestyle=":")
+        bars.set(xlim=(0, 1.85 * most), xticks=[even], xticklabels=[f"{100 * even:.3g} %"],
+                 yticks=range(experts))  # fmt: skip
         bars.invert_yaxis()
         bars.tick_params(length=0, labelsize=7, pad=1)
-        bars.spines[:].set_visible(False)
-    experts = range(max(map(len, load.values())))
-    patches = [plt.Rectangle((0, 0), 1, 1, color=COLORS[e % len(COLORS)]) for e in experts]
-    figure.legend(patches, [f"expert {e}" for e in experts], ncols=len(experts), fontsize=9,
-                  loc="outside upper center", frameon=False)  # fmt: skip
-    figure.supxlabel(
-        "Color: the expert a patch goes to first. Bars: each expert's share of all choices, not "
-        "only the first; dotted: an even share.\nThe connector routes each patch once, on the "
-        "channels of all its S2 scales together.", fontsize=8, color="#444444")  # fmt: skip
-    figure.savefig(file, dpi=150)
-    plt.close(figure)
-    print(f"wrote {file}")
+        bars.spines[["top", "right", "bottom"]].set_visible(False)
+    dotted = plt.Line2D([], [], color="black", linewidth=0.8, linestyle=":", label="an even share")
+    expert_legend(figure, n_experts, dotted)
+    said = ["Map: the expert that a patch goes to first. Bars: each expert's share of all choices, "
+            "not only the first."]  # fmt: skip
+    if scales > 1:
+        said += ["The bars of CLIP count the tiles of the larger scales too; the connector routes "
+                 "a patch once, on the channels of all scales."]  # fmt: skip
+    figure.supxlabel("\n".join(said), fontsize=8, color="#444444")
+    save(figure, file, dpi=140)
 
 
 def draw_routing(model, image, file):
@@ -142,155 +164,104 @@ def draw_routing(model, image, file):
     if not choices:
         raise ValueError(f"--experts {file}: no expert of this model sees pictures; leave it out, "
                          "or give a sparse --model (train.py --stage 3 makes one)")  # fmt: skip
-    draw_experts(squared(image, 336, mode), choices, load, file)  # sharper than a small CLIP's 64
+    scales = len(model.cfg.vision.scales)
+    draw_experts(squared(image, 336, mode), choices, load, file, scales)  # 336: sharper than 64
 
 
 def draw_answers(cells, file):
-    """Pictures and what was asked about them, three in a row: green is right, red shows the truth.
+    """Pictures and what was asked about them, three in a row; a wrong answer beside the truth.
 
     `cells` [(title, picture, [(question, truth, answer), ...]), ...].
     """
     plt = pyplot()
     if not plt:
         return
-    figure = plt.figure(figsize=(13, 7))
+    width, height, side = 11.8, 7.3, 1.3  # inches
+    figure = plt.figure(figsize=(width, height))
     for cell, (title, picture, asked) in enumerate(cells):
         row, column = divmod(cell, 3)
-        left, top = column / 3 + 0.01, 0.95 - 0.49 * row
-        axis = figure.add_axes((left, top - 0.25, 0.135, 0.25))
+        left, y = column * width / 3 + 0.05, height - 0.35 - 3.45 * row
+        axis = figure.add_axes((left / width, (y - side) / height, side / width, side / height))
         axis.imshow(picture)
         axis.axis("off")
         axis.set_title(title, fontsize=11)
-        for k, (question, right, text) in enumerate(asked):
-            shown, color, size = text, "#007A53", 8.5
+        for question, right, text in asked:
+            shown, color = f"\u2713 {text}", "#007A53"
             if text != right:
-                shown, color, size = textwrap.fill(f"{text} (truth: {right})", 44), "#B3261E", 7.5
-            at = top - 0.055 * k
-            figure.text(left + 0.142, at, question, fontsize=7.5, color="#666666")
-            figure.text(left + 0.142, at - 0.01, shown, fontsize=size, color=color, va="top")
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
-    print(f"wrote {file}")
+                shown, color = f"\u2717 {text} (truth: {right})", "#B3261E"
+            for k, line in enumerate((question, *textwrap.wrap(shown, 40))):
+                figure.text((left + side + 0.08) / width, y / height, line, fontsize=8.5, va="top",
+                            color=color if k else "#555555")  # fmt: skip
+                y -= 0.155
+            y -= 0.06
+    said = ("seen: fresh scenes; pairs: things that never met in training; style: a style of "
+            "drawing never trained on")  # fmt: skip
+    figure.text(0.5, 0.012, said, fontsize=9, color="#555555", ha="center")
+    save(figure, file)
 
 
-def draw_ablations(groups, file, reach=6):
-    """Differences to each group's first row: ours with every seed, beside the paper's.
+def running_mean(values):
+    """The mean of the tenth of all values that lie around each (fewer at the ends)."""
+    window = np.ones(len(values) // 20 * 2 + 1)
+    there = np.convolve(np.ones(len(values)), window, "same")
+    return np.convolve(values, window, "same") / there
 
-    `groups` as `ablations` of runs/results.py makes them. What lies further off than `reach` points
-    becomes an arrow with its number, so that the small differences stay visible.
-    """
+
+def draw_losses(stages, file):
+    """{stage: rows of its metrics.jsonl}: the language model's loss of each stage, then the balance
+    and z losses of the last stage's routers."""
     plt = pyplot()
     if not plt:
         return
-    n_lines = sum(len(group["rows"]) + 1.5 for group in groups)
-    figure, axes = plt.subplots(1, 2, sharex=True, sharey=True, layout="constrained",
-                                figsize=(11, 0.28 * n_lines + 1.5))  # fmt: skip
-
-    def line(axis, y, row, key, average, remark, color):
-        far = row[key] is not None and abs(row[key]) > reach - 0.5
-        if far:
-            edge = (reach - 0.3) * (1 if row[key] > 0 else -1)
-            axis.plot(edge, y, ">" if edge > 0 else "<", color=color, markersize=8)
-            axis.text(edge * 0.93, y, f"{row[key]:+.1f}", fontsize=9, va="center",
-                      ha="right" if edge > 0 else "left")  # fmt: skip
-        elif row[key] is not None:
-            axis.plot(row[key], y, "|", color=color, markersize=15, markeredgewidth=3, zorder=4)
-        elif remark:
-            axis.text(0.2, y, remark, fontsize=9, va="center", style="italic", color="#555555")
-        if row[average] is not None:
-            axis.text(1.01, y, f"{row[average]:.1f}", va="center", fontsize=9,
-                      transform=axis.get_yaxis_transform())  # fmt: skip
-        return far
-
-    ours, paper = axes
-    y, ticks = 0, []
-    for group in groups:
-        top, first = y, group["rows"][0]
-        ticks.append((y, f"({group['group']}) {group['title']}"))
-        for row in group["rows"]:
-            y += 1
-            ticks.append((y, row["label"]))
-            far = line(ours, y, row, "difference", "average", "not measured", COLORS[0])
-            if row["difference"] is not None and not far:
-                seeds = [average - first["average"] for average in row["averages"]]
-                ours.plot([min(seeds), max(seeds)], [y, y], color=COLORS[4], linewidth=2, zorder=2)
-                ours.plot(seeds, [y] * len(seeds), "o", color="white", markersize=5, zorder=5,
-                          markeredgecolor="black", markeredgewidth=0.8)  # fmt: skip
-            line(paper, y, row, "paper", "paper_average", row["paper_remark"], COLORS[5])
-        for axis in axes:
-            axis.axhspan(top + 0.5, y + 0.5, color="#F4F4F4", zorder=0)
-            axis.plot([0, 0], [top + 0.5, y + 0.5], color="black", linewidth=0.8, zorder=1)
-        y += 1.5
-    ours.set_yticks(*zip(*ticks), fontsize=9)
-    for label in ours.get_yticklabels():
-        label.set_fontweight("bold" if label.get_text().startswith("(") else "normal")
-    ours.set(xlim=(-reach, reach), ylim=(y - 0.8, -0.7))
-    ours.set_title("this miniature: exact answers, mean of three splits\n"
-                   "bar: mean of the seeds, circles: each seed; right: percent",
-                   fontsize=10)  # fmt: skip
-    paper.set_title("the paper, Table 3: mean of SQA,\nTextVQA, MM-Vet, SEED; right: the mean",
-                    fontsize=10)  # fmt: skip
-    for axis in axes:
-        axis.set_xlabel("points above the group's first row")
-        axis.grid(axis="x", color="#DDDDDD", linewidth=0.6)
-        axis.set_axisbelow(True)
-        axis.tick_params(axis="y", length=0)
-        axis.spines[["top", "right", "left"]].set_visible(False)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
-    print(f"wrote {file}")
+    panels = []
+    for k, rows in stages.items():
+        panels.append((rows, f"stage {k}: {STAGES[k]}", "nats a token of an answer", LM_LOSS))
+    known = {name for row in rows for name in row}
+    for kind, what in (("balance", "balance loss"), ("z", "router z-loss")):
+        curves = {f"{p}_{kind}": part for p, part in PARTS.items() if f"{p}_{kind}" in known}
+        if curves:
+            panels.append((rows, f"stage {k}: {what}", what, curves))
+    columns = min(3, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure, axes = plt.subplots(lines, columns, squeeze=False, layout="constrained",
+                                figsize=(3.6 * columns, 2.7 * lines))  # fmt: skip
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, (rows, title, unit, curves) in zip(axes.flat, panels):
+        for (name, label), color in zip(curves.items(), COLORS):
+            samples, values = zip(*((r["samples"], r[name]) for r in rows if name in r))
+            axis.plot(samples, values, color=color, linewidth=0.6, alpha=0.35)
+            axis.plot(samples, running_mean(values), color=color, linewidth=2, label=label)
+        axis.set(xlabel="samples", ylabel=unit)
+        axis.set_title(title, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+        if "balance" in title:
+            axis.axhline(1, color="black", linewidth=1, linestyle=":", label="1: even")
+        if name == "lm_loss":
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.minorticks_off()
+        else:
+            axis.legend(frameon=False, fontsize=9)
+    figure.supxlabel("thin: each step; thick: the mean of the tenth of all steps around it",
+                     fontsize=9, color="#555555")  # fmt: skip
+    save(figure, file)
 
 
-def draw_ratios(rows, file):
-    """Rows of bench.py: how many times as long as we each peer takes, on a logarithmic scale."""
-    plt = pyplot()
-    rows = [row for row in rows if "ours" in next(iter(row.get("ratios", "-"))) and
-            len(row["ratios"]) > 1]  # fmt: skip
-    if not plt or not rows:
-        return
-    figure, axis = plt.subplots(figsize=(11, 0.36 * len(rows) + 1), layout="constrained")
-    for y, row in enumerate(rows):
-        names = list(row["ratios"])[1:]
-        for x in (row["ratios"][name] for name in names):
-            axis.plot(x, y, "o", color=COLORS[0] if x >= 1 else COLORS[5])
-        said = "; ".join(f"{name} {row['ratios'][name]:.2f}" for name in names)
-        axis.text(1.01, y, said, fontsize=7, va="center", transform=axis.get_yaxis_transform())
-    axis.axvline(1, color="black", linewidth=1)
-    axis.set(xscale="log", xlabel="time of the other / ours: right of the line we are faster",
-             yticks=range(len(rows)))  # fmt: skip
-    labels = [f"{row['section']}: {row['case']}" for row in rows]
-    axis.set_yticklabels(labels, fontsize=7)
-    axis.set_xticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
-    axis.minorticks_off()
-    axis.grid(axis="x", alpha=0.3)
-    axis.invert_yaxis()
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
-    print(f"wrote {file}")
+def read_metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def draw_metrics(folder):
+def draw_metrics(folder, stage):
     """loss.png, and for a sparse stage experts.png: the load over the last fifth of the steps."""
-    plt = pyplot()
-    if not plt:
-        return
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    every = dict.fromkeys(name for row in rows for name in row)
-    names = [k for k in every if k == "lm_loss" or k.endswith(("_balance", "_z"))]
-    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), squeeze=False)
-    for axis, name in zip(axes[0], names):
-        points = [(row["samples"], row[name]) for row in rows if name in row]
-        axis.plot(*zip(*points), linewidth=0.8)
-        axis.set(title=name, xlabel="samples", yscale="log" if name == "lm_loss" else "linear")
-    figure.tight_layout()
-    figure.savefig(folder / "loss.png", dpi=100)
-    plt.close(figure)
-    print(f"wrote {folder / 'loss.png'}")
+    rows = read_metrics(folder)
+    draw_losses({stage: rows}, folder / "loss.png")
     late, load = rows[-(len(rows) // 5 + 1) :], {}
-    for part in ("clip", "mlp", "llm"):
+    for part, name in PARTS.items():
         shares = [np.atleast_2d(row[f"{part}_load"]) for row in late if f"{part}_load" in row]
         if shares:
             layers = np.mean(shares, axis=0)
-            load |= {f"{part} {layer}": row.tolist() for layer, row in enumerate(layers)}
+            load |= {f"{name} {layer}": row.tolist() for layer, row in enumerate(layers)}
     if load:
         draw_load(load, folder / "experts.png")

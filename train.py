@@ -410,7 +410,7 @@ def finish(trainer, model):
     for file in folder.glob("resume*"):
         file.unlink()
     print(f"stage {cfg.stage}: finished in {seconds:.0f} s -> {folder}")
-    draw_metrics(folder)
+    draw_metrics(folder, cfg.stage)
 
 
 def main():

@@ -1,6 +1,7 @@
 """A chat of 100,000 tokens with a windowed model: does it get slower, or larger?
 
-    python bench/long_chat.py                        # minutes; writes bench/long_chat.json and .png
+    python bench/long_chat.py           # minutes; writes bench/long_chat.json and .png
+    python bench/long_chat.py --draw    # only the picture again, of what was measured before
 
 The miniature (out/stage3) is given a sliding window and shown picture after picture, with a
 question each, in one conversation. Its cache is a ring of one window, so a token at the end must
@@ -14,10 +15,10 @@ import pathlib
 import sys
 
 import numpy as np
-import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+MINIATURE = str(ROOT / "out" / "stage3")
 
 from tqdm import tqdm  # noqa: E402
 
@@ -25,7 +26,7 @@ from bench import machine  # noqa: E402
 from conversation import Conversation  # noqa: E402
 from data import world  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
-from plots import pyplot  # noqa: E402
+from plots import COLORS, pyplot, save  # noqa: E402
 from sample import load  # noqa: E402
 
 
@@ -63,38 +64,51 @@ def chat(model, tokenizer, tokens, points=50):
     return rows
 
 
-def draw(rows, window, file):
-    plt = pyplot()
+def draw(result, file):
+    """Each measure along the conversation, and a line through its first half's mean."""
+    plt, rows = pyplot(), result["rows"]
     if not plt:
         return
-    figure, axes = plt.subplots(1, 3, figsize=(11, 2.8), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
     x = [row["tokens"] / 1e3 for row in rows]
     for axis, (name, title) in zip(axes, (
         ("ms_a_token", "ms a token of an answer"), ("mb", "memory of the process, MB"),
         ("ms_to_first_token", "ms until the first token")), strict=True):  # fmt: skip
-        axis.plot(x, [row[name] for row in rows], color="#0072B2")
-        top = 1.3 * max(row[name] for row in rows)
-        axis.set(title=title, xlabel="thousand tokens said and seen", ylim=(0, top))
+        values = [row[name] for row in rows]
+        axis.plot(x, values, color=COLORS[0])
+        axis.axhline(np.mean(values[: len(rows) // 2]), color="black", linestyle=":",
+                     label="mean of the first half")  # fmt: skip
+        axis.set(xlabel="thousand tokens said and seen", ylim=(0, 1.3 * max(values)))
+        axis.set_title(title, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
-    figure.suptitle(f"One conversation; the model sees the last {window} tokens", fontsize=10)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    axes[0].legend(frameon=False, fontsize=9, loc="lower left")
+    figure.suptitle(
+        f"One conversation with {result['model']}, which sees the last {result['window']} tokens\n"
+        f"{result['machine']}, {result['threads']} threads, {result['precision'][6:]}",
+        fontsize=10,
+    )
+    save(figure, file)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--model", default=str(ROOT / "out" / "stage3"))
+    parser.add_argument("--model", default=MINIATURE)
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--draw", action="store_true", help="only draw what was measured before")
     args = parser.parse_args()
+    file = ROOT / "bench" / "long_chat.json"
+    if args.draw:
+        return draw(json.loads(file.read_text()), file.with_suffix(".png"))
     model = load(args.model, "cpu")
     model.llm.cfg.sliding_window = args.window
     rows = chat(model, Tokenizer.from_pretrained(args.model), args.tokens)
+    name = "the miniature" if args.model == MINIATURE else pathlib.Path(args.model).name
     result = machine() | {"command": "python bench/long_chat.py", "window": args.window}
-    result |= {"threads": torch.get_num_threads(), "rows": rows}
-    file = ROOT / "bench" / "long_chat.json"
+    result |= {"model": name, "precision": "torch.float32", "rows": rows}  # as `load` gives it
     file.write_text(json.dumps(result, indent=1) + "\n")
-    draw(rows, args.window, file.with_suffix(".png"))
+    draw(result, file.with_suffix(".png"))
     half = len(rows) // 2
     for name in ("ms_a_token", "ms_to_first_token", "mb"):
         first, last = (

@@ -2,6 +2,7 @@
 
     python runs/results.py                  # rewrite the README's blocks
     python runs/results.py --collect out    # first take a finished demo (runs/demo.sh) into bench/
+    python runs/results.py --draw out       # draw the pictures anew, and measure nothing
 
 A block stands between `<!-- name -->` and `<!-- /name -->`; tests/test_readme.py checks that every
 block is what this script would write.
@@ -13,14 +14,20 @@ import os
 import pathlib
 import platform
 import re
-import shutil
 import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from pictures import done_how, draw_ablations, draw_ratios, shown
+
 import budget
 import stages
+from cumo import CuMo
+from data.images import open_image
+from data.tokenizer import Tokenizer
+from eval import shown_answers
+from plots import draw_answers, draw_load, draw_losses, draw_routing, read_metrics
 
 TYPES = ("what", "existence", "count", "where", "kind", "background", "side", "list", "all")
 SPLITS = ("seen", "pairs", "style")
@@ -276,14 +283,6 @@ def faults_block():
     return "\n".join(lines)
 
 
-SHOWN = (  # rows of bench.py that the README shows: (section, start of the case)
-    ("moe", "CLIP-L, 16"), ("moe", "CuMo-7B's connector, 4"), ("moe", "miniature CLIP, 16"),
-    ("moe", "Mixtral"), ("moe", "CLIP-L, more"), ("scale", "attention"), ("llm", ""),
-    ("train", "half"), ("train", "miniature"), ("load", ""), ("decode", "first token, bf"),
-    ("decode", "a token, fl"), ("decode", "a token, bf"), ("decode", "a token, int8"),
-    ("decode", "a token of each"), ("start", ""))  # fmt: skip
-
-
 def took_in_words(seconds):
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
@@ -291,16 +290,15 @@ def took_in_words(seconds):
 def performance_block():
     run = json.loads((ROOT / "bench" / "amd-epyc-bfloat16.json").read_text())
     lines = ["| `bench.py` | case | ours | beside it, as a multiple |", "|---|---|---|---|"]
-    for section, case in SHOWN:
-        for row in run["rows"]:
-            if row["section"] == section and row["case"].startswith(case):
-                (first, seconds), *_ = row["medians"].items()
-                others = [f"{n} {x:.2f}" for n, x in row["ratios"].items() if n != first]
-                name = "" if first in ("ours", "ours, compiled") else f" ({first})"
-                lines.append(f"| {section} | {row['case']} | {took_in_words(seconds)}{name} | "
-                             f"{', '.join(others)} |")  # fmt: skip
+    for row in shown(run["rows"]):
+        ours = took_in_words(next(iter(row["medians"].values()))) + done_how(row)
+        others = ", ".join(f"{name} {x:.2f}" for name, x in [*row["ratios"].items()][1:])
+        lines.append(f"| {row['section']} | {row['case']} | {ours} | {others} |")
+    (start,) = (row for row in run["rows"] if row["section"] == "start")
     where = f"2 cores of {run['machine']}, {run['precision'][6:]} where nothing else is said"
-    lines += ["", f"{where}, torch {run['torch']}; medians. Above 1, ours is faster."]
+    lines += ["", f"{where}, torch {run['torch']}; medians. Above 1, ours is faster. From the "
+              f"command `{start['case']}` to its first word it takes "
+              f"{took_in_words(start['medians']['ours'])}."]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -358,9 +356,22 @@ def collect(out):
     }
     name = "mini.json" if run["precision"] == "bf16" else "mini_float32.json"
     (ROOT / "bench" / name).write_text(json.dumps(run, indent=1) + "\n")
-    for name in ("answers.png", "experts.png"):
-        shutil.copy(out / name, ROOT / "bench")
-    shutil.copy(out / "stage3" / "loss.png", ROOT / "bench")
+    draw(out)
+
+
+def draw(out):
+    """The README's pictures of a finished demo, and of what bench/ holds; nothing is measured."""
+    out, bench = pathlib.Path(out), ROOT / "bench"
+    draw_losses({k: read_metrics(out / f"stage{k}") for k in (1, 2, 3)}, bench / "loss.png")
+    draw_load(json.loads((out / "eval.json").read_text())["expert_load"], bench / "experts.png")
+    model = CuMo.from_pretrained(out / "stage3").eval()
+    cells = shown_answers(model, Tokenizer.from_pretrained(out / "stage3"))
+    draw_answers(cells, bench / "answers.png")
+    draw_routing(model, open_image(ROOT / "cat.jpg"), bench / "expert_map.png")
+    file = bench / "amd-epyc-bfloat16.json"
+    draw_ratios(json.loads(file.read_text()), file.with_suffix(".png"))
+    file = bench / "ablations" / "results.json"
+    draw_ablations(ablations(json.loads(file.read_text())), file.with_name("ablations.png"))
 
 
 def collect_sparse(out):
@@ -383,7 +394,10 @@ def main():
         "--collect", metavar="OUT", help="take this finished demo into bench/ first"
     )
     parser.add_argument("--collect-sparse", metavar="DIR", help="the same of sparse_vs_dense.sh")
+    parser.add_argument("--draw", metavar="OUT", help="draw all pictures anew, with this demo's")
     args = parser.parse_args()
+    if args.draw:
+        draw(args.draw)
     if args.collect:
         collect(args.collect)
     if args.collect_sparse:

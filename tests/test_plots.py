@@ -1,7 +1,10 @@
 """Expert maps show each patch where it lies, in the color of the expert its router chose first."""
 
+import json
+import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +15,11 @@ from tiny import tiny_cumo
 import plots
 from cumo import CuMo
 from plots import COLORS, draw_experts, expert_map, routing
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "runs"))
+import pictures
+import results
 
 RGB = np.array([ImageColor.getrgb(color) for color in COLORS])
 PLAIN = Image.new("RGB", (48, 48), (200, 90, 30))
@@ -88,7 +96,12 @@ def test_every_block_has_a_map_and_every_expert_a_place_in_the_legend(drawn, blo
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
     assert titles == ["the picture", *choices]
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == [f"expert {e}" for e in range(experts)]
+    assert labels == [*(f"expert {e}" for e in range(experts)), "an even share"]
+    bars = [axis.child_axes[0] for axis in figure.axes if axis.child_axes]
+    texts = [*figure.legends[0].get_texts(), *(text for bar in bars for text in bar.texts)]
+    figure.canvas.draw()  # saving was at another resolution
+    boxes = [text.get_window_extent() for text in texts]
+    assert 0 <= min(box.x0 for box in boxes) and max(box.x1 for box in boxes) <= figure.bbox.x1
 
 
 def test_routing_gives_each_patch_the_choice_that_it_gets_alone():
@@ -156,3 +169,95 @@ def test_missing_matplotlib_is_told_in_one_line(monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert printed == ["no pictures without matplotlib: pip install matplotlib"]
     assert not (tmp_path / "map.png").exists()
+
+
+def test_bars_have_a_scale_on_which_the_even_share_is_marked(drawn):
+    choices, load = random_choices(["CLIP layer 0", "connector"], 6, 4)
+    figure, _ = drawn(PLAIN, choices, load)
+    for axis, shares in zip(figure.axes[1:], load.values()):
+        (bars,) = axis.child_axes
+        assert [text.get_text() for text in bars.get_xticklabels()] == ["25 %"]
+        assert {*bars.get_xticks()} == {0.25} == {*bars.lines[0].get_xdata()}
+        assert bars.get_xlim()[0] == 0
+        assert [text.get_text() for text in bars.texts] == [f"{share:.0%}" for share in shares]
+
+
+def test_scales_are_spoken_of_only_where_there_are_several(monkeypatch, tmp_path):
+    plt, said = plots.pyplot(), []
+    monkeypatch.setattr(plots, "save", lambda figure, *_, **__: said.append(figure._supxlabel))
+    for scales in ((1,), (1, 3)):
+        plots.draw_routing(tiny_cumo(experts=4, scales=scales), PLAIN, tmp_path / "map.png")
+    one, two = (text.get_text() for text in said)
+    plt.close("all")
+    assert two.startswith(one) and "scales" in two and "scale" not in one
+
+
+def test_running_mean_keeps_a_constant_and_is_the_mean_of_the_neighbours():
+    assert plots.running_mean([3.0] * 50) == pytest.approx(3)
+    assert plots.running_mean([5.0]) == pytest.approx([5])
+    values = np.random.default_rng(0).normal(size=60)  # a window of 7
+    expected = [values[max(0, i - 3) : i + 4].mean() for i in range(60)]
+    assert plots.running_mean(values) == pytest.approx(expected)
+
+
+def test_losses_of_every_stage_are_drawn_and_balance_beside_its_even_one(monkeypatch, tmp_path):
+    dense = [{"samples": 8 * k, "lm_loss": 5 / k} for k in range(1, 41)]
+    sparse = [row | {"clip_balance": 1.2, "mlp_balance": 1.1, "clip_z": 2.0} for row in dense]
+    kept = []
+    monkeypatch.setattr(plots, "save", lambda figure, file: kept.append(figure))
+    plots.draw_losses({1: dense, 3: sparse}, tmp_path / "loss.png")
+    axes = {axis.get_title(): axis for axis in kept[0].axes if axis.get_title()}
+    plots.pyplot().close("all")
+    assert list(axes) == ["stage 1: connector pre-training", "stage 3: instruction tuning",
+                          "stage 3: balance loss", "stage 3: router z-loss"]  # fmt: skip
+    assert all(axis.get_xlabel() == "samples" and axis.get_ylabel() for axis in axes.values())
+    raw, mean = axes["stage 1: connector pre-training"].lines
+    assert raw.get_ydata().tolist() == [row["lm_loss"] for row in dense]
+    assert mean.get_linewidth() > 2 * raw.get_linewidth()
+    legend = axes["stage 3: balance loss"].get_legend().get_texts()
+    assert [text.get_text() for text in legend] == ["CLIP-MoE", "MLP-MoE", "1: even"]
+    assert set(axes["stage 3: balance loss"].lines[-1].get_ydata()) == {1}
+
+
+def test_an_answer_is_marked_right_or_wrong_and_no_two_lines_overlap(monkeypatch, tmp_path):
+    kept = []
+    monkeypatch.setattr(plots, "save", lambda figure, file: kept.append(figure))
+    asked = [("Is it?", "no", "no"), ("List all.", "a dog " * 9, "a cat " * 9), ("Why?", "1", "2")]
+    plots.draw_answers([("seen", PLAIN, asked)], tmp_path / "answers.png")
+    figure = kept[0]
+    texts = [text for text in figure.texts if text.get_position()[0] < 0.4]
+    boxes = [text.get_window_extent(figure.canvas.get_renderer()) for text in texts]
+    plots.pyplot().close("all")
+    assert all(above.y0 > below.y1 - 1 for above, below in zip(boxes, boxes[1:]))
+    said = " ".join(text.get_text() for text in texts)
+    assert "\u2713 no" in said and "\u2717 2 (truth: 1)" in said
+
+
+def test_the_table_and_the_picture_of_ratios_have_the_same_rows(monkeypatch, tmp_path):
+    run = json.loads((ROOT / "bench" / "amd-epyc-bfloat16.json").read_text())
+    kept = []
+    monkeypatch.setattr(pictures, "save", lambda figure, file: kept.append(figure))
+    pictures.draw_ratios(run, tmp_path / "ratios.png")
+    (axis,) = kept[0].axes
+    names = [text.get_text().replace("\n", " ") for text in axis.get_yticklabels()]
+    plots.pyplot().close("all")
+    table = [[cell.strip() for cell in line.split("|")[1:-1]]
+             for line in results.performance_block().splitlines()[2:] if "|" in line]  # fmt: skip
+    assert len(names) == len(table) and "decode: first token, int8" in names
+    for y, (name, (section, case, ours, others)) in enumerate(zip(names, table)):
+        what = f"{section}: {case}"
+        assert name.startswith(what) and ours.endswith(name.removeprefix(what))
+        dots = [line.get_xdata() for line in axis.lines if [*line.get_ydata()] == [y]]
+        ratios = re.findall(r" (\d+\.\d\d)(?:,|$)", others)
+        assert sorted(ratios) == sorted(f"{x:.2f}" for (x,) in dots)
+
+
+def test_every_peer_has_a_color_and_a_marker_of_its_own(monkeypatch, tmp_path):
+    colors, markers, labels = zip(*pictures.PEERS.values())
+    assert len({*colors}) == len({*markers}) == len({*labels}) == len(labels)
+    names = ["transformers", "llama.cpp Q8_0", "loop", "dense, same work", "ours, eager", "full"]
+    assert [pictures.peer(name)[1] for name in names] == ["s", "^", "D", "v", "o", "o"]
+    assert not pictures.shown([{"section": "start", "case": "x", "ratios": {"ours": 1}}])
+    alone = {"section": "llm", "case": "one", "ratios": {"ours": 1}}
+    beside = {"section": "llm", "case": "two", "ratios": {"ours": 1, "transformers": 2}}
+    assert pictures.shown([alone, beside]) == [beside], "nothing stands beside the other"
