@@ -23,7 +23,8 @@ them. What is printed is the median of each and its ratio to ours (2.0: ours tak
     tokenizer   seconds a megabyte, beside the reference libraries
 
 All peers run at their best setting here: bfloat16 where the processor multiplies it in hardware,
-float32 elsewhere, and PyTorch's fused attention.
+float32 elsewhere, PyTorch's fused attention, grouped products, and torch.compile like ours (but for
+the loop, which that makes slower). "eager" is ours without it.
 """
 
 import argparse
@@ -45,6 +46,7 @@ from torch import nn
 import budget
 import train
 from cumo import has_fast_bf16
+from data import flags
 from data.weights import write_json, write_tensors
 from llm import LLM, LLMConfig, attend, attention_mask
 from mlp_moe import ACTIVATIONS, SparseMoE
@@ -164,6 +166,10 @@ class LoopMoE(nn.Module):
         return torch.stack(samples)
 
 
+def first(y):
+    return y[0] if isinstance(y, tuple) else y
+
+
 def moe(runs):
     rows = []
     for case, (dim, hidden, out, images, tokens, act) in MOE_SHAPES.items():
@@ -172,15 +178,16 @@ def moe(runs):
         def block(num_experts=4, dim=dim, hidden=hidden, out=out, act=act):
             return SparseMoE(dim, hidden, num_experts, 2, out, act).to(DEVICE, DTYPE)
 
-        modules = {"ours": block(), "dense, same work": DenseMLP(dim, 2 * hidden, out, act),
-                   "loop": LoopMoE(dim, hidden, out, act)}  # fmt: skip
-        first = lambda y: y[0] if isinstance(y, tuple) else y
-        contestants = {name: forward_backward(module.to(DEVICE, DTYPE), x, first)
-                       for name, module in modules.items()}  # fmt: skip
+        ours, dense = block(), DenseMLP(dim, 2 * hidden, out, act).to(DEVICE, DTYPE)
+        modules = {"ours": torch.compile(ours), "ours, eager": ours,
+                   "dense, same work": torch.compile(dense),
+                   "loop": LoopMoE(dim, hidden, out, act).to(DEVICE, DTYPE)}  # fmt: skip
+        contestants = {name: forward_backward(module, x, first) for name, module in modules.items()}
         rows.append(row("moe", f"{case}, {images} images", race(contestants, runs)))
-        contestants = {f"{E} experts": forward_backward(block(E), x, first)
+        contestants = {f"{E} experts": forward_backward(torch.compile(block(E)), x, first)
                        for E in (4, 8, 16, 32)}  # fmt: skip
         rows.append(row("moe", f"{case}, more experts", race(contestants, runs)))
+        torch.compiler.reset()  # the next shape is compiled for itself
     rows.append(mixtral_block(runs))
     return rows
 
@@ -188,11 +195,11 @@ def moe(runs):
 def scale(runs):
     """Forward and backward of CLIP-L's sparse block: time per image, however many there are."""
     dim, hidden, out, _, tokens, act = MOE_SHAPES["CLIP-L"]
-    block = SparseMoE(dim, hidden, 4, 2, out, act).to(DEVICE, DTYPE)
+    block = torch.compile(SparseMoE(dim, hidden, 4, 2, out, act).to(DEVICE, DTYPE), dynamic=True)
     contestants = {}
     for images in (16, 8, 4, 2, 1):
         x = torch.randn(images, tokens, dim, device=DEVICE, dtype=DTYPE, requires_grad=True)
-        contestants[f"{images} images"] = forward_backward(block, x, lambda y: y[0])
+        contestants[f"{images} images"] = forward_backward(block, x, first)
     seconds = race(contestants, runs)
     result = row("scale", "CLIP-L's block, images", seconds)
     a_image = {n: t / int(n.split()[0]) for n, t in result["medians"].items()}
@@ -220,14 +227,15 @@ def mixtral_block(runs, dim=1024, hidden=3584, tokens=1024):
 
     config = MixtralConfig(hidden_size=dim, intermediate_size=hidden, num_local_experts=8,
                            num_experts_per_tok=2)  # fmt: skip
+    config._experts_implementation = "grouped_mm"  # twice as fast as its loop
     theirs = MixtralSparseMoeBlock(config).to(DEVICE, DTYPE)
     for p in theirs.parameters():
         nn.init.normal_(p, std=0.02)
     ours = SparseMoE(dim, hidden, 8, 2, act="silu", gated=True, bias=False).to(DEVICE, DTYPE)
     x = torch.randn(1, tokens, dim, device=DEVICE, dtype=DTYPE, requires_grad=True)
-    first = lambda y: y[0] if isinstance(y, tuple) else y
-    contestants = {"ours": forward_backward(ours, x, first),
-                   "transformers": forward_backward(theirs, x, first)}  # fmt: skip
+    contestants = {"ours": forward_backward(torch.compile(ours), x, first),
+                   "ours, eager": forward_backward(ours, x, first),
+                   "transformers": forward_backward(torch.compile(theirs), x, first)}  # fmt: skip
     return row("moe", f"Mixtral's block, {tokens} tokens", race(contestants, runs))
 
 
@@ -240,6 +248,8 @@ def llm(runs, layers=6, rows=2, tokens=512):
     config = transformers.MistralConfig(**cfg.to_hf() | {"sliding_window": None})
     theirs = transformers.MistralForCausalLM._from_config(config, attn_implementation="sdpa")
     theirs = theirs.to(DEVICE, DTYPE).train()
+    for block in (*ours.model.layers, *theirs.model.layers):
+        block.compile()
     ids = torch.randint(cfg.vocab_size, (rows, tokens), device=DEVICE)
 
     def step(model, loss):
@@ -268,6 +278,8 @@ def training(stage=3, **options):
 
 
 def train_(runs):
+    if not (ROOT / "out" / "stage2" / "config.json").is_file():
+        raise ValueError("section train starts from out/stage2: run `python train.py --stage 2`")
     return [half_size(runs), miniature(runs)]
 
 
@@ -288,8 +300,6 @@ def half_size(runs):
 
 def miniature(runs):
     """Stage 3 of the miniature; the peer is a large matrix product of as many operations."""
-    if not (ROOT / "out" / "stage2" / "config.json").is_file():
-        raise ValueError("section train starts from out/stage2: run `python train.py --stage 2`")
     trainer, batches, place = training()
     dtype = torch.bfloat16 if trainer.cfg.bf16 else torch.float32
     seconds, products, shares, speeds = [], [], [], []
@@ -341,20 +351,20 @@ def load(runs, layers=12):
 def memory(runs):
     """Peak memory of a training in a process of its own, above what importing takes."""
     rows = []
-    for name, flags in {
+    for name, options in {
         "float32": "",
         "recomputing": "--recompute",
         "bf16-sr, int8 moments": "--weights bf16-sr --moments int8",
     }.items():
         code = (
-            "import sys, torch; sys.argv[1:] = sys.argv[1:]; import bench, budget, train;"
+            "import sys, torch, bench, budget, train;"
             "from data.flags import parse; cfg, given = parse(train.TrainConfig, sys.argv[1:]);"
             "start = budget.peak_memory('cpu'); given = {k: getattr(cfg, k) for k in given};"
             "trainer, batches, place = bench.training(**given); plan = train.settle(trainer.cfg);"
             "[trainer.train_step(batches) for _ in range(3)];"
             "print(budget.peak_memory(trainer.cfg.device) - start, budget.total(plan))"
         )
-        words = [sys.executable, "-c", code, "--rows", "16", *flags.split()]
+        words = [sys.executable, "-c", code, "--rows", "16", *options.split()]
         said = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT).stdout
         peak, expected = map(int, said.split()[-2:])
         print(f"memory  {name:34} peak {peak / 2**20:.0f} MB, estimate {expected / 2**20:.0f} MB "
@@ -434,7 +444,7 @@ def decode_at(precision, runs, tokens=96):
     packed, peer = pathlib.Path(f"{folder}.gguf"), None
     if importlib.util.find_spec("llama_cpp") and packed.is_file() and DEVICE == "cpu":
         kind = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}[precision]
-        peer = Process("llama_peer.py", packed, kind)
+        peer = Process("llama_peer.py", packed, kind, torch.get_num_threads())
         contestants[f"llama.cpp {kind}"] = lambda n: peer(n)[0]
     firsts, nexts = ({name: [] for name in contestants} for _ in range(2))
     memory, speeds = torch.randn(2**27, device=DEVICE), []  # 512 MB
@@ -540,4 +550,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    flags.run(main)
