@@ -334,7 +334,10 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 def choose(logits_BV: Tensor, temperature: float, top_p=1.0, top_k=None, generator=None) -> Tensor:
     """The next token of each row, see `LLM.generate`."""
-    if temperature == 0:
+    if not logits_BV.isfinite().all():
+        raise ValueError("a logit is not a finite number: the weights are damaged, or float16 or "
+                         "bfloat16 is too small for this model; try --dtype float32")  # fmt: skip
+    if temperature < 1e-6:  # below it float32 can overflow
         return logits_BV.argmax(-1)
     logits_BV = logits_BV - logits_BV.amax(-1, keepdim=True)  # however small the temperature
     logits_BV, token_BV = (logits_BV / temperature).sort(dim=-1, descending=True)

@@ -19,11 +19,10 @@ Letters: F outputs, D inputs, E experts, M assignments of a token to an expert.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm import LLM, Linear, product
-from mlp_moe import ACTIVATIONS, Experts
+from mlp_moe import ACTIVATIONS, Experts, grouped_matmul
 
 FEW = 8  # so many rows take only their own experts' weights from memory
 
@@ -35,7 +34,8 @@ def to_int8(weight: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
     scale = scale.masked_fill(scale == 0, 1)
     if not scale.isfinite().all():
         raise ValueError("a weight is not finite; int8 has no number for it")
-    return (weight.float() / scale).round().to(torch.int8), scale.squeeze(dim)
+    whole = (weight.float() / scale).round().clamp(-127, 127)
+    return whole.to(torch.int8), scale.squeeze(dim)
 
 
 class Int8Linear(nn.Module):
@@ -74,13 +74,14 @@ class Int8Experts(nn.Module):
     def forward(self, x_MD: Tensor, ends_E: Tensor) -> Tensor:
         row_M = torch.arange(len(x_MD), device=x_MD.device)
         expert_M = torch.searchsorted(ends_E, row_M, right=True)
+        rows_ME = expert_M[:, None] == torch.arange(len(ends_E), device=x_MD.device)
 
         def linear(x: Tensor, name: str) -> Tensor:
             w_EDF, scale_EF = getattr(self, name), getattr(self, f"scale_{name}")
             if len(x) <= FEW:
                 y = torch.einsum("md,mdf->mf", x, w_EDF[expert_M].to(x.dtype))
             else:
-                y = F.grouped_mm(x, w_EDF.to(x.dtype), offs=ends_E)
+                y = grouped_matmul(x, w_EDF.to(x.dtype), ends_E, rows_ME.to(x.dtype))
             return (y * scale_EF[expert_M]).to(x.dtype)
 
         hidden_MF = ACTIVATIONS[self.act](linear(x_MD, "w1")) * linear(x_MD, "w3")

@@ -71,6 +71,14 @@ def test_few_rows_and_many_give_the_same():
     torch.testing.assert_close(few, experts(x, ends), rtol=0.05, atol=0.01)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_of_odd_sizes_and_many_rows(dtype):
+    torch.manual_seed(0)
+    experts = Experts(3, 13, 23, 13, "silu", gated=True, bias=False).to(dtype)
+    x, ends = torch.randn(20, 13, dtype=dtype), torch.tensor([4, 4, 20], dtype=torch.int32)
+    torch.testing.assert_close(Int8Experts(experts)(x, ends), experts(x, ends), rtol=0.1, atol=0.02)
+
+
 def test_only_matrices_of_the_language_model_are_touched():
     model = tiny_cumo(experts=2, llm_experts=4)
     quantize(model.llm)
