@@ -3,8 +3,9 @@
     python bench/quant.py                            # writes bench/quant.json
 
 The miniature of the demo (out/stage3) sits the exam of eval.py, and SmolLM2-135M-Instruct
-(weights/, see runs/smollm2.sh) reads English of ours that it cannot have seen: its loss a token,
-and how often its likeliest next token is the one of the float32 weights.
+(weights/, see runs/smollm2.sh) reads English of ours that it cannot have seen, this project's
+documents at the commit that the results name: its loss a token, and how often its likeliest next
+token is the one of the float32 weights.
 """
 
 import argparse
@@ -19,6 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench import machine  # noqa: E402
+from data.flags import run  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from eval import SPLITS, accuracy, exam, means  # noqa: E402
 from llm import LLM  # noqa: E402
@@ -73,8 +75,11 @@ def main():
     args = parser.parse_args()
     result = machine() | {"command": "python bench/quant.py"}
     result |= {"smollm2": reading(args.llm), "miniature": answering(args.model, args.n)}
+    if args != parser.parse_args([]):
+        print("bench/quant.json stays as it is: it has the results of the defaults")
+        return
     (ROOT / "bench" / "quant.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
