@@ -35,7 +35,7 @@ from data.hub import resolve
 from data.images import preprocess
 from data.llava import LlavaData
 from data.tokenizer import Tokenizer
-from data.weights import write_json
+from data.weights import fingerprint, write_json
 from mlp_moe import SparseMoE
 from plots import draw_answers, draw_load
 from sample import DTYPES, find_model
@@ -185,7 +185,8 @@ def main():
     tokenizer = Tokenizer.from_pretrained(path)
     if cfg.benchmark:
         ask = lambda *asked: answer(model, tokenizer, *asked)
-        results = benchmarks.run(cfg.benchmark, questions, ask, out, str(path), cfg.batch)
+        by = {"weights": fingerprint(path), "dtype": cfg.dtype or "float32"}
+        results = benchmarks.run(cfg.benchmark, questions, ask, out, str(path), cfg.batch, by)
         write_json(out / f"{cfg.benchmark}.json", results)
         return print(json.dumps(results, indent=1))
     if own:

@@ -27,6 +27,7 @@ as "no weights here" and never as a mixture of two models.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -60,6 +61,16 @@ def read_config(path: str | Path) -> dict:
     if not file.is_file():
         raise ValueError(f"no config.json in {file.parent}: is this a model directory?")
     return _read_json(file)
+
+
+def fingerprint(path: str | Path) -> str:
+    """16 letters that change with the model in a folder: with the name, size or time of change of
+    its config, tokenizer and weights. None of them is read, so it takes no time."""
+    folder = _existing(path) if Path(path).is_dir() else Path(path).parent
+    kinds = "config.json", "tokenizer*", "tekken.json", "*.safetensors", "*.bin"
+    files = sorted(file for kind in kinds for file in folder.glob(kind))
+    state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(state).encode()).hexdigest()[:16]
 
 
 def read_tensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
