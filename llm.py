@@ -345,6 +345,14 @@ def choose(logits_BV: Tensor, temperature: float, top_p=1.0, top_k=None, generat
     return token_BV.gather(1, drawn_B1)[:, 0]
 
 
+OPTIONS = {  # of `LLM.generate`: whether a value is good, and which are
+    "max_new_tokens": (lambda n: n > 0, "1 or more"),
+    "temperature": (lambda t: 0 <= t < float("inf"), "0 or more, and finite"),
+    "top_p": (lambda p: 0 < p <= 1, "above 0 and up to 1"),
+    "top_k": (lambda k: k is None or k > 0, "1 or more"),
+}
+
+
 class LLM(nn.Module):
     def __init__(self, cfg: LLMConfig):
         super().__init__()
@@ -437,7 +445,8 @@ class LLM(nn.Module):
     @torch.no_grad()
     def generate(self, tokens: Tensor | None = None, embeds: Tensor | None = None,
                  segments: Tensor | None = None, *, max_new_tokens: int, temperature: float = 0.0,
-                 top_p: float = 1.0, top_k: int | None = None, seed: int | None = None,
+                 top_p: float = 1.0, top_k: int | None = None,
+                 seed: int | torch.Generator | None = None,
                  eos_token_id: int | list[int] | None = None,
                  stream: Callable[[Tensor], bool | None] | None = None,
                  cache: Cache | None = None, compile: bool = False) -> Tensor:  # fmt: skip
@@ -446,6 +455,7 @@ class LLM(nn.Module):
         Prompts of unequal length are padded on the left, with segments 0 there and 1 elsewhere.
         temperature 0 takes the most probable token; otherwise the next one is drawn from the
         `top_k` most probable, and of these from the fewest that reach probability `top_p`.
+        A `seed` that is a torch.Generator goes on from call to call.
         A row past its end token is filled up with it. `stream` gets the ids [B] of each step, and
         ends the answer if it returns True. A `cache` holds what came before the prompt, which is
         not computed again; the prompt and all of the answer but its last token are added to it.
@@ -454,22 +464,20 @@ class LLM(nn.Module):
         if (tokens is None) == (embeds is None):
             raise ValueError("generate continues either tokens or embeds: give exactly one of them")
         x = self.embed(tokens) if embeds is None else embeds
-        for value, good, wanted in (
-            (f"a prompt of {x.shape[1]} tokens", x.shape[1] > 0, "1 or more"),
-            (f"{max_new_tokens=}", max_new_tokens > 0, "1 or more"),
-            (f"{temperature=}", 0 <= temperature < float("inf"), "0 or more, and finite"),
-            (f"{top_p=}", 0 < top_p <= 1, "above 0 and up to 1"),
-            (f"{top_k=}", top_k is None or top_k > 0, "1 or more"),
-        ):
-            if not good:
-                raise ValueError(f"{value} must be {wanted}")
+        if not x.shape[1]:
+            raise ValueError("a prompt of 0 tokens must be 1 or more")
+        for name, value in zip(OPTIONS, (max_new_tokens, temperature, top_p, top_k)):
+            good, wanted = OPTIONS[name]
+            if not good(value):
+                raise ValueError(f"{name}={value} must be {wanted}")
         if segments is not None and ((segments.diff() < 0).any() or (segments[:, -1] != 1).any()):
             raise ValueError("segments of prompts are zeros (padding on the left), then ones")
         if cache is None:
             room = x.shape[1] + max_new_tokens
             cache = Cache(self.cfg, len(x), room, product_dtype(x), x.device, compile)
         logits = compiled(LLM.logits) if cache.compile else LLM.logits
-        generator = None if seed is None else torch.Generator(x.device).manual_seed(seed)
+        going_on = isinstance(seed, torch.Generator | None)
+        generator = seed if going_on else torch.Generator(x.device).manual_seed(seed)
         ends = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or []
         ends = torch.tensor(ends, dtype=torch.int64, device=x.device)
         done, out = torch.zeros(len(x), dtype=torch.bool, device=x.device), []

@@ -3,7 +3,10 @@
 import functools
 import json
 import math
+import os
+import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,9 +25,31 @@ def pyplot():
     try:
         import matplotlib.pyplot as plt
     except ImportError:
-        print("no pictures without matplotlib: pip install matplotlib")
+        print("no pictures without matplotlib: pip install matplotlib", file=sys.stderr)
         return None
     return plt
+
+
+def check_target(file, flag="--experts"):
+    """ValueError unless `file` is "" or a picture can be drawn into it; asked before a large model
+    is loaded."""
+    folder, suffix = Path(file).parent, Path(file).suffix
+    if not file:
+        return
+    if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(file).is_dir():
+        raise ValueError(f"{flag} {file} cannot be written; name a file in a folder that exists")
+    kinds = pyplot().FigureCanvasBase.get_supported_filetypes() if pyplot() else [suffix[1:]]
+    if suffix[1:].lower() not in kinds or not suffix:
+        raise ValueError(f"{flag} {file}: its name must end in .png, or another kind of picture "
+                         f"that matplotlib writes ({', '.join(sorted(kinds))})")  # fmt: skip
+
+
+def save(figure, file, dpi=100):
+    """Write a figure to a file, which is said on stderr (stdout is for results), or to a buffer."""
+    figure.savefig(file, dpi=dpi)
+    pyplot().close(figure)
+    if not hasattr(file, "write"):
+        print(f"wrote {file}", file=sys.stderr)
 
 
 def draw_load(load, file):
@@ -47,9 +72,7 @@ def draw_load(load, file):
     axis.invert_yaxis()
     axis.legend(ncols=len(shares), loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
     figure.tight_layout()
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
-    print(f"wrote {file}")
+    save(figure, file)
 
 
 def expert_map(picture, choice):
@@ -128,9 +151,7 @@ def draw_experts(picture, choices, load, file):
         "Color: the expert a patch goes to first. Bars: each expert's share of all choices, not "
         "only the first; dotted: an even share.\nThe connector routes each patch once, on the "
         "channels of all its S2 scales together.", fontsize=8, color="#444444")  # fmt: skip
-    figure.savefig(file, dpi=150)
-    plt.close(figure)
-    print(f"wrote {file}")
+    save(figure, file, dpi=150)
 
 
 def draw_routing(model, image, file):
@@ -168,9 +189,7 @@ def draw_answers(cells, file):
             at = top - 0.055 * k
             figure.text(left + 0.142, at, question, fontsize=7.5, color="#666666")
             figure.text(left + 0.142, at - 0.01, shown, fontsize=size, color=color, va="top")
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
-    print(f"wrote {file}")
+    save(figure, file)
 
 
 def draw_ablations(groups, file, reach=6):
@@ -236,9 +255,7 @@ def draw_ablations(groups, file, reach=6):
         axis.set_axisbelow(True)
         axis.tick_params(axis="y", length=0)
         axis.spines[["top", "right", "left"]].set_visible(False)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
-    print(f"wrote {file}")
+    save(figure, file, dpi=110)
 
 
 def draw_ratios(rows, file):
@@ -264,9 +281,7 @@ def draw_ratios(rows, file):
     axis.minorticks_off()
     axis.grid(axis="x", alpha=0.3)
     axis.invert_yaxis()
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
-    print(f"wrote {file}")
+    save(figure, file, dpi=110)
 
 
 def draw_metrics(folder):
@@ -283,9 +298,7 @@ def draw_metrics(folder):
         axis.plot(*zip(*points), linewidth=0.8)
         axis.set(title=name, xlabel="samples", yscale="log" if name == "lm_loss" else "linear")
     figure.tight_layout()
-    figure.savefig(folder / "loss.png", dpi=100)
-    plt.close(figure)
-    print(f"wrote {folder / 'loss.png'}")
+    save(figure, folder / "loss.png")
     late, load = rows[-(len(rows) // 5 + 1) :], {}
     for part in ("clip", "mlp", "llm"):
         shares = [np.atleast_2d(row[f"{part}_load"]) for row in late if f"{part}_load" in row]

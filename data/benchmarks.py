@@ -298,7 +298,7 @@ def picture(question):
 
 def earlier(file, model, metadata):
     """(id, prompt) -> answer, of a run that was interrupted; a last line that was cut off (as when
-    the power fails) is removed. ValueError if another line is damaged, or if the answers are another
+    the power fails) is removed. ValueError if another line is damaged, if the answers are another
     model's, or this one's with other `metadata`."""
     advice = "delete it, which begins anew, or name another --out"
     said, end = {}, 0

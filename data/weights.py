@@ -169,6 +169,18 @@ def write_tensors(
             old.unlink()
 
 
+def make_folder(path: str | Path, flag: str = "--out") -> Path:
+    """The folder at `path`, made if need be. ValueError if nothing can be written there."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        why = None if os.access(path, os.W_OK) else "Permission denied"
+    except OSError as error:
+        why = error.strerror
+    if why:
+        raise ValueError(f"{flag} {path} cannot be written ({why}); name another folder")
+    return Path(path)
+
+
 def write_json(file: str | Path, content: dict) -> None:
     """Write a JSON file so that a reader sees the old one or the new one, never half of it."""
     file = Path(file)

@@ -773,6 +773,10 @@ def test_experts_load_over_ones_own_pictures(model, tmp_path, monkeypatch, capsy
     (["--benchmark", "pope", "--folder", "x"], "cannot be read (No such file or directory)"),
     (["--image-folder", "pics"], "--image-folder pics goes with --data FILE"),
     (["--dtype", "float8"], "--dtype 'float8' is unknown"),
+    (["--experts", "nowhere/e.png"], "--experts nowhere/e.png cannot be written; name a file in"),
+    (["--experts", "e.doc"], "--experts e.doc: its name must end in .png"),
+    (["--out", TOKENIZER], "tokenizer.json cannot be written (File exists); name another folder"),
+    (["--model", TOKENIZER.parent], "is no CuMo, but a language model alone, which sees nothing"),
     (["--n", "3"], "--n 3 must be 8 or more"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(flags, complaint, model, tmp_path, monkeypatch, capsys):
