@@ -38,7 +38,8 @@ import torch
 
 from clip_moe import CLIPVisionConfig
 from cumo import CuMo, CuMoConfig
-from llm import LOGITS_AT_ONCE, LLMConfig
+from llm import LLMConfig
+from loss import LOGITS_AT_ONCE
 from optim import WEIGHTS, bytes_per_parameter
 
 try:

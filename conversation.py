@@ -21,7 +21,7 @@ import torch
 
 from data.chat import IMAGE_TAG, render, render_next, template_of
 from data.images import preprocess
-from llm import LLM, Cache
+from llm import LLM, OPTIONS, Cache
 
 
 def prompt(model, tokenizer, question, images=(), first=True):
@@ -31,7 +31,7 @@ def prompt(model, tokenizer, question, images=(), first=True):
         raise ValueError('the question is empty; ask something, as in --ask "What is this?"')
     alone, pixels, image_tokens = isinstance(model, LLM), None, 0
     if alone and images:
-        raise ValueError("this is a language model alone, it sees nothing; leave out --image")
+        raise ValueError("this is a language model alone, it sees nothing; ask without a picture")
     template = template_of(tokenizer) if alone else model.cfg.template
     if images:
         size, mode, image_tokens = (
@@ -97,25 +97,49 @@ class Answer:
     dropped: int  # turns that had no room any more
 
 
+def check_options(context=4096, stop=(), **options):
+    """ValueError, with the flag of sample.py, for what a `Conversation` cannot do; it is asked
+    before a large model is loaded, too."""
+    if "" in stop:
+        raise ValueError("--stop '' is empty; name the text before which an answer ends")
+    known = OPTIONS | {"context": (lambda n: n > 0, "1 or more")}
+    for name, value in {"context": context, **options}.items():
+        good, wanted = known.get(name, (lambda value: True, ""))
+        if not good(value):
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be {wanted}")
+
+
 class Conversation:
     """Questions about pictures, and answers; what was said stays in the language model's cache.
 
-    context: tokens to keep, if the model has no window. options: those of `LLM.generate`.
+    context: tokens to keep, if the model has no window. stop: texts, or one text, before which an
+    answer ends; what is not shown of it stays in the cache, so the model remembers it. options:
+    those of `LLM.generate`; a seed is that of all answers up to a reset, not of each anew.
     """
 
-    def __init__(self, model, tokenizer, context=4096, compile=False, stop=(), **options):
-        if "" in stop:
-            raise ValueError("--stop '' is empty; name the text before which an answer ends")
+    def __init__(self, model, tokenizer, context=4096, compile=False, stop=(), max_new_tokens=128,
+                 **options):  # fmt: skip
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        options = {"max_new_tokens": max_new_tokens, **options}
+        check_options(context, stop, **options)
         self.model, self.tokenizer, self.stop, self.options = model, tokenizer, stop, options
         llm = model if isinstance(model, LLM) else model.llm
         window, weight = llm.cfg.sliding_window, llm.model.norm.weight
         self.room = None if window else min(context, llm.cfg.max_positions)
         size = window + 1 if window else self.room  # a longer text than the window makes a ring
         self.new_cache = lambda: Cache(llm.cfg, 1, size, weight.dtype, weight.device, compile)
+        self.seed, self.generator = options.get("seed"), torch.Generator(weight.device)
         self.reset()
 
     def reset(self):
         self.turns, self.pending, self.cache = [], [], None  # pending: said, but not in the cache
+        if self.seed is not None:
+            self.options["seed"] = self.generator.manual_seed(self.seed)
+
+    def look(self, image):
+        """`image` (PIL), if the model can see it; ValueError otherwise."""
+        prompt(self.model, self.tokenizer, "What is this?", [image])
+        return image
 
     def ask(self, question, images=(), write=None, interrupted=lambda: False):
         """-> Answer. `write` gets its text piece by piece; `interrupted()` is asked token by token
@@ -150,8 +174,7 @@ class Conversation:
             said = self.generate(new, pixels, cache, stream)
         except BaseException:  # the cache holds half an answer: read what came before anew
             kept = self.turns if self.room else []  # with a window there is no more of it
-            self.reset()
-            self.turns = kept
+            self.turns, self.pending, self.cache = kept, [], None
             raise
         self.cache = cache
         end = [] if said[-1] == self.tokenizer.eos else [self.tokenizer.eos]

@@ -104,7 +104,8 @@ class CuMoConfig:
                 top_k=top_k,
             )
         else:
-            raise ValueError(f"{path}: config.json has no vision_config and no mm_vision_tower")
+            raise ValueError(f"{path} is no CuMo, but a language model alone, which sees nothing:"
+                             " config.json has no vision_config or mm_vision_tower")  # fmt: skip
         mlp_experts = config.get("nanocumo_mlp_experts", experts) if config.get("mlp_smoe") else 0
         return cls(
             vision,

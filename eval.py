@@ -18,8 +18,7 @@ experts share the tokens of the split `seen`.
 
 import collections
 import json
-import os
-import pathlib
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,9 +34,9 @@ from data.hub import resolve
 from data.images import preprocess
 from data.llava import LlavaData
 from data.tokenizer import Tokenizer
-from data.weights import write_json
+from data.weights import fingerprint, make_folder, write_json
 from mlp_moe import SparseMoE
-from plots import draw_answers, draw_load
+from plots import check_target, draw_answers, draw_load
 from sample import DTYPES, find_model
 
 
@@ -172,10 +171,8 @@ def main():
     if cfg.dtype not in DTYPES:
         raise ValueError(f"--dtype {cfg.dtype!r} is unknown; choose float32 or bfloat16")
     check_device(cfg.device)
-    out = pathlib.Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    if not os.access(out, os.W_OK):
-        raise ValueError(f"--out {out} cannot be written; name another folder")
+    check_target(cfg.experts)
+    out = make_folder(cfg.out)
     if cfg.benchmark:  # what is wrong with its files shows before a large model is loaded
         questions = benchmarks.load(cfg.benchmark, cfg.folder, cfg.n if "n" in given else 0)
     elif cfg.data:
@@ -185,7 +182,8 @@ def main():
     tokenizer = Tokenizer.from_pretrained(path)
     if cfg.benchmark:
         ask = lambda *asked: answer(model, tokenizer, *asked)
-        results = benchmarks.run(cfg.benchmark, questions, ask, out, str(path), cfg.batch)
+        by = {"weights": fingerprint(path), "dtype": cfg.dtype or "float32"}
+        results = benchmarks.run(cfg.benchmark, questions, ask, out, str(path), cfg.batch, by)
         write_json(out / f"{cfg.benchmark}.json", results)
         return print(json.dumps(results, indent=1))
     if own:
@@ -198,7 +196,7 @@ def main():
         print_table(results)
         write_json(out / "eval.json", {"model": str(path), "questions": cfg.n, "accuracy": results,
                                        "expert_load": load})  # fmt: skip
-        print(f"wrote {out / 'eval.json'}")
+        print(f"wrote {out / 'eval.json'}", file=sys.stderr)
         draw_answers(shown_answers(model, tokenizer), out / "answers.png")
     if load:
         draw_load(load, cfg.experts or out / "experts.png")

@@ -22,8 +22,7 @@ each, so packing changes no logit. A sliding window (Mistral-7B-v0.1: 4096 token
 back one layer looks; L layers look L times as far.
 
 What does the loss hold? The logits of 4,096 tokens are 500 MiB for Mistral-7B, their softmax and
-gradient as much again. `ChunkedLoss` makes them a chunk at a time, the gradients with them, and
-keeps only those: a row for each token, and the head's.
+gradient as much again. `loss.py` makes them a chunk at a time, and never twice.
 
 What does generation remember? `Cache`: keys and values of the tokens so far. With a window it is
 a ring, and a text of any length takes `sliding_window` slots.
@@ -45,7 +44,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from data.chat import IGNORE
 from data.hub import resolve
 from data.weights import (
     check_fields,
@@ -55,10 +53,8 @@ from data.weights import (
     write_json,
     write_tensors,
 )
+from loss import mean_cross_entropy
 from mlp_moe import Aux, SparseMoE, recomputed
-
-LOGITS_AT_ONCE = 2**25  # entries of the largest [tokens, V] block in the loss: 128 MiB in float32
-
 
 HF_NAMES = {  # our name of a field -> its name in a public config.json
     "vocab_size": "vocab_size", "dim": "hidden_size", "hidden_dim": "intermediate_size",
@@ -347,38 +343,12 @@ def choose(logits_BV: Tensor, temperature: float, top_p=1.0, top_k=None, generat
     return token_BV.gather(1, drawn_B1)[:, 0]
 
 
-class ChunkedLoss(torch.autograd.Function):
-    """Summed cross-entropy of x [N, D] times head [V, D], for `size` tokens at a time.
-
-    Its gradient by the logits is softmax(logits) - one_hot(target), known as soon as they are. So
-    it is made, and multiplied on, on the way forward: the logits of a chunk are gone before the
-    next ones come, and are never made twice.
-    """
-
-    @staticmethod
-    def forward(ctx, x, head, targets, size):
-        grad_x, grad_head = (torch.zeros_like(y) if need else None
-                             for y, need in zip((x, head), ctx.needs_input_grad))  # fmt: skip
-        total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
-        for start in range(0, len(x), size):
-            rows = slice(start, start + size)
-            logits_NV = F.linear(x[rows], head)
-            logs_NV = logits_NV.to(total.dtype).log_softmax(-1)
-            target_N1 = targets[rows, None]
-            total -= logs_NV.gather(1, target_N1).sum()
-            error_NV = logs_NV.exp_()  # in place
-            error_NV.scatter_add_(1, target_N1, -torch.ones_like(error_NV[:, :1]))
-            error_NV = error_NV.to(logits_NV.dtype)
-            if grad_x is not None:
-                grad_x[rows] = error_NV @ head
-            if grad_head is not None:
-                grad_head += error_NV.T @ x[rows]
-        ctx.save_for_backward(grad_x, grad_head)
-        return total
-
-    @staticmethod
-    def backward(ctx, g):
-        return *(grad if grad is None else g * grad for grad in ctx.saved_tensors), None, None
+OPTIONS = {  # of `LLM.generate`: whether a value is good, and which are
+    "max_new_tokens": (lambda n: n > 0, "1 or more"),
+    "temperature": (lambda t: 0 <= t < float("inf"), "0 or more, and finite"),
+    "top_p": (lambda p: 0 < p <= 1, "above 0 and up to 1"),
+    "top_k": (lambda k: k is None or k > 0, "1 or more"),
+}
 
 
 class LLM(nn.Module):
@@ -458,17 +428,14 @@ class LLM(nn.Module):
         so are its gradients. A packed document's first label must be IGNORE: what stands before it
         belongs to another one.
         """
-        x, targets = x[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-        kept = (targets != IGNORE).nonzero()[:, 0]
-        size = max(1, LOGITS_AT_ONCE // self.cfg.vocab_size)
         head = self.model.embed_tokens if self.cfg.tie_embeddings else self.lm_head
-        total = ChunkedLoss.apply(x.index_select(0, kept), head.weight, targets[kept], size)
-        return total / max(1, len(kept))
+        return mean_cross_entropy(x[:, :-1].flatten(0, 1), head.weight, labels[:, 1:].flatten())
 
     @torch.no_grad()
     def generate(self, tokens: Tensor | None = None, embeds: Tensor | None = None,
                  segments: Tensor | None = None, *, max_new_tokens: int, temperature: float = 0.0,
-                 top_p: float = 1.0, top_k: int | None = None, seed: int | None = None,
+                 top_p: float = 1.0, top_k: int | None = None,
+                 seed: int | torch.Generator | None = None,
                  eos_token_id: int | list[int] | None = None,
                  stream: Callable[[Tensor], bool | None] | None = None,
                  cache: Cache | None = None, compile: bool = False) -> Tensor:  # fmt: skip
@@ -477,6 +444,7 @@ class LLM(nn.Module):
         Prompts of unequal length are padded on the left, with segments 0 there and 1 elsewhere.
         temperature 0 takes the most probable token; otherwise the next one is drawn from the
         `top_k` most probable, and of these from the fewest that reach probability `top_p`.
+        A `seed` that is a torch.Generator goes on from call to call.
         A row past its end token is filled up with it. `stream` gets the ids [B] of each step, and
         ends the answer if it returns True. A `cache` holds what came before the prompt, which is
         not computed again; the prompt and all of the answer but its last token are added to it.
@@ -485,22 +453,20 @@ class LLM(nn.Module):
         if (tokens is None) == (embeds is None):
             raise ValueError("generate continues either tokens or embeds: give exactly one of them")
         x = self.embed(tokens) if embeds is None else embeds
-        for value, good, wanted in (
-            (f"a prompt of {x.shape[1]} tokens", x.shape[1] > 0, "1 or more"),
-            (f"{max_new_tokens=}", max_new_tokens > 0, "1 or more"),
-            (f"{temperature=}", 0 <= temperature < float("inf"), "0 or more, and finite"),
-            (f"{top_p=}", 0 < top_p <= 1, "above 0 and up to 1"),
-            (f"{top_k=}", top_k is None or top_k > 0, "1 or more"),
-        ):
-            if not good:
-                raise ValueError(f"{value} must be {wanted}")
+        if not x.shape[1]:
+            raise ValueError("a prompt of 0 tokens must be 1 or more")
+        for name, value in zip(OPTIONS, (max_new_tokens, temperature, top_p, top_k)):
+            good, wanted = OPTIONS[name]
+            if not good(value):
+                raise ValueError(f"{name}={value} must be {wanted}")
         if segments is not None and ((segments.diff() < 0).any() or (segments[:, -1] != 1).any()):
             raise ValueError("segments of prompts are zeros (padding on the left), then ones")
         if cache is None:
             room = x.shape[1] + max_new_tokens
             cache = Cache(self.cfg, len(x), room, product_dtype(x), x.device, compile)
         logits = compiled(LLM.logits) if cache.compile else LLM.logits
-        generator = None if seed is None else torch.Generator(x.device).manual_seed(seed)
+        going_on = isinstance(seed, torch.Generator | None)
+        generator = seed if going_on else torch.Generator(x.device).manual_seed(seed)
         ends = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or []
         ends = torch.tensor(ends, dtype=torch.int64, device=x.device)
         done, out = torch.zeros(len(x), dtype=torch.bool, device=x.device), []

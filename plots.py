@@ -3,7 +3,10 @@
 import functools
 import json
 import math
+import os
+import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,15 +28,31 @@ def pyplot():
     try:
         import matplotlib.pyplot as plt
     except ImportError:
-        print("no pictures without matplotlib: pip install matplotlib")
+        print("no pictures without matplotlib: pip install matplotlib", file=sys.stderr)
         return None
     return plt
 
 
+def check_target(file, flag="--experts"):
+    """ValueError unless `file` is "" or a picture can be drawn into it; asked before a large model
+    is loaded."""
+    folder, suffix = Path(file).parent, Path(file).suffix
+    if not file:
+        return
+    if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(file).is_dir():
+        raise ValueError(f"{flag} {file} cannot be written; name a file in a folder that exists")
+    kinds = pyplot().FigureCanvasBase.get_supported_filetypes() if pyplot() else [suffix[1:]]
+    if suffix[1:].lower() not in kinds or not suffix:
+        raise ValueError(f"{flag} {file}: its name must end in .png, or another kind of picture "
+                         f"that matplotlib writes ({', '.join(sorted(kinds))})")  # fmt: skip
+
+
 def save(figure, file, dpi=110):
+    """Write a figure to a file, which is said on stderr (stdout is for results), or to a buffer."""
     figure.savefig(file, dpi=dpi)
     pyplot().close(figure)
-    print(f"wrote {file}")
+    if not hasattr(file, "write"):
+        print(f"wrote {file}", file=sys.stderr)
 
 
 def expert_legend(figure, experts, *more):

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from conversation import Conversation
+from conversation import Conversation, check_options
 from cumo import CuMo, check_device
 from data.flags import parse, run
 from data.hub import resolve
@@ -32,7 +32,7 @@ from data.tokenizer import Tokenizer
 from data.weights import read_config
 from data.world import DESCRIBE
 from llm import LLM
-from plots import draw_routing
+from plots import check_target, draw_routing
 from quant import quantize
 
 DTYPES = {"": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -96,10 +96,10 @@ def ctrl_c():
 
 
 def piped():
-    """The question that another program or a file hands over, or ""."""
-    kind = os.fstat(0).st_mode
+    """The question that another program or a file hands over, or ""; a pipe is read to its end."""
+    kind = os.fstat(0).st_mode if sys.stdin else 0  # None: it was closed
     if stat.S_ISFIFO(kind) and not select.select([0], [], [], 1)[0]:
-        return ""  # a pipe that nobody writes to is nobody's question
+        print("waiting for a question on the pipe (--ask gives one) ...", file=sys.stderr)
     return sys.stdin.read().strip() if stat.S_ISFIFO(kind) or stat.S_ISREG(kind) else ""
 
 
@@ -122,9 +122,9 @@ def chat(conversation, cfg, path, images):
     print(COMMANDS, file=sys.stderr)
     while True:
         try:
-            line = input("> " * sys.stdin.isatty()).strip()
+            line = input("> " * (sys.stdin.isatty() and sys.stdout.isatty())).strip()
         except KeyboardInterrupt:
-            print()
+            print(file=sys.stderr)
             continue
         except EOFError:
             return
@@ -138,7 +138,7 @@ def chat(conversation, cfg, path, images):
             elif word == "/image" and not rest.strip():
                 raise ValueError("/image needs the name of a file: /image cat.jpg")
             elif word == "/image":
-                images = [*images, open_image(rest.strip())]
+                images = [*images, conversation.look(open_image(rest.strip()))]
             elif word.startswith("/"):
                 raise ValueError(f"{word} is no command; {COMMANDS}")
             elif line:
@@ -146,20 +146,27 @@ def chat(conversation, cfg, path, images):
                     answer(conversation, cfg, path, line, images, interrupted)
                 images = []
         except ValueError as error:
-            print(f"error: {error}")
+            print(f"error: {error}", file=sys.stderr)
 
 
 def main():
     cfg, given = parse(SampleConfig, description=__doc__.split("\n")[0])
     if "ask" in given and cfg.chat:
         raise ValueError("--ask is for one answer; in a --chat the questions are typed")
+    if cfg.chat and not sys.stdin:
+        raise ValueError("--chat reads questions from standard input, which is closed")
     if cfg.experts and len(cfg.image) != 1:
         raise ValueError(f"--experts {cfg.experts} draws what experts see of one picture, here are "
                          f"{len(cfg.image)}: give --image FILE")  # fmt: skip
+    check_target(cfg.experts)
     if cfg.dtype not in DTYPES:
         raise ValueError(f"--dtype {cfg.dtype!r} is unknown; choose float32 or bfloat16")
     if cfg.quant not in ("", "int8"):
         raise ValueError(f"--quant {cfg.quant!r} is unknown; there is int8")
+    options = dict(context=cfg.context, stop=cfg.stop, max_new_tokens=cfg.max_new_tokens,
+                   temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k or None,
+                   seed=cfg.seed)  # fmt: skip
+    check_options(**options)
     images = [open_image(file) for file in cfg.image]
     question = cfg.ask if "ask" in given or cfg.chat else piped() or DESCRIBE * bool(images)
     if not (cfg.chat or images or "ask" in given or question):
@@ -169,12 +176,10 @@ def main():
     model = load(path, cfg.device, DTYPES[cfg.dtype], cfg.quant)
     if cfg.experts:
         draw_routing(model, images[0], cfg.experts)
-    conversation = Conversation(
-        model, Tokenizer.from_pretrained(path), cfg.context, cfg.compile, cfg.stop,
-        max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p,
-        top_k=cfg.top_k or None, seed=cfg.seed)  # fmt: skip
+    tokenizer = Tokenizer.from_pretrained(path)
+    conversation = Conversation(model, tokenizer, compile=cfg.compile, **options)
     if cfg.chat:
-        chat(conversation, cfg, path, images)
+        chat(conversation, cfg, path, list(map(conversation.look, images)))
     else:
         answer(conversation, cfg, path, question, images)
 

@@ -25,8 +25,10 @@ with it), into which its own release is unpacked as well, as LLaVA's docs/Evalua
 
 A question is a prompt and a picture, or none. LLaVA's files hold the whole prompt, with SHORT or
 LETTER at its end; for the others it is written here. `<image>` and a line break come before it.
-Answers are greedy, and go to `out/<benchmark>.jsonl` in LLaVA's format (question_id, prompt, text),
-which the benchmarks' own scorers read, too. How they are scored here is told in data/scores.py.
+Answers are greedy, and go to `out/<benchmark>.jsonl` in LLaVA's format (question_id, prompt, text,
+model_id, metadata), which the benchmarks' own scorers read, too. How they are scored here is told
+in data/scores.py. Until all are there the file is called `<benchmark>.begun.jsonl`. The same
+command goes on with it, if the model has the same path, weights and dtype.
 """
 
 import base64
@@ -49,6 +51,7 @@ from data.scores import OPTIONS, SCORES
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 LETTER_CN = "\n请直接回答选项字母。"
+YES_NO = ("yes", "no")
 LAYOUT = "which files go where stands at the top of data/benchmarks.py"
 
 
@@ -116,6 +119,20 @@ def first_line(text):
     return text.split("\n")[0].strip()
 
 
+def one_of(options, text):
+    """`text`, if it is one of the options. ValueError: the score would count every answer wrong."""
+    if text not in options:
+        raise ValueError(f"its answer {text!r} is none of {', '.join(options)}")
+    return text
+
+
+def people(answers):
+    """What people have answered. ValueError if nobody has."""
+    if not isinstance(answers, list) or not answers:
+        raise ValueError("its answers are no list, or nobody's")
+    return [answer + "" for answer in answers]
+
+
 # ------------------------------------------------------------------------------- the benchmarks
 
 
@@ -124,7 +141,8 @@ def read_pope(folder):
     for kind in ("adversarial", "popular", "random"):
         for where, record in lines(folder / "coco" / f"coco_pope_{kind}.json"):
             with faults(where):
-                labels[kind, record["image"], record["text"].strip()] = record["label"]
+                key = kind, record["image"], record["text"].strip()
+                labels[key] = one_of(YES_NO, record["label"].strip().lower())
 
     def answer(record):
         kind = record["category"]
@@ -143,7 +161,7 @@ def read_textvqa(folder):
     truth = {}
     for where, item in records(folder / "TextVQA_0.5.1_val.json", "data"):
         with faults(where):
-            truth[item["image_id"], item["question"].strip().lower()] = item["answers"]
+            truth[item["image_id"], item["question"].strip().lower()] = people(item["answers"])
 
     def answer(record):  # the lines after the question hold the words that OCR found, and SHORT
         return truth[record["question_id"], first_line(record["text"]).lower()], ""
@@ -157,10 +175,13 @@ def read_mme(folder):
     for file in sorted(release.rglob("*.txt")):  # of each picture, in its task's folder or below
         for n, line in enumerate(read(file).splitlines(), start=1):
             question, tab, answer = line.rpartition("\t")
-            if line.strip() and not tab:
+            if not line.strip():
+                continue
+            if not tab:
                 raise ValueError(f"{file}, line {n}: is no question, tab, and answer; {LAYOUT}")
             key = file.relative_to(release).parts[0], file.stem, question.replace(ask, "").strip()
-            truth[key] = answer.strip().lower()
+            with faults(f"{file}, line {n}"):
+                truth[key] = one_of(YES_NO, answer.strip().lower())
 
     def answer(record):
         task, *_, name = record["question_id"].split("/")
@@ -178,7 +199,8 @@ def read_seed(folder):
     for where, item in records(file, "questions"):
         with faults(where):
             kind = names[item["question_type_id"]] if item["data_type"] == "image" else None
-            truth[str(item["question_id"])] = item["answer"], kind
+            answer = one_of(OPTIONS, item["answer"])
+            truth[str(item["question_id"])] = answer, kind
 
     def answer(record):
         found = truth[str(record["question_id"])]
@@ -214,7 +236,8 @@ def read_mmbench(folder, name="mmbench_dev_20230712.tsv", suffix=LETTER):
             options = itertools.takewhile(given, map(row.get, "ABCD"))
             parts = [row["hint"]] * bool(given(row["hint"])) + [row["question"]]
             parts += [f"{letter}. {option}" for letter, option in zip("ABCD", options)]
-            truth, group = row["answer"].strip(), index % 1_000_000  # the same, with options turned
+            truth = one_of(OPTIONS, row["answer"].strip())
+            group = index % 1_000_000  # the same, with options turned
         questions.append(Question(index, "\n".join(parts) + suffix, images[index], truth, group))
     return questions
 
@@ -223,8 +246,8 @@ def read_vqav2(folder):
     truth, questions = {}, []
     for where, item in records(folder / "v2_mscoco_val2014_annotations.json", "annotations"):
         with faults(where):
-            people = [answer["answer"] for answer in item["answers"]]
-            truth[item["question_id"]] = people, item["answer_type"]
+            said = people([answer["answer"] for answer in item["answers"]])
+            truth[item["question_id"]] = said, item["answer_type"]
     for where, item in records(folder / "v2_OpenEnded_mscoco_val2014_questions.json", "questions"):
         with faults(where):
             image = folder / "val2014" / f"COCO_val2014_{item['image_id']:012d}.jpg"
@@ -273,29 +296,44 @@ def picture(question):
         return open_image(io.BytesIO(base64.b64decode(question.image)))
 
 
-def earlier(file, model):
-    """(id, prompt) -> answer, of a run that was interrupted; a line that was cut off is removed."""
+def earlier(file, model, metadata):
+    """(id, prompt) -> answer, of a run that was interrupted; a last line that was cut off (as when
+    the power fails) is removed. ValueError if another line is damaged, if the answers are another
+    model's, or this one's with other `metadata`."""
+    advice = "delete it, which begins anew, or name another --out"
     said, end = {}, 0
-    for line in file.read_bytes().split(b"\n")[:-1] if file.is_file() else ():
-        row = json.loads(line)
-        if row["model_id"] != model:
-            raise ValueError(f"{file}: holds the first answers of {row['model_id']}, whose run was "
-                             "interrupted; delete it, or name another --out")  # fmt: skip
-        said[row["question_id"], row["prompt"]] = row["text"]
+    *lines, cut = file.read_bytes().split(b"\n") if file.is_file() else [b""]
+    for n, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            key, text = (row["question_id"], row["prompt"]), row["text"] + ""
+            by, before = row["model_id"], row.get("metadata", {}) | {}
+            said[key] = text
+        except (ValueError, TypeError, KeyError):
+            if n == len(lines) and not cut:
+                break
+            raise ValueError(f"{file}, line {n}: is damaged; {advice}") from None
+        changed = [name for name in metadata if before.get(name) != metadata[name]]
+        if by != model or changed:
+            since = f" before its {' and '.join(changed)} changed" if by == model else ""
+            raise ValueError(f"{file}: holds the first answers of {by}{since}, whose run was "
+                             f"interrupted; {advice}")  # fmt: skip
         end += len(line) + 1
     if file.is_file():
         os.truncate(file, end)
     return said
 
 
-def run(name, questions, ask, out, model, batch=8):
+def run(name, questions, ask, out, model, batch=8, metadata=None):
     """Ask the questions of a benchmark and score the answers -> its results.
 
     `ask(prompts, pictures, max_new_tokens)` -> answers; a picture may be None. An interrupted run
-    goes on where it was, if it is the same `model`'s.
+    goes on where it was, if it is the same `model`'s with the same `metadata` ({name: value}: what
+    else the answers depend on), which stand beside each answer.
     """
+    by = {"model_id": model, "metadata": metadata or {}}
     begun, key = out / f"{name}.begun.jsonl", lambda question: (question.id, question.prompt)
-    said = earlier(begun, model)
+    said = earlier(begun, model, metadata or {})
     rest = [question for question in questions if key(question) not in said]
     bar = tqdm(total=len(questions), initial=len(questions) - len(rest), desc=name)
     with open(begun, "a") as file, bar:
@@ -306,7 +344,7 @@ def run(name, questions, ask, out, model, batch=8):
             for question, text in zip(part, texts):
                 said[key(question)] = text
                 row = dict(question_id=question.id, prompt=question.prompt, text=text)
-                file.write(json.dumps(row | {"model_id": model}) + "\n")
+                file.write(json.dumps(row | by) + "\n")
             file.flush()
             bar.update(len(part))
     begun.replace(out / f"{name}.jsonl")

@@ -27,6 +27,7 @@ as "no weights here" and never as a mixture of two models.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -60,6 +61,16 @@ def read_config(path: str | Path) -> dict:
     if not file.is_file():
         raise ValueError(f"no config.json in {file.parent}: is this a model directory?")
     return _read_json(file)
+
+
+def fingerprint(path: str | Path) -> str:
+    """16 letters that change with the model in a folder: with the name, size or time of change of
+    its config, tokenizer and weights. None of them is read, so it takes no time."""
+    folder = _existing(path) if Path(path).is_dir() else Path(path).parent
+    kinds = "config.json", "tokenizer*", "tekken.json", "*.safetensors", "*.bin"
+    files = sorted(file for kind in kinds for file in folder.glob(kind))
+    state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(state).encode()).hexdigest()[:16]
 
 
 def read_tensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
@@ -156,6 +167,18 @@ def write_tensors(
     for old in folder.glob("model-*-of-*.safetensors"):  # shards of an earlier save
         if old.name not in files:
             old.unlink()
+
+
+def make_folder(path: str | Path, flag: str = "--out") -> Path:
+    """The folder at `path`, made if need be. ValueError if nothing can be written there."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        why = None if os.access(path, os.W_OK) else "Permission denied"
+    except OSError as error:
+        why = error.strerror
+    if why:
+        raise ValueError(f"{flag} {path} cannot be written ({why}); name another folder")
+    return Path(path)
 
 
 def write_json(file: str | Path, content: dict) -> None:

@@ -37,7 +37,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from conversation import Conversation
+from conversation import Conversation, check_options
 from cumo import check_device
 from data.flags import parse, run
 from data.images import open_image
@@ -175,7 +175,7 @@ def reply(model, visitor, text, files, maps):
 def draw_map(model, image):
     """Which expert sees which patch of `image` (PIL) -> a picture (PIL)."""
     file = io.BytesIO()
-    with MODEL_LOCK, contextlib.redirect_stdout(None):  # no line for each on the server's terminal
+    with MODEL_LOCK:
         draw_routing(model, image, file)
     return Image.open(file)
 
@@ -252,6 +252,7 @@ def serve(cfg, folder):
     if cfg.dtype not in DTYPES:
         raise ValueError(f"--dtype {cfg.dtype!r} is unknown; choose float32 or bfloat16")
     check_device(cfg.device)
+    check_options(cfg.context, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
     path = cfg.model or find_model()
     model, tokenizer = load(path, cfg.device, DTYPES[cfg.dtype]), Tokenizer.from_pretrained(path)
     new = lambda: Conversation(model, tokenizer, cfg.context, max_new_tokens=cfg.max_new_tokens,

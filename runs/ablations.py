@@ -259,10 +259,9 @@ def merge(content, row):
 
 def main():
     cfg, _ = parse(AblationConfig, description=__doc__.split("\n")[0])
-    if cfg.questions < 1 or cfg.samples < 1:
-        raise ValueError(
-            f"--samples {cfg.samples} and --questions {cfg.questions} must be 1 or more"
-        )
+    if min(cfg.samples, cfg.questions, cfg.threads) < 1:
+        raise ValueError(f"--samples {cfg.samples}, --questions {cfg.questions} and --threads "
+                         f"{cfg.threads} must be 1 or more")  # fmt: skip
     os.chdir(ROOT)
     os.environ["OMP_NUM_THREADS"] = str(cfg.threads)
     torch.set_num_threads(cfg.threads)

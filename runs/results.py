@@ -46,6 +46,7 @@ READING = [
     ("mlp_moe.py", "Top-K routing, its two losses, experts as one grouped matrix product"),
     ("clip_moe.py", "CLIP's vision transformer, dense or sparse, at several scales"),
     ("llm.py", "a Mistral: RoPE, grouped queries, sliding window, cache, generation"),
+    ("loss.py", "cross-entropy with its gradients, a chunk of logits at a time"),
     ("cumo.py", "how a picture becomes words of a sentence; the losses; checkpoints"),
     ("upcycle.py", "dense to sparse without losing anything at step 0"),
     ("stages.py", "the table of the three stages, every setting, what fits in memory"),

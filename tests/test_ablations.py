@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from refused import refusal
 
 from data.flags import parse
 from stages import TrainConfig, resolve
@@ -70,6 +71,12 @@ def start(tmp_path, monkeypatch, *flags):
     monkeypatch.setattr(sys, "argv", ["ablations.py", *folders, *flags])
     ablations.main()
     return json.loads((tmp_path / "bench" / "results.json").read_text())
+
+
+@pytest.mark.parametrize("flag", ["samples", "questions", "threads"])
+def test_sizes_below_one_are_one_line(flag, monkeypatch, capsys):
+    said = refusal(ablations.main, [f"--{flag}", "0"], monkeypatch, capsys)
+    assert f"--{flag} 0" in said and said.endswith("must be 1 or more")
 
 
 def test_finished_runs_are_kept_and_an_interrupted_one_is_made_again(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ import eval as evaluation
 from data import scores
 from data.benchmarks import LETTER, LETTER_CN, SHORT, Question, load, picture, read_scienceqa, run
 from data.scores import SCORES, agreement, letter, normalised, says_no, yes_or_no
+from data.weights import fingerprint
 
 
 def write(path, content):
@@ -483,6 +484,7 @@ def test_answers_are_written_in_llavas_format(made, tmp_path):
         "prompt": f"<image>\nQ4\nA. x\nB. y{LETTER}",
         "text": "B",
         "model_id": "m",
+        "metadata": {},
     }
     assert ["<image>" in row["prompt"] for row in rows] == [True, False, True]
     assert results["score"] == results["picture"] == 50 and results["total"] == 66.67
@@ -509,9 +511,48 @@ def test_another_models_answers_are_not_gone_on_with(made, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run("mme", questions, asker([], fail_after=1), tmp_path, "m", batch=1)
     with pytest.raises(
-        ValueError, match="holds the first answers of m, .*delete it, or name another"
+        ValueError, match="holds the first answers of m, .*delete it, .* or name another"
     ):
         run("mme", questions, asker(), tmp_path, "other")
+
+
+def test_answers_of_other_weights_or_another_dtype_are_not_gone_on_with(made, tmp_path):
+    questions, by = load("mme", made("mme")), {"weights": "12ab", "dtype": "float32"}
+    go_on = lambda by, log: run("mme", questions, asker(log), tmp_path, "m", 1, by)
+    with pytest.raises(KeyboardInterrupt):
+        run("mme", questions, asker([], fail_after=3), tmp_path, "m", 1, by)
+    for other, named in ({"weights": "34cd"}, "weights"), ({"dtype": "bfloat16"}, "dtype"):
+        with pytest.raises(ValueError, match=f"of m before its {named} changed, .*delete it"):
+            go_on(by | other, [])
+    go_on(by, log := [])
+    assert len(log) == len(questions) - 3
+    row = json.loads((tmp_path / "mme.jsonl").read_text().splitlines()[0])
+    assert row["model_id"] == "m" and row["metadata"] == by
+
+
+def test_fingerprint_is_of_the_models_files_alone(tmp_path):
+    tiny_cumo(vocab=1024).save_pretrained(tmp_path)
+    before = fingerprint(tmp_path)
+    (tmp_path / "pope.json").write_text("{}")
+    assert fingerprint(tmp_path) == before
+    tiny_cumo(vocab=1024, seed=1).save_pretrained(tmp_path)
+    assert fingerprint(tmp_path) != before, "trained anew, under the same name and as large"
+
+
+@pytest.mark.parametrize("damaged", ['{"question_id": "cou', "[]", '{"question_id": []}', "\0\0"])
+def test_a_damaged_line_is_one_error_and_as_the_last_it_is_dropped(damaged, made, tmp_path):
+    questions = load("mme", made("mme"))
+    with pytest.raises(KeyboardInterrupt):
+        run("mme", questions, asker(log := [], fail_after=2), tmp_path, "m", 1)
+    begun = tmp_path / "mme.begun.jsonl"
+    first, second = begun.read_text().splitlines()
+    begun.write_text(f"{first}\n{damaged}\n{second}\n")
+    with pytest.raises(ValueError, match=r"mme.begun.jsonl, line 2: is damaged; delete it") as e:
+        run("mme", questions, asker(), tmp_path, "m", 1)
+    assert "\n" not in str(e.value) and begun.read_text().count("\n") == 3, "nothing was lost"
+    begun.write_text(f"{first}\n{damaged}\n")
+    run("mme", questions, asker(log), tmp_path, "m", 1)
+    assert len(log) == 2 + len(questions) - 1
 
 
 def test_limit_takes_the_first_questions_and_says_so(made, tmp_path):
@@ -550,6 +591,52 @@ def test_limit_takes_the_first_questions_and_says_so(made, tmp_path):
             "v2_mscoco_val2014_annotations.json",
             {"annotations": [{}]},
             "record 0: has no 'answers'",
+        ),
+        (
+            "textvqa",
+            "TextVQA_0.5.1_val.json",
+            {"data": [{"image_id": "aa", "question": "What brand is it?", "answers": []}]},
+            "_val.json, record 0: is not what it should be (its answers are no list, or nobody's",
+        ),
+        (
+            "vqav2",
+            "v2_mscoco_val2014_annotations.json",
+            {"annotations": [{"question_id": 0, "answers": [], "answer_type": "other"}]},
+            "record 0: is not what it should be (its answers are no list, or nobody's",
+        ),
+        (
+            "pope",
+            "coco/coco_pope_random.json",
+            '{"image": "1.jpg", "text": "Is there a cat in the image?", "label": "maybe"}',
+            "_random.json, line 1: is not what it should be (its answer 'maybe' is none of yes, no",
+        ),
+        (
+            "mme",
+            "MME_Benchmark_release_version/count/1.txt",
+            "Is it 1? Please answer yes or no.\tYess",
+            "1.txt, line 1: is not what it should be (its answer 'yess' is none of yes, no",
+        ),
+        (
+            "seed",
+            "SEED-Bench.json",
+            {
+                "question_type": {"Scene Understanding": 1},
+                "questions": [
+                    {
+                        "question_id": "11",
+                        "answer": "b",
+                        "data_type": "image",
+                        "question_type_id": 1,
+                    }
+                ],
+            },
+            "record 0: is not what it should be (its answer 'b' is none of A, B",
+        ),
+        (
+            "mmbench",
+            "mmbench_dev_20230712.tsv",
+            "index\tquestion\thint\tA\tanswer\timage\n1\ty\t\tz\t\t" + "x" * 70,
+            "record 0: is not what it should be (its answer '' is none of A, B",
         ),
         ("scienceqa", "problems.json", {}, "record 0: problems.json has no answer to '4'"),
         ("scienceqa", "llava_test_CQM-A.json", {"a": 1}, "holds no list"),
@@ -593,6 +680,14 @@ def test_faulty_folder_is_one_line_that_names_the_place(name, file, content, com
         or "not valid JSON" in str(error.value))  # fmt: skip
 
 
+def test_popes_labels_may_have_capitals(made):
+    folder = made("pope")
+    plain = load("pope", folder)
+    for file in (folder / "coco").iterdir():
+        file.write_text(file.read_text().replace('"yes"', '"Yes"').replace('"no"', '"No "'))
+    assert load("pope", folder) == plain
+
+
 def test_damaged_picture_names_its_question(made):
     questions = load("mmbench", made("mmbench"))
     with pytest.raises(ValueError, match="^the picture of question 7: is not what it should be"):
@@ -631,7 +726,9 @@ def test_command_writes_score_and_answers(model, made, tmp_path, monkeypatch, ca
     shown = json.loads(capsys.readouterr().out)
     assert shown == json.loads((tmp_path / "scienceqa.json").read_text())
     assert shown["model"] == str(model) and shown["questions"] == 3
-    assert len((tmp_path / "scienceqa.jsonl").read_text().splitlines()) == 3
+    rows = [json.loads(line) for line in (tmp_path / "scienceqa.jsonl").read_text().splitlines()]
+    by = {"weights": fingerprint(model), "dtype": "float32"}
+    assert [row["metadata"] for row in rows] == [by] * 3
 
 
 def test_questions_with_and_without_a_picture_share_a_batch(model):
@@ -676,6 +773,10 @@ def test_experts_load_over_ones_own_pictures(model, tmp_path, monkeypatch, capsy
     (["--benchmark", "pope", "--folder", "x"], "cannot be read (No such file or directory)"),
     (["--image-folder", "pics"], "--image-folder pics goes with --data FILE"),
     (["--dtype", "float8"], "--dtype 'float8' is unknown"),
+    (["--experts", "nowhere/e.png"], "--experts nowhere/e.png cannot be written; name a file in"),
+    (["--experts", "e.doc"], "--experts e.doc: its name must end in .png"),
+    (["--out", TOKENIZER], "tokenizer.json cannot be written (File exists); name another folder"),
+    (["--model", TOKENIZER.parent], "is no CuMo, but a language model alone, which sees nothing"),
     (["--n", "3"], "--n 3 must be 8 or more"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(flags, complaint, model, tmp_path, monkeypatch, capsys):

@@ -155,6 +155,39 @@ def test_an_empty_stop_is_refused():
         talk(stop=("a", ""))
 
 
+def test_one_stop_text_may_stand_alone():
+    assert talk(stop="three").stop == ("three",)
+
+
+def test_options_that_cannot_be_are_refused_by_their_flags():
+    for wrong, said in (
+        (dict(context=0), "--context 0"),
+        (dict(top_p=2), "--top-p 2"),
+        (dict(max_new_tokens=0), "--max-new-tokens 0"),
+        (dict(temperature=-1), "--temperature"),
+    ):
+        with pytest.raises(ValueError, match=f"^{said}.* must be "):
+            talk(**wrong)
+
+
+def test_an_answer_has_a_longest_length_if_none_is_given():
+    model = tiny_cumo(vocab=1024).eval()
+    assert Conversation(model, MINI).ask("What?").tokens <= 128
+
+
+def test_a_seed_goes_on_from_answer_to_answer_and_starts_again_with_a_reset():
+    how = dict(temperature=100.0, seed=5, max_new_tokens=20)  # hot: whatever is asked
+    spoken = talk(**how)
+    answers = [spoken.ask("What is it?").answer for _ in range(3)]
+    assert len(set(answers)) == 3
+    with pytest.raises(ValueError, match="question is empty"):
+        spoken.ask(" ")
+    spoken.reset()
+    assert [spoken.ask("What is it?").answer for _ in range(3)] == answers
+    fresh = talk(**how)
+    assert [fresh.ask("What is it?").answer for _ in range(3)] == answers
+
+
 def test_reset_forgets_everything():
     spoken = talk()
     first = spoken.ask("What is it?", [CAT])
@@ -209,7 +242,7 @@ def test_prompt_of_a_language_model_alone_has_one_bos():
     model = tiny_cumo(vocab=1024).llm
     ids, pixels = prompt(model, MINI, "What is a cat?")
     assert ids == [1, *MINI.encode("[INST] What is a cat? [/INST]")] and pixels is None
-    with pytest.raises(ValueError, match="sees nothing; leave out --image"):
+    with pytest.raises(ValueError, match="sees nothing; ask without a picture"):
         prompt(model, MINI, "What is it?", [CAT])
 
 

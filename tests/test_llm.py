@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_cumo
 
 import llm as module
-from llm import IGNORE, LLM, Cache, LLMConfig, choose, positions, sees
+import loss as loss_module
+from data.chat import IGNORE
+from llm import LLM, Cache, LLMConfig, choose, positions, sees
 
 GOLDEN = Path(os.environ.get("CUMO_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
 V = 61
@@ -293,7 +295,7 @@ def test_chunked_loss_equals_whole_loss(monkeypatch):
         return linear(x, weight)
 
     monkeypatch.setattr(F, "linear", counted)
-    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 7 * V)
+    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", 7 * V)
     chunked, chunked_grads = loss_and_grads()
     assert max(rows) == 7 and sum(rows) == (labels[:, 1:] != IGNORE).sum()  # none twice
     same(chunked, whole)

@@ -34,7 +34,8 @@ def drawn(monkeypatch, tmp_path, capsys):
 
     def draw(picture, choices, load):
         draw_experts(picture, choices, load, tmp_path / "map.png")
-        assert capsys.readouterr().out == f"wrote {tmp_path / 'map.png'}\n"
+        shown = capsys.readouterr()
+        assert (shown.out, shown.err) == ("", f"wrote {tmp_path / 'map.png'}\n")
         return plt.gcf(), np.asarray(Image.open(tmp_path / "map.png").convert("RGB"))
 
     yield draw
@@ -166,7 +167,7 @@ def test_missing_matplotlib_is_told_in_one_line(monkeypatch, tmp_path, capsys):
         draw_experts(PLAIN, *random_choices(["connector"], 3, 4), tmp_path / "map.png")
     finally:
         plots.pyplot.cache_clear()
-    printed = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().err.splitlines()
     assert printed == ["no pictures without matplotlib: pip install matplotlib"]
     assert not (tmp_path / "map.png").exists()
 

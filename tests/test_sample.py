@@ -55,14 +55,21 @@ def test_language_model_alone_answers_without_a_picture(tmp_path, ask):
     shutil.copy(MINI / "tokenizer.json", tmp_path)
     flags = ["--model", tmp_path, "--max-new-tokens", 4]
     assert ask(*flags, "--ask", "What is a cat?").endswith("\n")
-    with pytest.raises(ValueError, match="sees nothing; leave out --image"):
+    with pytest.raises(ValueError, match="sees nothing; ask without a picture"):
         ask(*flags, "--image", ROOT / "cat.jpg")
 
 
-def test_experts_draws_a_map_and_answers_the_same(model_dir, tmp_path, ask):
+def test_experts_draws_a_map_and_answers_the_same(model_dir, tmp_path, monkeypatch, capsys):
+    def ask(*flags):
+        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, flags)])
+        sample.main()
+        return capsys.readouterr()
+
     flags = ["--model", model_dir, "--image", ROOT / "cat.jpg", "--max-new-tokens", 4]
     file = tmp_path / "experts.png"
-    assert ask(*flags, "--experts", file) == f"wrote {file}\n" + ask(*flags)
+    drawn = ask(*flags, "--experts", file)
+    assert drawn.out == ask(*flags).out and drawn.err == f"wrote {file}\n"
+    assert json.loads(ask(*flags, "--json", "--experts", file).out)["tokens"] <= 4
     assert Image.open(file).width > 700
 
 
@@ -94,15 +101,21 @@ def command(model_dir, *flags):
     ]
 
 
-def test_a_question_may_be_piped_and_a_silent_pipe_is_none(model_dir, ask):
+def test_a_question_may_be_piped_and_a_slow_pipe_is_waited_for(model_dir, ask):
     flags = "--image", ROOT / "cat.jpg"
-    piped = subprocess.run(command(model_dir, *flags), input="Is it red?\n", capture_output=True,
-                           text=True)  # fmt: skip
     given = ["--model", model_dir, "--max-new-tokens", 4, *flags]
-    assert piped.stdout == ask(*given, "--ask", "Is it red?")
-    with subprocess.Popen(command(model_dir, *flags), stdin=subprocess.PIPE,
+    with subprocess.Popen(command(model_dir, *flags), stdin=subprocess.PIPE, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as slow:  # fmt: skip
+        assert slow.stderr.readline().startswith("waiting for a question on the pipe (--ask gives")
+        assert slow.communicate("Is it red?\n")[0] == ask(*given, "--ask", "Is it red?")
+    with subprocess.Popen(command(model_dir, *flags, "--ask", "Is it red?"), stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, text=True) as silent:  # fmt: skip
-        assert silent.stdout.read() == ask(*given)
+        assert silent.stdout.read() == ask(*given, "--ask", "Is it red?"), "nobody reads the pipe"
+
+
+def test_closed_input_is_no_question(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)  # which is what Python makes of `<&-`
+    assert sample.piped() == ""
 
 
 def test_json_has_the_answer_its_tokens_and_seconds(model_dir, ask):
@@ -126,7 +139,8 @@ def chatted(model_dir, lines, monkeypatch, capsys, *flags):
         sys, "argv", ["sample.py", *map(str, command(model_dir, "--chat", *flags)[2:])]
     )
     sample.main()
-    return capsys.readouterr().out.splitlines()
+    shown = capsys.readouterr()
+    return shown.out.splitlines(), shown.err.splitlines()[1:]  # without COMMANDS
 
 
 def end():
@@ -135,7 +149,7 @@ def end():
 
 def test_chat_remembers_until_it_is_reset(model_dir, monkeypatch, capsys):
     picture, run = f"/image {ROOT / 'cat.jpg'}", (model_dir, monkeypatch, capsys)
-    ask = lambda *lines: chatted(run[0], lines, *run[1:])
+    ask = lambda *lines: chatted(run[0], lines, *run[1:])[0]
     first, second = ask(picture, "What is it?", "And now?")
     assert ask(picture, "What is it?", "/reset", "And now?") == [first, ask("And now?")[0]]
     assert second != ask("And now?")[0]
@@ -144,18 +158,47 @@ def test_chat_remembers_until_it_is_reset(model_dir, monkeypatch, capsys):
 
 def test_a_mistake_in_a_chat_is_one_line_and_the_chat_goes_on(model_dir, monkeypatch, capsys):
     lines = ["/image nowhere.jpg", "/imgae", "What?"]
-    missing, unknown, answer = chatted(model_dir, lines, monkeypatch, capsys)
+    (answer,), (missing, unknown) = chatted(model_dir, lines, monkeypatch, capsys)
     assert missing.startswith("error: nowhere.jpg: no such image")
     assert unknown.startswith("error: /imgae is no command; /image FILE") and answer
     picture, long, short = f"/image {ROOT / 'cat.jpg'}", "word " * 200, "What?"
-    kept = chatted(model_dir, [picture, long, short], monkeypatch, capsys, "--context", "180")
-    assert kept[0].startswith("error: question and answer may take"), "its picture is still there"
+    lines = [picture, long, short]
+    kept, (refused,) = chatted(model_dir, lines, monkeypatch, capsys, "--context", "180")
+    assert refused.startswith("error: question and answer may take"), "its picture is still there"
     run = model_dir, [picture, short], monkeypatch, capsys
-    assert kept[1:] == chatted(*run, "--context", "180")
-    told = chatted(model_dir, ["a", "b", "c"], monkeypatch, capsys, "--context", "150")
+    assert kept == chatted(*run, "--context", "180")[0]
+    told = chatted(model_dir, ["a", "b", "c"], monkeypatch, capsys, "--context", "150")[0]
     assert re.fullmatch(
         r"\(the oldest turns, \d, had no room any more and were dropped\)", told[-1]
     )
+
+
+def test_a_picture_that_cannot_be_seen_is_refused_at_once_and_forgotten(
+    model_dir, tmp_path, monkeypatch, capsys
+):
+    Image.new("L", (1, 20_000)).save(tmp_path / "line.png")
+    lines = [f"/image {tmp_path / 'line.png'}", "What?"]
+    (answer,), (refused,) = chatted(model_dir, lines, monkeypatch, capsys)
+    assert re.fullmatch("error: a picture of 1x20000 is too narrow for mode pad; crop it", refused)
+    assert [answer] == chatted(model_dir, ["What?"], monkeypatch, capsys)[0]
+    flags = "--chat", "--image", tmp_path / "line.png"
+    assert "too narrow" in refusal(sample.main, ["--model", model_dir, *flags], monkeypatch, capsys)
+
+
+def test_a_language_model_alone_refuses_pictures_in_a_chat(tmp_path, monkeypatch, capsys):
+    tiny_cumo(vocab=1024).llm.save_pretrained(tmp_path)
+    shutil.copy(MINI / "tokenizer.json", tmp_path)
+    lines = [f"/image {ROOT / 'cat.jpg'}", "What?"]
+    answers, refused = chatted(tmp_path, lines, monkeypatch, capsys)
+    assert len(answers) == 1
+    assert refused == ["error: this is a language model alone, it sees nothing; ask without a "
+                       "picture"]  # fmt: skip
+
+
+def test_a_chat_in_json_prints_nothing_but_json(model_dir, monkeypatch, capsys):
+    lines = ["/image nowhere.jpg", "What?", "And now?"]
+    shown, errors = chatted(model_dir, lines, monkeypatch, capsys, "--json")
+    assert [json.loads(line)["tokens"] <= 4 for line in shown] == [True] * 2 and len(errors) == 1
 
 
 def test_ctrl_c_ends_the_answer_and_not_the_chat(model_dir):
@@ -168,7 +211,8 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(model_dir):
         talk.send_signal(signal.SIGINT)
         talk.stdin.write(b"/imgae\n")
         talk.stdin.close()
-        assert b"error: /imgae is no command" in talk.stdout.read()
+        talk.stdout.read()
+        assert b"error: /imgae is no command" in talk.stderr.read()
     assert talk.returncode == 0
 
 
@@ -183,14 +227,15 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(model_dir):
         (["--ask", "What?", "--experts", "x.png"], "--experts x.png draws what experts see of one"),
         (["--imgae", "cat.jpg"], "did you mean --image?"),
         (["--ask", "What?", "--temperature", "-1"], "temperature"),
-        (["--ask", "What?", "--top-p", "0"], "top_p"),
-        (["--ask", "What?", "--max-new-tokens", "0"], "max_new_tokens"),
+        (["--ask", "What?", "--top-p", "0"], "--top-p 0.0 must be above 0 and up to 1"),
+        (["--ask", "What?", "--max-new-tokens", "0"], "--max-new-tokens 0 must be 1 or more"),
         (["--ask", "What?", "--model", "nowhere"], "nowhere"),
         (["--ask", "What?", "--device", "cuda:99"], "--device cuda:99"),
         (["--ask", "What?", "--chat"], "--ask is for one answer"),
         (["--ask", "What?", "--dtype", "fp16"], "--dtype 'fp16' is unknown; choose float32"),
         (["--ask", "What?", "--context", "9"], "there is room for 9: ask less"),
-        (["--ask", "What?", "--top-k", "-1"], "top_k"),
+        (["--ask", "What?", "--context", "0"], "--context 0 must be 1 or more"),
+        (["--ask", "What?", "--top-k", "-1"], "--top-k -1 must be 1 or more"),
     ],
 )
 def test_bad_input_gets_one_line(model_dir, tmp_path, flags, message, monkeypatch, capsys):
@@ -198,6 +243,26 @@ def test_bad_input_gets_one_line(model_dir, tmp_path, flags, message, monkeypatc
     monkeypatch.chdir(tmp_path)
     model = [] if "--model" in flags else ["--model", model_dir]
     assert message in refusal(sample.main, [*model, *flags], monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--top-p", "2"], "--top-p 2.0 must be above 0 and up to 1"),
+        (
+            ["--experts", "no/x.png"],
+            "--experts no/x.png cannot be written; name a file in a folder",
+        ),
+        (["--experts", "."], "--experts . cannot be written"),
+        (["--experts", "x"], "--experts x: its name must end in .png, or another kind of picture"),
+        (["--experts", "x.doc"], "--experts x.doc: its name must end in .png"),
+    ],
+)
+def test_bad_flags_show_before_a_model_is_loaded(tmp_path, flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "load", None)
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model", tmp_path, "--image", ROOT / "cat.jpg", "--ask", "What?", *flags]
+    assert message in refusal(sample.main, flags, monkeypatch, capsys)
 
 
 def test_without_a_trained_model_it_says_which_command_makes_one(tmp_path, ask, monkeypatch):
