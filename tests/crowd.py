@@ -206,7 +206,7 @@ def main():
         expected = []
         for questions in CONVERSATIONS:
             alone = talk(model, TOKENS)
-            expected.append([alone.ask(text, [*map(open_image, files)]).answer
+            expected.append([alone.ask(text, [*map(open_image, files)], lambda _: None).answer
                              for text, files in questions])  # fmt: skip
         server = served(place / "model", "--max-new-tokens", TOKENS, "--context", 32000,
                         "--upload-mb", UPLOAD_MB)  # fmt: skip
