@@ -97,7 +97,8 @@ class Crowd:
 
     def ask(self, k, turn):
         which = (k + turn) % len(CONVERSATIONS)
-        client = gradio_client.Client(self.url, verbose=False)
+        patient = {"timeout": 300}  # a busy computer is no lost answer
+        client = gradio_client.Client(self.url, verbose=False, httpx_kwargs=patient)
         for (text, files), right in zip(CONVERSATIONS[which], self.expected[which]):
             files = [gradio_client.handle_file(file) for file in files]
             self.count("asked")
@@ -109,20 +110,27 @@ class Crowd:
         client.close()
 
     def leave(self, k, turn):
-        begun(self.url, f"leaves{k}-{turn}", "What is it?")[0].close()
+        self.gone(f"leaves{k}-{turn}", begun(self.url, f"leaves{k}-{turn}", "What is it?")[0])
         self.count("left")
+
+    def gone(self, session, stream):
+        """Leave as a browser does that is closed: both its connections end."""
+        stream.close()
+        urllib.request.urlopen(f"{self.url}/gradio_api/heartbeat/{session}").close()
 
     def upload(self, k, turn):
         """Each of the ways in turn; the answer is one line, or a refusal, and holds no file."""
         name, file = list(self.files.items())[turn % len(self.files)]
         try:
             path = self.sent(name, file.read_bytes())
-            _, line = begun(self.url, f"garbage{k}-{turn}", "What?", path)
+            stream, line = begun(self.url, f"garbage{k}-{turn}", "What?", path)
+            self.gone(f"garbage{k}-{turn}", stream)
             self.refused("error: " in line, line)
         except urllib.error.HTTPError as error:  # it is too large
             self.refused(name == "large.png", error.read().decode(errors="replace"))
         for path in (self.place / "secret.txt", "/etc/passwd", "../secret.txt", ROOT / ".git/HEAD"):
-            _, line = begun(self.url, f"path{k}-{turn}-{path}", "What?", str(path))
+            stream, line = begun(self.url, f"path{k}-{turn}", "What?", str(path))
+            self.gone(f"path{k}-{turn}", stream)
             self.refused('"success":false' in line, line)
         for body in (b"", b"{", b"[" * 10_000, b'{"data": 5, "fn_index": 0}', SECRET):
             try:

@@ -60,6 +60,7 @@ def test_language_model_alone_answers_without_a_picture(tmp_path, ask):
 
 
 def test_experts_draws_a_map_and_answers_the_same(model_dir, tmp_path, ask):
+    pytest.importorskip("matplotlib")
     flags = ["--model", model_dir, "--image", ROOT / "cat.jpg", "--max-new-tokens", 4]
     file = tmp_path / "experts.png"
     assert ask(*flags, "--experts", file) == f"wrote {file}\n" + ask(*flags)
