@@ -125,7 +125,7 @@ class Crowd:
             path = self.sent(name, file.read_bytes())
             stream, line = begun(self.url, f"garbage{k}-{turn}", "What?", path)
             self.gone(f"garbage{k}-{turn}", stream)
-            self.refused("error: " in line, line)
+            self.refused("error: " in line or '"success":false' in line, line)
         except urllib.error.HTTPError as error:  # it is too large
             self.refused(name == "large.png", error.read().decode(errors="replace"))
         for path in (self.place / "secret.txt", "/etc/passwd", "../secret.txt", ROOT / ".git/HEAD"):
