@@ -29,24 +29,26 @@ def prompt(model, tokenizer, question, images=(), first=True):
     `first` one, the ids are those that go on behind an answer."""
     if not question.replace(IMAGE_TAG, "").strip():
         raise ValueError('the question is empty; ask something, as in --ask "What is this?"')
-    alone, pixels, image_tokens = isinstance(model, LLM), None, 0
-    if alone and images:
+    if isinstance(model, LLM) and images:
         raise ValueError("this is a language model alone, it sees nothing; ask without a picture")
-    template = template_of(tokenizer) if alone else model.cfg.template
+    pixels = None
     if images:
-        size, mode, image_tokens = (
-            model.cfg.vision.image_size,
-            model.cfg.image_mode,
-            model.image_tokens,
-        )
+        size, mode = model.cfg.vision.image_size, model.cfg.image_mode
         pixels = torch.stack([preprocess(image, size, mode) for image in images])
-    text = f"{IMAGE_TAG}\n" * len(images) + question.replace(IMAGE_TAG, "")
-    how = tokenizer, template, image_tokens, len(images), "--ask"
+    return prompt_ids(model, tokenizer, question, len(images), first), pixels
+
+
+def prompt_ids(model, tokenizer, question, n_images=0, first=True):
+    """The ids of `prompt`; for them the number of pictures is enough."""
+    alone = isinstance(model, LLM)
+    template = template_of(tokenizer) if alone else model.cfg.template
+    text = f"{IMAGE_TAG}\n" * n_images + question.replace(IMAGE_TAG, "")
+    how = tokenizer, template, model.image_tokens if n_images else 0, n_images, "--ask"
     if not first:
-        return render_next(text, *how), pixels
+        return render_next(text, *how)
     ids, _ = render([{"from": "human", "value": text}], *how)
     second = alone and template == "mistral_instruct"  # <s>: it is CuMo's, no Mistral knows it
-    return ids[second:], pixels
+    return ids[second:]
 
 
 class Printer:
@@ -81,9 +83,8 @@ class Printer:
 @dataclass
 class Turn:
     question: str
-    images: tuple  # PIL
     ids: list  # of the question
-    pixels: torch.Tensor | None
+    pixels: torch.Tensor | None  # of its pictures; the pictures themselves can be far larger
     said: list  # ids of the answer, its end token included
 
 
@@ -146,7 +147,7 @@ class Conversation:
         and ends it. ValueError when not even the question has room."""
         start, first = time.perf_counter(), []
         ids, pixels = prompt(self.model, self.tokenizer, question, images, not self.turns)
-        turns = [*self.turns, Turn(question, images, ids, pixels, [])]
+        turns = [*self.turns, Turn(question, ids, pixels, [])]
         new, unseen, dropped = self.pending + ids, turns[-1:], 0
         if not self.cache:  # nothing was said yet, or the last answer failed
             new, unseen = [i for turn in turns for i in turn.ids + turn.said], turns
@@ -186,11 +187,12 @@ class Conversation:
     def without_first(self, turns):
         """Forget a turn, but not the last picture: without it the model would go on guessing."""
         gone, first, *rest = turns
-        images = first.images
-        if not any(turn.images for turn in (first, *rest)):
-            images = gone.images
-        ids, pixels = prompt(self.model, self.tokenizer, first.question, images)
-        return [replace(first, images=images, ids=ids, pixels=pixels), *rest]
+        pixels = first.pixels
+        if all(turn.pixels is None for turn in (first, *rest)):
+            pixels = gone.pixels
+        n_images = 0 if pixels is None else len(pixels)
+        ids = prompt_ids(self.model, self.tokenizer, first.question, n_images)
+        return [replace(first, ids=ids, pixels=pixels), *rest]
 
     def longest(self, new):
         return len(new) + self.options["max_new_tokens"]

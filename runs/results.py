@@ -154,7 +154,8 @@ def ablations(content):
             rows.append(row)
             for key, average in (("difference", "average"), ("paper", "paper_average")):
                 there = None not in (row[average], rows[0][average])
-                row[key] = row[average] - rows[0][average] if there else None
+                # rounded: Python 3.12 adds up more exactly, and 2.25 must stay 2.25 before 3.12 too
+                row[key] = round(row[average] - rows[0][average], 9) if there else None
             row["remark"] = ""
             if row["difference"] is not None and len(rows) > 1:
                 pair = row["averages"], rows[0]["averages"]
@@ -229,58 +230,74 @@ def memory_block():
     return "\n".join(lines)
 
 
-FAULTS = {
-    "killed": "killed (SIGKILL) at a random moment",
-    "points": "killed before or after a flush, rename or removal, or in the middle of a file",
-    "disk error": "one of these calls fails",
-    "disk full": "the disk is full, at a random size",
-    "read-only": "the disk can only be read",
-    "cut": "the newest resume point has lost its end",
-    "bit flip": "one bit of the newest resume point is another",
-    "finished stage": "the weights of the stage before are damaged",
+FAULTS = {  # a row of the table -> kinds of tests/crash.py, in words
+    "a training is killed": {
+        "killed": "at a random moment",
+        "points": "before or after a flush, rename or removal, or with a file half written",
+    },
+    "its disk fails": {
+        "disk error": "in one call",
+        "disk full": "full, at a random size",
+        "read-only": "read-only",
+    },
+    "its files are damaged": {
+        "cut": "the newest resume point has lost its end",
+        "bit flip": "one bit of it is another",
+        "finished stage": "the stage before",
+    },
 }
-INPUTS = {
-    "llava": "LLaVA JSON and JSONL",
-    "chat": "conversations",
-    "text": "text for three tokenizers",
-    "tokenizer-files": "`tokenizer.model`, `tokenizer.json`, `tekken.json`",
-    "images": "pictures, of 10 formats",
-    "checkpoint": "configs, safetensors, indexes",
+INPUTS = {  # a row of the table -> targets of tests/fuzz.py
+    "LLaVA JSON and JSONL": ["llava"],
+    "conversations, and text for three tokenizers": ["chat", "text"],
+    "`tokenizer.model`, `tokenizer.json`, `tekken.json`": ["tokenizer-files"],
+    "pictures, of 10 formats": ["images"],
+    "configs, safetensors, indexes": ["checkpoint"],
 }
+
+
+def total(rows):
+    return {k: sum(row[k] for row in rows) for k in rows[0] if isinstance(rows[0][k], int)}
 
 
 def faults_block():
-    """What tests/crash.py, fuzz.py and long_run.py have counted."""
-    file = ROOT / "bench" / "faults.json"
-    if not file.is_file():
-        return "Not measured yet."
-    content = json.loads(file.read_text())
-    lines = ["| a training, when | tried | survived | lost |", "|---|---|---|---|"]
-    crash, inputs, long = (content.get(name, {}) for name in ("crash", "inputs", "long"))
-    kinds = {k: crash["kinds"][k] for k in FAULTS if k in crash.get("kinds", {})}
-    for kind, n in kinds.items():
-        lines.append(f"| {FAULTS[kind]} | {n['tried']} | {n['survived']} | {n['lost']} |")
-    tried, survived, lost = (sum(n[k] for n in kinds.values())
-                             for k in ("tried", "survived", "lost"))  # fmt: skip
-    lines.append(f"| **all faults** | {tried} | {survived} | {lost} |")
-    lines += ["", "| damaged files | tried | read | refused in one line | anything else |"]
-    lines.append("|---|---|---|---|---|")
-    rows = {INPUTS[k]: inputs[k] for k in INPUTS if k in inputs}
-    columns = ("tried", "read", "refused", "lost")
-    rows["**all inputs**"] = {k: sum(n[k] for n in rows.values()) for k in columns}
-    for name, n in rows.items():
-        lines.append(f"| {name} | " + " | ".join(f"{n[k]:,}" for k in columns) + " |")
-    if long:
-        first, last = long["rss_mib"]
-        lines += [
-            "",
-            f"{long['steps']:,} steps of a tiny model: memory {first:.0f} MiB halfway and "
-            f"{last:.0f} at the end ({long['rss_slope_kib_per_1000_steps']:.1f} KiB per 1,000 "
-            f"steps), open files {' to '.join(map(str, sorted({*long['files']})))}, "
-            f"{long['metrics_bytes_per_step']} bytes of `metrics.jsonl` a step; "
-            f"{long['epochs']} epochs, in each every sample once; the same seed "
-            f"{'gave the same weights' if long['same seed twice'] else 'GAVE OTHER WEIGHTS'}.",
-        ]
+    """What tests/crash.py, fuzz.py, long_run.py, crowd.py and platforms.py have counted."""
+    content = json.loads((ROOT / "bench" / "faults.json").read_text())
+    crash, inputs, long, web = (content[k] for k in ("crash", "inputs", "long", "web"))
+    lines = ["| | tried | survived: goes on, or is refused in one line | lost |"]
+    lines.append("|---|---|---|---|")
+    for name, kinds in FAULTS.items():
+        n = total([crash["kinds"][kind] for kind in kinds])
+        words = ", ".join(f"{crash['kinds'][k]['tried']} {words}" for k, words in kinds.items())
+        lines.append(f"| {name}: {words} | {n['tried']} | {n['survived']} | {n['lost']} |")
+    n = total(list(crash["kinds"].values()))
+    lines.append(f"| **all faults** | {n['tried']} | {n['survived']} | {n['lost']} |")
+    for name, targets in (INPUTS | {"**all inputs**": list(inputs)}).items():
+        n = total([inputs[target] for target in targets])
+        lines.append(f"| {name} | {n['tried']:,} | {n['read']:,} read, {n['refused']:,} refused | "
+                     f"{n['lost']} |")  # fmt: skip
+    platforms = [
+        f"Python {p['versions']['python']} with torch {p['versions']['torch']}, numpy "
+        f"{p['versions']['numpy']} and {len(p['extras']) or 'none'} of the extras' packages "
+        f"{p['passed']} passed, {p['skipped']} skipped, {p['failed']} failed"
+        for p in content["platforms"].values()
+    ]
+    seconds = sorted({int(n["command"].split()[3]) for n in inputs.values()})
+    files = " to ".join(map(str, sorted({*long["files"]})))
+    lines += [
+        "",
+        f"Inputs: {' to '.join(map(str, seconds))} seconds a row of the fuzzer. **Long run**: "
+        f"{long['steps']:,} steps of a tiny model, memory {long['rss_mib'][0]:.0f} MiB halfway, "
+        f"{long['rss_mib'][1]:.0f} at the end ({long['rss_slope_kib_per_1000_steps']:.1f} KiB per "
+        f"1,000 steps), {files} open files, {long['metrics_bytes_per_step']} bytes of "
+        f"`metrics.jsonl` a step; {long['epochs']} epochs, in each every sample once; the same "
+        f"seed {'gave the same weights' if long['same seed twice'] else 'GAVE OTHER WEIGHTS'}. "
+        f"**Web page**: {web['clients']} visitors for {web['minutes']:g} minutes, "
+        f"{web['answered']} of {web['asked']} questions answered rightly, {web['lost']} lost, "
+        f"while {web['left']} left in mid-answer; {web['refused']} pieces of garbage and attempts "
+        f"to read a file refused, {web['let through']} let through; memory "
+        f"{web['rss_mib'][0]:.0f} MiB halfway, {web['rss_mib'][1]:.0f} at the end. "
+        f"**Platforms** (Linux): {'; '.join(platforms)}.",
+    ]
     return "\n".join(lines)
 
 

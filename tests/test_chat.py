@@ -9,11 +9,8 @@ import os
 import pathlib
 import shutil
 
-import mistral_common
 import pytest
-import transformers
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from given import given, settings, st
 
 from data.chat import IGNORE, IMAGE_TOKEN, TEMPLATES, Rejected, place_tags, render, template_of
 from data.tokenizer import Tokenizer
@@ -37,6 +34,7 @@ DIFFERENT = {
 @pytest.fixture(scope="module")
 def mistral(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mistral")
+    mistral_common = pytest.importorskip("mistral_common")
     model = pathlib.Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
     shutil.copy(model, folder / "tokenizer.model")
     return Tokenizer.from_pretrained(folder)
@@ -182,8 +180,8 @@ def test_ids_of_any_well_formed_conversation_are_the_originals(mistral, sp, said
 
 @pytest.fixture(scope="module")
 def sp():
-    import sentencepiece
-
+    sentencepiece = pytest.importorskip("sentencepiece")
+    mistral_common = pytest.importorskip("mistral_common")
     model = pathlib.Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
     return sentencepiece.SentencePieceProcessor(model_file=str(model))
 
@@ -207,6 +205,7 @@ def smol(tmp_path_factory):
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     names = {"bos_token": SMOL_SPECIAL[1], "eos_token": SMOL_SPECIAL[2]}
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    transformers = pytest.importorskip("transformers")
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     theirs.chat_template = SMOL_TEMPLATE
     return Tokenizer.from_pretrained(folder), theirs

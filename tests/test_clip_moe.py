@@ -22,7 +22,7 @@ def build(cfg, seed=0):
 
 def hf_twin(cfg, seed=0):
     """transformers' CLIP tower of this size, with weights that leave nothing near zero."""
-    import transformers
+    transformers = pytest.importorskip("transformers")
 
     hf = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**cfg.to_hf())).eval()
     torch.manual_seed(seed)
@@ -49,7 +49,7 @@ def test_dense_tower_equals_transformers(act, tmp_path):
 
 
 def test_a_whole_clip_loads_without_its_text_half(tmp_path):
-    import transformers
+    transformers = pytest.importorskip("transformers")
 
     config = transformers.CLIPConfig(
         vision_config=TINY.to_hf(),
@@ -74,7 +74,7 @@ def test_a_whole_clip_loads_without_its_text_half(tmp_path):
 
 
 def test_transformers_loads_what_we_save(tmp_path):
-    import transformers
+    transformers = pytest.importorskip("transformers")
 
     vision, images = build(TINY), torch.randn(2, 3, 16, 16)
     save(tmp_path, vision)

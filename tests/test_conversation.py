@@ -1,5 +1,8 @@
 """A conversation computes nothing twice and answers as if it had read everything anew."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from PIL import Image
@@ -80,10 +83,21 @@ def test_the_last_picture_is_not_forgotten_with_its_turn():
     spoken.ask("What is this?", [RED])
     spoken.ask("And what is this?", [CAT])
     dropped = sum(spoken.ask(f"Is it number {k}?").dropped for k in range(8))
-    assert dropped >= 3 and [turn.images for turn in spoken.turns if turn.images] == [[CAT]]
-    first = spoken.turns[0]
-    assert first.ids == prompt(model, MINI, first.question, [CAT])[0]
+    first, *later = spoken.turns
+    assert dropped >= 3 and all(turn.pixels is None for turn in later)
+    ids, pixels = prompt(model, MINI, first.question, [CAT])
+    assert first.ids == ids and torch.equal(first.pixels, pixels)
     assert first.ids.count(IMAGE_TOKEN) == model.image_tokens
+
+
+def test_no_picture_is_kept_once_it_is_pixels():
+    """Of the largest that is accepted it would be half a gigabyte, for as long as one talks."""
+    spoken, picture = talk(tiny_cumo(vocab=1024).eval()), CAT.copy()
+    kept = weakref.ref(picture)
+    spoken.ask("What is this?", [picture])
+    del picture
+    gc.collect()
+    assert spoken.turns and kept() is None
 
 
 def test_oldest_turns_are_dropped_when_there_is_no_room_and_the_rest_read_anew():

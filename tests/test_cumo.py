@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-import transformers
 from tiny import question, tiny_cumo
 
 from cumo import IGNORE, CuMo
@@ -234,6 +233,7 @@ def test_the_originals_config_names_its_clip(tmp_path, experts):
 @torch.no_grad()
 def test_transformers_answers_the_same_from_our_checkpoint(tmp_path, llm):
     """Its CLIP and its language model, straight from the folder, around our connector."""
+    transformers = pytest.importorskip("transformers")
     model = tiny_cumo(window=8).eval()
     if llm == "Mixtral":  # with routers that do choose, and experts that differ
         model = upcycle(model, ("mlp", "llm"), num_experts=4).eval()

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-import transformers
 
 from clip_moe import CLIPVision, CLIPVisionConfig, is_unused
 from cumo import CuMo, CuMoConfig
 from data.weights import write_json
 from llm import LLM, LLMConfig
+
+transformers = pytest.importorskip("transformers")
 
 CLIP_L = dict(
     hidden_size=1024,

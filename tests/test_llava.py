@@ -5,8 +5,7 @@ import pathlib
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from given import given, settings, st
 from PIL import Image
 
 from data.chat import IGNORE, IMAGE_TOKEN, Rejected, render

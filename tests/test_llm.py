@@ -9,7 +9,6 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-import transformers
 from safetensors.torch import load_file, save_file
 from tiny import tiny_cumo
 
@@ -61,6 +60,7 @@ def same(ours, theirs, tolerance=1e-5):
 
 def peer(family, folder=None, **options):
     """A random model of transformers in evaluation mode; or the one in `folder`."""
+    transformers = pytest.importorskip("transformers")
     cls = getattr(transformers, f"{family}ForCausalLM")
     if folder:
         return cls.from_pretrained(folder, attn_implementation="eager").eval()
@@ -494,6 +494,7 @@ def test_a_silent_config_means_what_transformers_takes_it_for(family):
     written = {"model_type": family} | {name: MISTRAL[name] for name in needed}
     written |= {"hidden_size": 64, "num_attention_heads": 8}
     cfg = LLMConfig.from_hf(written)
+    transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoConfig.for_model(**written)
     for ours, name in module.HF_NAMES.items():
         if name in ("rope_theta", "head_dim", "max_position_embeddings"):

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from given import given, settings, st
 from PIL import Image
 from refused import refusal
 from tiny import command

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CLIPVisionModel, PreTrainedTokenizerFast
 
 from clip_moe import CLIPVision
 from data import world
@@ -28,6 +27,7 @@ def test_both_together_take_at_most_12_megabytes():
 
 def test_transformers_sees_the_same_through_the_miniature_clip():
     images = pictures(4)
+    CLIPVisionModel = pytest.importorskip("transformers").CLIPVisionModel
     theirs = CLIPVisionModel.from_pretrained(MINI / "clip", dtype=torch.float32).eval()
     with torch.no_grad():
         expected = theirs(images, output_hidden_states=True).hidden_states[-2][:, 1:]
@@ -38,6 +38,7 @@ def test_transformers_sees_the_same_through_the_miniature_clip():
 
 def test_transformers_reads_the_same_in_the_miniature_llm():
     tokens = torch.tensor([Tokenizer.from_pretrained(MINI / "llm").encode(" a cat and a dog.") * 9])
+    AutoModelForCausalLM = pytest.importorskip("transformers").AutoModelForCausalLM
     theirs = AutoModelForCausalLM.from_pretrained(MINI / "llm", dtype=torch.float32).eval()
     with torch.no_grad():
         expected = theirs(tokens).logits
@@ -46,6 +47,7 @@ def test_transformers_reads_the_same_in_the_miniature_llm():
 
 
 def test_transformers_splits_text_like_our_tokenizer():
+    PreTrainedTokenizerFast = pytest.importorskip("transformers").PreTrainedTokenizerFast
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(MINI / "llm" / "tokenizer.json"))
     ours = Tokenizer.from_pretrained(MINI / "llm")
     for text in ("[INST] Where is the cat? [/INST] in the middle ", "Grüße, 猫 😀!", ""):

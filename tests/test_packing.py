@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from given import given, settings, st
 
 from data.chat import IGNORE
 from data.packing import PAD, pack

@@ -28,6 +28,7 @@ PLAIN = Image.new("RGB", (48, 48), (200, 90, 30))
 @pytest.fixture
 def drawn(monkeypatch, tmp_path, capsys):
     """draw_experts -> (its figure, the pixels it wrote)."""
+    pytest.importorskip("matplotlib")
     plt = plots.pyplot()
     close = plt.close
     monkeypatch.setattr(plt, "close", lambda figure: None)

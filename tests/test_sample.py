@@ -60,6 +60,8 @@ def test_language_model_alone_answers_without_a_picture(tmp_path, ask):
 
 
 def test_experts_draws_a_map_and_answers_the_same(model_dir, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+
     def ask(*flags):
         monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, flags)])
         sample.main()

@@ -9,12 +9,13 @@ import pathlib
 
 import pytest
 import torch
-import transformers
 
 from data.chat import render
 from data.convert_smollm2 import half_split, hf_name
 from data.tokenizer import Tokenizer
 from llm import LLM
+
+transformers = pytest.importorskip("transformers")
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMOL = pathlib.Path(os.environ.get("SMOLLM2", ROOT / "weights" / "SmolLM2-135M-Instruct"))

@@ -11,16 +11,14 @@ import pathlib
 import random
 import shutil
 
-import mistral_common
 import pytest
-import sentencepiece
-import tokenizers
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+from given import given, settings, st
 
 from data.tokenizer import Tokenizer, byte_alphabet, merge_pair, protobuf, train_bpe
 
+mistral_common = pytest.importorskip("mistral_common")
+sentencepiece = pytest.importorskip("sentencepiece")
+tokenizers = pytest.importorskip("tokenizers")
 MINI = pathlib.Path(__file__).parents[1] / "data" / "mini" / "llm"
 MINI_JSON = json.loads((MINI / "tokenizer.json").read_text())
 MISTRAL = pathlib.Path(mistral_common.__file__).parent / "data"
@@ -268,8 +266,9 @@ def test_sentencepiece_in_a_tokenizer_json_gives_the_same_ids(mistral, sp, tmp_p
 def tekken(request, tmp_path_factory):
     """(our tokenizer, mistral-common's) of one tekken file."""
     folder = tmp_path_factory.mktemp("tekken")
+    library = pytest.importorskip("mistral_common.tokens.tokenizers.tekken")
     shutil.copy(MISTRAL / f"tekken_{request.param}.json", folder / "tekken.json")
-    return Tokenizer.from_pretrained(folder), Tekkenizer.from_file(folder / "tekken.json")
+    return Tokenizer.from_pretrained(folder), library.Tekkenizer.from_file(folder / "tekken.json")
 
 
 def test_tekken_ids_equal_mistral_common_and_text_comes_back(tekken):

@@ -175,7 +175,8 @@ def free_port():
 
 
 def served(model, *flags):
-    """extras/web.py in a process of its own, until the fixture that yields from this ends."""
+    """extras/web.py in a process of its own -> (its address, its id), until this generator
+    ends."""
     port = free_port()
     command = [sys.executable, "extras/web.py", "--model", model, "--port", port, *flags]
     with subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL) as server:
@@ -186,7 +187,7 @@ def served(model, *flags):
                         break
                 assert server.poll() is None, "the server has ended"
                 time.sleep(0.5)
-            yield f"http://127.0.0.1:{port}"
+            yield f"http://127.0.0.1:{port}", server.pid
             assert server.poll() is None, "the server lives on"
         finally:
             server.terminate()
@@ -202,12 +203,14 @@ def model_dir(tmp_path_factory, sparse):
 
 @pytest.fixture(scope="module")
 def url(model_dir):
-    yield from served(model_dir, "--max-new-tokens", 150, "--context", 32000)
+    for address, _ in served(model_dir, "--max-new-tokens", 150, "--context", 32000):
+        yield address
 
 
 @pytest.fixture(scope="module")
 def endless(model_dir):
-    yield from served(model_dir, "--max-new-tokens", 30000, "--context", 32000)
+    for address, _ in served(model_dir, "--max-new-tokens", 30000, "--context", 32000):
+        yield address
 
 
 def asked(url, text, *files):
@@ -235,6 +238,14 @@ def begun(url, session, text, path=""):
         if n == 2 or b"process_completed" in line:  # the first one repeats the question only
             return stream, line.decode()
     raise AssertionError("the stream ended without an answer")
+
+
+def get(url, path):
+    """Status and content of a path that is asked for as it is: urllib would resolve the dots."""
+    connection = http.client.HTTPConnection(url.rpartition("/")[2], timeout=20)
+    connection.request("GET", path)
+    response = connection.getresponse()
+    return response.status, response.read()
 
 
 @pytest.mark.slow
@@ -278,16 +289,8 @@ def test_when_someone_leaves_the_next_one_is_served_at_once(endless):
 
 @pytest.mark.slow
 def test_only_the_example_can_be_fetched(url):
-    port = int(url.rpartition(":")[2])
-
-    def get(path):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-        connection.request("GET", path)  # as it is: urllib would resolve the dots
-        response = connection.getresponse()
-        return response.status, response.read()
-
-    assert get(f"/gradio_api/file={CAT}") == (200, Path(CAT).read_bytes())
-    config = json.loads(get("/config")[1])
+    assert get(url, f"/gradio_api/file={CAT}") == (200, Path(CAT).read_bytes())
+    config = json.loads(get(url, "/config")[1])
     assert not config["analytics_enabled"] and config["space_id"] is None
     places = ["/etc/passwd", f"{ROOT}/README.md", "README.md", "./README.md", "../README.md",
               f"{ROOT}/extras/web.py", f"{CAT}/../README.md", f"{ROOT}/.git/HEAD",
@@ -296,7 +299,7 @@ def test_only_the_example_can_be_fetched(url):
     ways = ["/file=", "/gradio_api/file=", "/gradio_api/file/", "/static/", "/assets/", "/",
             "/static/../../../../../../../..", "/assets/..%2f..%2f..%2f.."]  # fmt: skip
     for path in (way + place for way in ways for place in places):
-        status, body = get(path)
+        status, body = get(url, path)
         assert status >= 400, path
         assert b"root:" not in body and b"CuMo from scratch" not in body
 

@@ -1,0 +1,69 @@
+"""The tests in the environment of the Python that runs this, and what came of them.
+
+    PYTHON tests/platforms.py --out bench/faults.json     # once for each environment
+
+What is written names the versions, and which packages of the extras were missing: the tests that
+need one must be skipped then, and not fail.
+"""
+
+import argparse
+import json
+import platform
+import re
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "runs")]
+from results import commit, machine
+
+from data.weights import write_json
+
+RUNTIME = ("torch", "numpy", "pillow", "tiktoken", "safetensors", "tqdm")
+EXTRAS = ("matplotlib", "huggingface_hub", "gguf", "gradio", "lmms-eval", "hypothesis",
+          "transformers", "sentencepiece", "mistral-common")  # fmt: skip
+
+
+def version(package):
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--out", help="JSON file whose `platforms` get what is counted here")
+    parser.add_argument("words", nargs="*", help="more words for pytest, behind --")
+    args = parser.parse_args()
+    parallel = ["-n", "2", "--dist", "loadfile"] if version("pytest-xdist") else []
+    command = ["-m", "pytest", "-q", *parallel, *args.words]
+    start = time.time()
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    print(done.stdout[-5000:], done.stderr[-2000:])
+    last = done.stdout.strip().splitlines()[-1]
+    counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|skipped|failed|error)", last)}
+    versions = {"python": platform.python_version()} | {name: version(name) for name in RUNTIME}
+    there = [name for name in EXTRAS if version(name)]
+    name = ", ".join(f"{k} {v}" for k, v in versions.items())
+    found = {"command": f"python {' '.join(command)}", "commit": commit(), "machine": machine(),
+             "system": platform.platform(), "versions": versions, "extras": there,
+             "missing": [name for name in EXTRAS if name not in there],
+             "passed": counts.get("passed", 0), "skipped": counts.get("skipped", 0),
+             "failed": counts.get("failed", 0) + counts.get("error", 0),
+             "seconds": round(time.time() - start)}  # fmt: skip
+    print(json.dumps(found, indent=1))
+    if args.out:
+        name += f"; {len(there)} packages of the extras"
+        file = Path(args.out)
+        content = json.loads(file.read_text()) if file.is_file() else {}
+        platforms = content.get("platforms", {}) | {name: found}
+        write_json(file, content | {"platforms": platforms})
+    sys.exit(done.returncode)
+
+
+if __name__ == "__main__":
+    main()
