@@ -19,6 +19,8 @@ Left alone a router falls in love with one expert, so two losses are returned be
     balance = E^2 * mean over samples and experts of (mean prob of e) * (share of tokens whose
               first choice is e): 1 when all experts are used alike, E when one takes everything.
               The share has no gradient; the probabilities have, and flow away from busy experts.
+              Only first choices count, as in GShard and the original: the first has the largest
+              weight, and of all K together the share is even by itself when K comes near E.
     z       = mean of logsumexp(logits)^2: keeps the logits small.
 
 Experts are not a list of modules but stacked parameters, w1 [E, D, F] and w2 [E, F, D]. After

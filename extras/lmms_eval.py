@@ -140,7 +140,7 @@ class Examinee(lmms):
 def main():
     cfg, _ = parse(LmmsConfig, description=__doc__.split("\n")[0])
     if lmms is object:
-        raise ValueError('this needs lmms-eval: pip install "nanocumo[eval]"')
+        raise ValueError('this needs lmms-eval: pip install -e ".[eval]"')
     if cfg.dtype not in DTYPES:
         raise ValueError(f"--dtype {cfg.dtype!r} is unknown; choose float32 or bfloat16")
     check_device(cfg.device)

@@ -248,7 +248,7 @@ def serve(cfg, folder):
     try:
         import gradio as gr
     except ImportError:
-        raise ValueError('the page needs gradio: pip install "nanocumo[web]"') from None
+        raise ValueError('the page needs gradio: pip install -e ".[web]"') from None
     if cfg.dtype not in DTYPES:
         raise ValueError(f"--dtype {cfg.dtype!r} is unknown; choose float32 or bfloat16")
     check_device(cfg.device)

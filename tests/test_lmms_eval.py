@@ -224,7 +224,7 @@ def test_unknown_task_is_one_line_with_the_nearest(checkpoint, monkeypatch, caps
 
 def test_without_lmms_eval_the_line_says_how_to_get_it(monkeypatch, capsys):
     monkeypatch.setattr(extra, "lmms", object)
-    assert 'pip install "nanocumo[eval]"' in refusal(extra.main, [], monkeypatch, capsys)
+    assert 'pip install -e ".[eval]"' in refusal(extra.main, [], monkeypatch, capsys)
 
 
 def test_file_is_not_taken_for_the_package():

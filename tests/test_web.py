@@ -1,6 +1,6 @@
 """The page: answers, mistakes, people who leave; what it serves and what not.
 
-Skipped without gradio. The slow ones also want a Chromium: `pip install "nanocumo[web]" selenium`,
+Skipped without gradio. The slow ones also want a Chromium: `pip install -e ".[web]" selenium`,
 and Debian's packages chromium and chromium-driver.
 """
 
@@ -162,7 +162,7 @@ def test_the_one_silent_for_longest_is_forgotten_first(sparse):
 def test_missing_gradio_is_one_line_that_names_the_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     line = refusal(web.main, [], monkeypatch, capsys)
-    assert line == 'error: the page needs gradio: pip install "nanocumo[web]"'
+    assert line == 'error: the page needs gradio: pip install -e ".[web]"'
 
 
 # ---------------------------------------------------------------------------- a running server
