@@ -234,10 +234,11 @@ class CLIPVision(nn.Module):
             auxes.append(layer_auxes)
         return torch.cat(features, dim=-1), mean_aux(auxes)
 
-    def original_state_dict(self) -> dict[str, Tensor]:
-        """Views of all weights under the names of the public checkpoints."""
+    def original_state_dict(self, keep_vars: bool = False) -> dict[str, Tensor]:
+        """Views of all weights under the names of the public checkpoints; `keep_vars` as in
+        `state_dict`: the parameters themselves, where they are whole."""
         views = {}
-        for name, tensor in self.state_dict().items():
+        for name, tensor in self.state_dict(keep_vars=keep_vars).items():
             if ".moe." not in name:
                 views["vision_model." + name.replace("layers.", "encoder.layers.")] = tensor
         for i, layer in enumerate(self.layers):
@@ -247,13 +248,13 @@ class CLIPVision(nn.Module):
         return views
 
     def load_original(self, tensors: dict | Iterable[tuple[str, Tensor]],
-                      source: str = "the state dict") -> None:  # fmt: skip
+                      source: str = "the state dict", mapped: bool = False) -> None:  # fmt: skip
         """Fill in public weights, strictly; what only a whole CLIP has is passed over."""
         pairs = tensors.items() if isinstance(tensors, dict) else tensors
         # transformers 5 saves a tower alone without the prefix "vision_model."
         bare = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")
         pairs = (("vision_model." * name.startswith(bare) + name, tensor) for name, tensor in pairs)
-        load_into(self.original_state_dict(), pairs, is_unused, source)
+        load_into(self.original_state_dict(keep_vars=mapped), pairs, is_unused, source, mapped)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, scales: tuple[int, ...] | None = None,
@@ -270,7 +271,7 @@ class CLIPVision(nn.Module):
             model = cls(cfg).to(dtype or torch.float32)
         model.load_original(read_tensors(path), str(path))  # a rehearsal: does everything fit?
         model = model.to_empty(device="cpu")
-        model.load_original(read_tensors(path), str(path))
+        model.load_original(read_tensors(path), str(path), mapped=True)
         return model
 
 

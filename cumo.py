@@ -230,12 +230,12 @@ class CuMo(nn.Module):
 
     # ------------------------------------------------------------------------- checkpoints
 
-    def original_state_dict(self):
-        """Views of all parameters under the names of the released checkpoints."""
-        views = dict(self.llm.original_state_dict())
-        views |= {
-            "model.vision_tower." + k: v for k, v in self.vision.original_state_dict().items()
-        }
+    def original_state_dict(self, keep_vars=False):
+        """Views of all parameters under the names of the released checkpoints; `keep_vars` as in
+        `state_dict`: the parameters themselves, where they are whole."""
+        views = dict(self.llm.original_state_dict(keep_vars))
+        vision = self.vision.original_state_dict(keep_vars)
+        views |= {"model.vision_tower." + k: v for k, v in vision.items()}
         return views | {
             "model.mm_projector." + k: v for k, v in self.connector.original_state_dict().items()
         }
@@ -258,7 +258,8 @@ class CuMo(nn.Module):
         for rehearsal in (True, False):  # on the meta device it only tells whether everything fits
             model = model if rehearsal else model.to_empty(device=device or "cpu")
             weights = chain(read_tensors(path), read_stage_files(path))
-            load_into(model.original_state_dict(), weights, source=str(path))
+            targets = model.original_state_dict(keep_vars=True)
+            load_into(targets, weights, source=str(path), mapped=True)
         return model
 
 

@@ -364,7 +364,7 @@ class LLM(nn.Module):
         if not cfg.tie_embeddings:
             self.lm_head = Linear(cfg.dim, cfg.vocab_size)
         for parameter in self.parameters():
-            if parameter.dim() > 1:
+            if parameter.dim() > 1 and not parameter.is_meta:  # there it would only take time
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(self, tokens: Tensor, segments: Tensor | None = None) -> Tensor:
@@ -483,9 +483,10 @@ class LLM(nn.Module):
             x, segments = self.embed(ids[:, None]), None
         return torch.stack(out, dim=1)
 
-    def original_state_dict(self) -> dict[str, Tensor]:
-        """Views of all weights under their public names, those of Mistral or Mixtral."""
-        views = self.state_dict()
+    def original_state_dict(self, keep_vars=False) -> dict[str, Tensor]:
+        """Views of all weights under their public names, those of Mistral or Mixtral; `keep_vars`
+        as in `state_dict`: the parameters themselves, where they are whole."""
+        views = self.state_dict(keep_vars=keep_vars)
         for i, block in enumerate(self.model.layers):
             if block.sparse:
                 prefix = f"model.layers.{i}.block_sparse_moe."
@@ -493,12 +494,14 @@ class LLM(nn.Module):
                 views |= block.block_sparse_moe.original_state_dict(("w1", "w2", "w3"), prefix)
         return views
 
-    def load_original(self, tensors: Iterable[tuple[str, Tensor]], source="checkpoint") -> None:
-        """Copy public weights in; ValueError names all that are missing, unknown or misshapen."""
+    def load_original(self, tensors: Iterable[tuple[str, Tensor]], source="checkpoint",
+                      mapped=False) -> None:  # fmt: skip
+        """Copy public weights in, or map them (`load_into`); ValueError names all that are missing,
+        unknown or misshapen."""
         # old files store the angles of RoPE, some a tied head a second time
         needless = "rotary_emb.inv_freq", *(["lm_head.weight"] if self.cfg.tie_embeddings else [])
         skip = lambda name: name.endswith(needless)
-        load_into(self.original_state_dict(), tensors, skip, source)
+        load_into(self.original_state_dict(keep_vars=mapped), tensors, skip, source, mapped)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype=None, device=None) -> "LLM":
@@ -508,7 +511,8 @@ class LLM(nn.Module):
         with torch.device("meta"):
             llm = cls(LLMConfig.from_hf(read_config(path))).to(dtype or torch.float32)
         llm.load_original(read_tensors(path), str(path))  # a rehearsal: does everything fit?
-        llm.to_empty(device=device or "cpu").load_original(read_tensors(path), str(path))
+        llm = llm.to_empty(device=device or "cpu")
+        llm.load_original(read_tensors(path), str(path), mapped=True)
         return llm
 
     def save_pretrained(self, path: str | Path) -> None:

@@ -88,7 +88,7 @@ class Int8Experts(nn.Module):
         return linear(hidden_MF, "w2")
 
 
-def unsaved() -> dict[str, Tensor]:
+def unsaved(keep_vars: bool = False) -> dict[str, Tensor]:
     raise ValueError("int8 weights are for answering; save the checkpoint they were made from")
 
 

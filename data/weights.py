@@ -10,9 +10,12 @@ tensors in one of three forms, looked for in this order:
                                               so that it can carry tensors but run no code
 
 Nothing here holds a whole model: `read_tensors` yields one tensor at a time out of memory-mapped
-files, and `load_into` copies it straight into its place and forgets it. What has been read of a map
-stays in memory until it is closed, so files are mapped anew every 16 MiB. A 47-billion-parameter
-model thus needs the memory of its parameters and of one tensor more (bench/load_memory.py).
+files. `load_into` lets a parameter of the file's own type be the map, which takes no time: a page
+is read when it is first used, shared between processes, and copied when training first writes to
+it. Whatever is cast, moved or stacked is copied straight into its place and forgotten; what has
+been read of a map stays in memory until it is closed, so files are mapped anew every 16 MiB. A
+47-billion-parameter model thus needs the memory of its parameters and of one tensor more
+(bench/load_memory.py).
 
 `load_into` is also where every strict check of this project lives. A model describes itself as a
 dictionary {public name: view of a parameter} and the same dictionary serves both directions:
@@ -38,7 +41,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -222,19 +225,24 @@ def load_into(
     tensors: dict | Iterable[tuple[str, Tensor]],
     skip: Callable[[str], bool] = lambda name: False,
     source: str = "checkpoint",
+    mapped: bool = False,
 ) -> None:
     """Copy each tensor into the target of its name, casting as needed; every mismatch is an error.
 
-    `targets` are views of parameters: the copies land in the model. Names for which `skip` is true
-    are passed over. ValueError lists missing, unexpected and misshapen names; the model is then
-    partly overwritten and must not be used.
+    `targets` are parameters or views of them: the copies land in the model. With `mapped` a whole
+    parameter takes the very memory of a tensor of its type, the pages of a mapped file. Names for
+    which `skip` is true are passed over. ValueError lists missing, unexpected and misshapen names;
+    the model is then partly overwritten and must not be used.
     """
-    missing, unexpected, misshapen = dict.fromkeys(targets), [], []
+    missing, unexpected, misshapen, taken = dict.fromkeys(targets), [], [], set()
     for name, tensor in tensors.items() if isinstance(tensors, dict) else tensors:
         if name in targets:
             missing.pop(name, None)
             if tensor.shape == targets[name].shape:
-                if not targets[name].is_meta:  # a rehearsal
+                if mapped and _can_take(targets[name], tensor, taken):
+                    targets[name].data = tensor
+                    taken.add(tensor.data_ptr())
+                elif not targets[name].is_meta:  # a rehearsal
                     targets[name].copy_(tensor)
             else:
                 misshapen.append(
@@ -246,6 +254,14 @@ def load_into(
     problems = [f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
     if problems:
         raise ValueError(f"{source} does not fit this model; " + "; ".join(problems))
+
+
+def _can_take(target: Tensor, tensor: Tensor, taken: set[int]) -> bool:
+    """Whether a parameter may have this tensor's memory; no other parameter must share it."""
+    return (isinstance(target, nn.Parameter) and target.device == tensor.device
+            and target.dtype == tensor.dtype and tensor.is_contiguous()
+            and tensor.nbytes == tensor.untyped_storage().nbytes()
+            and tensor.data_ptr() not in taken)  # fmt: skip
 
 
 def _existing(path: str | Path) -> Path:
@@ -266,20 +282,19 @@ def _read_json(file: Path) -> dict:
 
 
 def _read_file(file: Path) -> Iterator[tuple[str, Tensor]]:
-    names = list(_map_file(file))
-    while names:
-        tensors, size = _map_file(file), 0  # the last map goes, and its pages with it
-        while names and size < MAPPED_AT_ONCE:
-            size += tensors[names[0]].nbytes
-            yield names[0], tensors[names.pop(0)]
+    done = 0
+    while tensors := _map_file(file, done):  # the map before it goes, and its pages with it
+        yield from tensors.items()
+        done += len(tensors)
 
 
-def _map_file(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file, none of which is read before it is used."""
+def _map_file(file: Path, start: int) -> dict[str, Tensor]:
+    """The next MAPPED_AT_ONCE bytes of tensors, from the `start`-th; none is read before use."""
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
-                return {name: opened.get_tensor(name) for name in opened.keys()}
+                names = list(opened.keys())[start:]
+                return _first_of((name, opened.get_tensor(name)) for name in names)
         # files older than torch 1.6 are no zip archives and cannot be mapped
         mapped = zipfile.is_zipfile(file)
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
@@ -293,7 +308,17 @@ def _map_file(file: Path) -> dict[str, Tensor]:
         and tensor.device.type == "cpu" for name, tensor in content.items()
     ):  # fmt: skip
         raise ValueError(f"{file} cannot be read as weights (it holds no tensors by name)")
-    return content
+    return _first_of(list(content.items())[start:])
+
+
+def _first_of(pairs: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    tensors, size = {}, 0
+    for name, tensor in pairs:
+        tensors[name] = tensor
+        size += tensor.nbytes
+        if size >= MAPPED_AT_ONCE:
+            break
+    return tensors
 
 
 def _read_shard(file: Path, shard_of: dict[str, str]) -> Iterator[tuple[str, Tensor]]:

@@ -41,7 +41,7 @@ def test_links_lead_somewhere():
 def test_flags_in_the_readme_exist(script, monkeypatch, capsys):
     flags = {
         flag
-        for line in re.findall(rf"python {script}\.py(.*)", README)
+        for line in re.findall(rf"python {script}\.py([^`\n]*)", README)
         for flag in re.findall(r"--[a-z][a-z0-9-]+", line.split("#")[0])
     }
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])

@@ -6,7 +6,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tiny import tiny_cumo
+from torch import nn
 
+from cumo import CuMo
 from data import weights
 from data.weights import load_into, read_config, read_tensors, write_json, write_tensors
 
@@ -197,3 +200,37 @@ def test_load_into_lists_every_mismatch_in_one_error():
         r"unexpected: extra; wrong shape: misshapen is \[3\] instead of \[2\]$",
     ):
         load_into(targets, given, skip=lambda name: name == "skipped", source="it")
+
+
+def test_a_mapped_model_is_its_own(tmp_path):
+    """Training it changes neither the file nor a second model; saving it over itself is safe."""
+    tiny_cumo(experts=4, seed=1).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    before = file.read_bytes()
+    model, other = CuMo.from_pretrained(tmp_path), CuMo.from_pretrained(tmp_path)
+    at = {p.data_ptr() for p in model.parameters()}
+    assert len(at) == len([*model.parameters()]), "two parameters share memory"
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    assert file.read_bytes() == before
+    for (name, p), q in zip(model.named_parameters(), other.parameters()):
+        torch.testing.assert_close(p, q + 1, rtol=0, atol=0, msg=name)
+    model.save_pretrained(tmp_path)
+    for p, q in zip(CuMo.from_pretrained(tmp_path).parameters(), model.parameters()):
+        assert torch.equal(p, q)
+
+
+def test_what_a_pickle_shares_is_not_shared_by_the_model(tmp_path):
+    """Two names of one storage, a transposed one, and a part of one are copied."""
+    torch.manual_seed(0)
+    shared = torch.randn(4, 4)
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({"a": shared, "b": shared, "c": shared.T, "d": shared[:2]}, file)
+    shapes = {"a": (4, 4), "b": (4, 4), "c": (4, 4), "d": (2, 4)}
+    model = nn.ParameterDict({name: nn.Parameter(torch.empty(s)) for name, s in shapes.items()})
+    load_into(dict(model.items()), read_tensors(file), mapped=True)
+    with torch.no_grad():
+        model["a"].zero_()
+    for name, wanted in {"b": shared, "c": shared.T, "d": shared[:2]}.items():
+        assert torch.equal(model[name], wanted), name
