@@ -53,6 +53,7 @@ from data.weights import (
     write_json,
     write_tensors,
 )
+from decode import Step
 from loss import mean_cross_entropy
 from mlp_moe import Aux, SparseMoE, recomputed
 
@@ -174,11 +175,6 @@ def attend(q_BHTA: Tensor, k_BGKA: Tensor, v_BGKA: Tensor, mask: Tensor | BlockM
     if T > 1 and not (v_BGKA.dtype == torch.bfloat16 and v_BGKA.device.type == "cpu"):
         k, v = (y.repeat_interleave(H // G, 1) for y in (k_BGKA, v_BGKA))
         return F.scaled_dot_product_attention(q_BHTA, k, v, attn_mask=mask)
-    if T == 1 and torch.compiler.is_compiling() and v_BGKA.device.type == "cpu":  # as in `product`
-        q = q_BHTA.reshape(B, G, H // G, 1, A).float() * A**-0.5
-        probs = ((q * k_BGKA[:, :, None].float()).sum(-1) + mask).softmax(-1)
-        out = (probs[..., None] * v_BGKA[:, :, None].float()).sum(-2)
-        return out.to(v_BGKA.dtype).view(B, H, 1, A)
     # for one query, and in bf16 on a CPU, two plain products are faster (bench/attention.py)
     q = (q_BHTA * A**-0.5).reshape(B, G, H // G * T, A)
     scores_BHTK = (q @ k_BGKA.mT).view(B, H, T, -1) + mask
@@ -218,7 +214,7 @@ class Cache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.places = torch.zeros(rows, 2, self.size, dtype=torch.int64, device=device)
-        self.next = 0  # the next token's position in each row's document [B, 1]
+        self.next = torch.zeros(rows, 1, dtype=torch.int64, device=device)  # position of the next
 
     def expect(self, T: int) -> None:
         """Make ready for `extend` by T tokens. ValueError if there is no room."""
@@ -243,21 +239,10 @@ class Cache:
 
 
 def product(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
-    """x [B, T, D] times weight [F, D], transposed: F.linear. int8 weights have a scale [F].
-
-    To make one token, each weight is read once and used once, so the speed is that of the memory.
-    On a CPU PyTorch's matrix product reaches two thirds of it. Written out, torch.compile makes a
-    plain loop of it, which reaches nine tenths (bench.py decode).
-    """
-    alone = x.numel() == x.shape[-1] and x.device.type == "cpu"
-    if alone and torch.compiler.is_compiling():
-        x_D = x.float().flatten().as_strided((x.shape[-1],), (1,))  # makes it store x once
-        y = (weight.float() * x_D).sum(-1).view(*x.shape[:-1], -1)
-    elif scale is None:
+    """x [B, T, D] times weight [F, D], transposed: F.linear. int8 weights have a scale [F]."""
+    if scale is None:
         return F.linear(x, weight)
-    else:
-        y = F.linear(x, weight.to(x.dtype))
-    return (y if scale is None else y * scale).to(x.dtype)
+    return (F.linear(x, weight.to(x.dtype)) * scale).to(x.dtype)
 
 
 class Linear(nn.Linear):
@@ -330,7 +315,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 def choose(logits_BV: Tensor, temperature: float, top_p=1.0, top_k=None, generator=None) -> Tensor:
     """The next token of each row, see `LLM.generate`."""
-    if not logits_BV.isfinite().all():
+    if not torch.stack(logits_BV.aminmax()).isfinite().all():  # of which a NaN makes NaNs
         raise ValueError("a logit is not a finite number: the weights are damaged, or float16 or "
                          "bfloat16 is too small for this model; try --dtype float32")  # fmt: skip
     if temperature < 1e-6:  # below it float32 can overflow
@@ -464,15 +449,19 @@ class LLM(nn.Module):
         if cache is None:
             room = x.shape[1] + max_new_tokens
             cache = Cache(self.cfg, len(x), room, product_dtype(x), x.device, compile)
-        logits = compiled(LLM.logits) if cache.compile else LLM.logits
+        step = Step.of(self, cache) if cache.compile else None  # on a CPU: decode.py
+        logits = compiled(LLM.logits) if cache.compile and not step else LLM.logits
         going_on = isinstance(seed, torch.Generator | None)
         generator = seed if going_on else torch.Generator(x.device).manual_seed(seed)
         ends = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or []
         ends = torch.tensor(ends, dtype=torch.int64, device=x.device)
         done, out = torch.zeros(len(x), dtype=torch.bool, device=x.device), []
         for _ in range(max_new_tokens):
-            x, _ = self.hidden(x, segments, cache)
-            last = logits(self, x[:, -1:])[:, 0].float()
+            if step and x.shape[1] == 1:
+                last = step(x)
+            else:
+                x, _ = self.hidden(x, segments, cache)
+                last = logits(self, x[:, -1:])[:, 0].float()
             ids = choose(last, temperature, top_p, top_k, generator)
             if len(ends):
                 ids = torch.where(done, ends[0], ids)

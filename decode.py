@@ -1,0 +1,158 @@
+"""The step of one token on a CPU, in C++ (decode.cpp): what `generate(compile=True)` runs there.
+
+`LLM.hidden` makes a token by some forty calls of PyTorch a layer, each with its own start and end.
+With hundreds of tokens at once that is nothing; with one, it is most of the time, and what remains
+are matrix products that were made for many rows. decode.cpp does the same arithmetic in one call
+for all layers, with sums in float32, at nearly the speed at which the memory gives out the weights
+(bench.py decode). llm.py stays what one reads, trains, and compares it with (tests/test_decode.py).
+
+    step = Step.of(llm, cache)      # None where PyTorch must do it: experts, a GPU, float16
+    logits = step(x)                # x [B, 1, D] -> [B, V], float32; the cache has one token more
+
+The compiler runs at the first use, for seconds; what it made is kept in ~/.cache/nanocumo.
+
+Letters: B rows, D features, H query heads, A features a head, F hidden features, V words, N slots.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from ctypes import POINTER, Structure, c_float, c_int, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("decode.cpp")
+# no -ffast-math: it would add in any order, and change how all of this Python calculates
+FLAGS = "-O3 -march=native -fno-math-errno -std=gnu++17 -fopenmp -shared -fPIC".split()
+TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.int8: "int8_t"}
+MOST_ROWS = 64  # with more of them PyTorch's products are as fast
+
+
+class Matrix(Structure):
+    _fields_ = [("weight", c_void_p), ("scale", c_void_p)]
+
+
+class Layer(Structure):
+    _fields_ = [(name, c_void_p) for name in ("norm1", "norm2")]
+    _fields_ += [(name, Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    _fields_ += [(name, c_void_p) for name in ("keys", "values")]
+
+
+class Arguments(Structure):  # `Step` of decode.cpp
+    _fields_ = [(name, c_int) for name in "B D H G A F V N layers threads window used slot".split()]
+    _fields_ += [("eps", c_float)]
+    _fields_ += [(name, c_void_p) for name in ("frequency", "norm", "places", "position")]
+    _fields_ += [("layer", POINTER(Layer)), ("head", Matrix)]
+    _fields_ += [(name, c_void_p) for name in "cos sin x q logits score a u h".split()]
+
+
+@functools.cache
+def build(weight: str, cache: str):
+    """The function `step` of decode.cpp, compiled for this processor and these types.
+
+    ValueError if there is no compiler, or if it fails.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if not compiler or not SOURCE.is_file():
+        lacking = "a C++ compiler (g++ or clang++)" if SOURCE.is_file() else str(SOURCE)
+        raise ValueError(f"compile needs {lacking}, which is not there; it works without, slower")
+    command = [*compiler.split(), *FLAGS, f"-DWEIGHT={weight}", f"-DCACHE={cache}", str(SOURCE)]
+    about = [SOURCE.read_text(), " ".join(command), processor(), torch.__version__]
+    key = hashlib.sha256("\n".join(about).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanocumo"
+    library = folder / f"decode-{key}.so"
+    try:
+        if not library.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as place:
+                out = Path(place) / library.name
+                done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True)
+                if done.returncode:
+                    why = (done.stderr.strip() or "no reason given").splitlines()[0]
+                    raise ValueError(f"{compiler} cannot compile {SOURCE.name}: {why}")
+                os.replace(out, library)  # whole or not at all, whoever else compiles it
+        return ctypes.CDLL(str(library)).step
+    except OSError as error:
+        raise ValueError(f"compile cannot use {library}: {error}") from None
+
+
+def processor() -> str:
+    """What -march=native sees, as far as the system tells: a home may be shared by many."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    known = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
+    return "\n".join([platform.machine(), platform.processor(), *sorted(set(known))])
+
+
+def matrices(block) -> list[torch.nn.Module]:
+    attention, mlp = block.self_attn, block.mlp
+    return [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
+            mlp.gate_proj, mlp.up_proj, mlp.down_proj]  # fmt: skip
+
+
+class Step:
+    """The next token of each row of `cache`. Made for one answer, since it points into weights."""
+
+    @staticmethod
+    def of(llm, cache) -> "Step | None":
+        """None where this code does not reach: experts, float16, a GPU, a crowd of rows."""
+        blocks, places = llm.model.layers, cache.keys
+        if any(block.sparse for block in blocks) or places.device.type != "cpu":
+            return None
+        head = llm.model.embed_tokens if llm.cfg.tie_embeddings else llm.lm_head
+        kinds = {module.weight.dtype for block in blocks for module in [*matrices(block), head]}
+        if len(kinds) > 1 or not kinds <= {*TYPES} or places.dtype not in (*TYPES,)[:2]:
+            return None
+        return Step(llm, cache, head) if places.shape[1] <= MOST_ROWS else None
+
+    def __init__(self, llm, cache, head):
+        cfg, B, threads = llm.cfg, cache.keys.shape[1], torch.get_num_threads()
+        self.cache, self.kept = cache, [llm, cache]  # what the pointers below point into
+        self.step = build(TYPES[head.weight.dtype], TYPES[cache.keys.dtype])
+        pair = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32)
+        layers = []
+        for block, keys, values in zip(llm.model.layers, cache.keys, cache.values):
+            norms = block.input_layernorm, block.post_attention_layernorm
+            layers.append(Layer(*(self.at(norm.weight) for norm in norms),
+                                *map(self.matrix, matrices(block)),
+                                keys.data_ptr(), values.data_ptr()))  # fmt: skip
+        H, A, N = cfg.n_heads, cfg.head_dim, cache.size
+        self.logits = torch.empty(B, cfg.vocab_size)
+        scratch = [(B, H, A), (threads, N), (B, H, A), (B, cfg.hidden_dim), (threads, B, cfg.dim)]
+        cos, sin = (self.at(torch.empty(B, A // 2)) for _ in "cs")
+        q, score, a, u, h = (self.at(torch.empty(shape)) for shape in scratch)
+        self.arguments = Arguments(
+            B=B, D=cfg.dim, H=H, G=cfg.n_kv_heads, A=A, F=cfg.hidden_dim, V=cfg.vocab_size, N=N,
+            layers=len(layers), threads=threads, window=cfg.sliding_window or 0,
+            eps=cfg.rms_norm_eps, frequency=self.at(1 / cfg.rope_theta ** (pair / A)),
+            norm=self.at(llm.model.norm.weight), places=cache.places.data_ptr(),
+            layer=(Layer * len(layers))(*layers), head=self.matrix(head), cos=cos, sin=sin, q=q,
+            logits=self.logits.data_ptr(), score=score, a=a, u=u, h=h,
+        )  # fmt: skip
+
+    def at(self, tensor: Tensor) -> int:
+        """Address of the tensor, or of a copy in float32."""
+        self.kept.append(tensor.detach().float().contiguous())
+        return self.kept[-1].data_ptr()
+
+    def matrix(self, module: torch.nn.Module) -> Matrix:
+        scale = getattr(module, "scale", None)  # int8: quant.py
+        assert module.weight.is_contiguous()
+        return Matrix(module.weight.data_ptr(), None if scale is None else scale.data_ptr())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Embeddings [B, 1, D] -> logits [B, V] in float32, which the next call overwrites."""
+        cache, now, x = self.cache, self.arguments, x.float().contiguous().clone()
+        cache.expect(1)
+        now.x, now.position = x.data_ptr(), cache.next.data_ptr()
+        now.slot, now.used = cache.seen % cache.size, min(cache.seen + 1, cache.size)
+        self.step(ctypes.byref(now))
+        cache.next, cache.seen = cache.next + 1, cache.seen + 1
+        return self.logits

@@ -1,0 +1,187 @@
+"""The step in C++ says what PyTorch says, at odd sizes, in every type, whoever else is there."""
+
+import copy
+
+import pytest
+import torch
+
+import decode
+from decode import MOST_ROWS, Step
+from llm import LLM, Cache, LLMConfig
+from quant import quantize
+
+# 97 words; no size is a multiple of what a register holds, and some are less
+SIZES = {
+    "odd": LLMConfig(97, 42, 59, 2, 3, 1, head_dim=14),
+    "wide": LLMConfig(97, 200, 331, 2, 4, 2, head_dim=38, tie_embeddings=True),
+    "tiny": LLMConfig(97, 6, 5, 1, 3, 3, head_dim=2),
+    "window": LLMConfig(97, 42, 59, 2, 4, 2, head_dim=10, sliding_window=5),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def made(name, dtype=torch.float32):
+    torch.manual_seed(0)
+    llm = LLM(SIZES[name])
+    for parameter in llm.parameters():  # loud, so that a mistake is no rounding error
+        parameter.normal_(std=0.3) if parameter.dim() > 1 else parameter.uniform_(0.5, 2)
+    return llm.to(dtype).eval()
+
+
+def prefilled(llm, B, T=7, dtype=torch.float32):
+    """A cache with prompts of unequal lengths, and the next tokens."""
+    tokens = torch.randint(97, (B, T))
+    segments = (torch.arange(T) >= torch.arange(B)[:, None] % (T - 1)).long()
+    cache = Cache(llm.cfg, B, T + 12, dtype)
+    llm.hidden(llm.embed(tokens), segments, cache)
+    return cache, torch.randint(97, (12, B, 1))
+
+
+def steps_of(llm, cache, tokens):
+    """Logits [steps, B, V] by the C++ and by PyTorch, from two copies of one cache."""
+    step, other = Step.of(llm, cache), copy.deepcopy(cache)
+    fast = torch.stack([step(llm.embed(ids)).clone() for ids in tokens])
+    slow = [llm.logits(llm.hidden(llm.embed(ids), cache=other)[0])[:, 0] for ids in tokens]
+    assert cache.seen == other.seen and torch.equal(cache.next, other.next)
+    assert torch.equal(cache.places, other.places)
+    torch.testing.assert_close(cache.keys, other.keys, atol=2e-5, rtol=2e-2)
+    return fast, torch.stack(slow)
+
+
+@pytest.mark.parametrize("B", [1, 3, 4, 9])
+@pytest.mark.parametrize("name", SIZES)
+def test_logits_are_those_of_pytorch(name, B):
+    """Unequal prompts, odd sizes, grouped heads, a ring that turns over twice, a tied head."""
+    llm = made(name)
+    fast, slow = steps_of(llm, *prefilled(llm, B))
+    torch.testing.assert_close(fast, slow, atol=2e-5 * slow.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("name", ["odd", "wide"])
+def test_bfloat16_is_nearer_to_the_truth_than_pytorch(name):
+    llm = made(name, torch.bfloat16)
+    exact = copy.deepcopy(llm).float()
+    torch.manual_seed(1)
+    cache, tokens = prefilled(llm, 5, dtype=torch.bfloat16)
+    torch.manual_seed(1)
+    truth, _ = steps_of(exact, *prefilled(exact, 5))
+    step, other, errors = Step.of(llm, cache), copy.deepcopy(cache), []
+    for ids, right in zip(tokens, truth):
+        fast = step(llm.embed(ids))
+        slow = llm.logits(llm.hidden(llm.embed(ids), cache=other)[0])[:, 0].float()
+        errors.append(torch.stack([(y - right).square().mean() for y in (fast, slow)]))
+    ours, theirs = torch.stack(errors).mean(0)
+    assert ours < theirs < 0.01 * truth.square().mean()
+
+
+@pytest.mark.parametrize("name", ["odd", "wide"])
+def test_int8_weights(name):
+    llm = quantize(made(name))
+    fast, slow = steps_of(llm, *prefilled(llm, 5))
+    torch.testing.assert_close(fast, slow, atol=2e-5 * slow.abs().max().item(), rtol=0)
+
+
+def test_a_row_is_the_same_alone_and_on_any_number_of_threads():
+    llm = made("wide")
+    cache, tokens = prefilled(llm, 9)
+    alone = Cache(llm.cfg, 1, cache.size)
+    alone.keys, alone.values, alone.places, alone.next = (
+        part.clone()
+        for part in (cache.keys[:, 4:5], cache.values[:, 4:5], cache.places[4:5], cache.next[4:5])
+    )
+    alone.seen = cache.seen
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            together = copy.deepcopy(cache)
+            step = Step.of(llm, together)
+            found.append(torch.stack([step(llm.embed(ids)).clone() for ids in tokens]))
+    finally:
+        torch.set_num_threads(1)
+    step = Step.of(llm, alone)
+    single = torch.stack([step(llm.embed(ids[4:5])).clone() for ids in tokens])
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert torch.equal(found[0][:, 4:5], single)
+
+
+def test_generate_takes_it_and_goes_on_over_turns(monkeypatch):
+    llm, calls = made("window"), []
+    step = Step.__call__
+    monkeypatch.setattr(Step, "__call__", lambda self, x: calls.append(len(x)) or step(self, x))
+    answers = []
+    for compile in (False, True):
+        cache = Cache(llm.cfg, 2, 40, compile=compile)
+        torch.manual_seed(0)
+        turns = [torch.randint(97, (2, n)) for n in (6, 1, 3)]
+        answers.append([llm.generate(t, max_new_tokens=5, cache=cache) for t in turns])
+    assert all(torch.equal(a, b) for a, b in zip(*answers))
+    assert calls == [2] * 13  # all but the first token of two turns; a turn of one token is a step
+
+
+@pytest.mark.parametrize("experts, dtype, rows", [(4, torch.float32, 1), (0, torch.float16, 1),
+                                                  (0, torch.float32, MOST_ROWS + 1)])  # fmt: skip
+def test_what_it_cannot_do_is_left_to_pytorch(experts, dtype, rows):
+    llm = LLM(LLMConfig(97, 16, 24, 1, 2, 1, num_experts=experts, top_k=2)).to(dtype)
+    assert Step.of(llm, Cache(llm.cfg, rows, 4, dtype)) is None
+
+
+def test_a_nan_is_named():
+    llm = made("odd")
+    llm.model.layers[1].mlp.down_proj.weight[3, 5] = float("nan")
+    llm.model.layers[1].mlp.down_proj.weight[:3] = 0
+    cache, tokens = prefilled(llm, 1)
+    assert Step.of(llm, cache)(llm.embed(tokens[0])).isnan().any()
+    with pytest.raises(ValueError, match="a logit is not a finite number"):
+        llm.generate(torch.tensor([[1, 2]]), max_new_tokens=3, compile=True)
+
+
+@pytest.mark.parametrize("compiler, said", [
+    ("false", "false cannot compile decode.cpp: no reason given"),
+    ("no-such-compiler", "compile cannot use .*decode-.*No such file"),
+])  # fmt: skip
+def test_a_compiler_that_fails_is_named(compiler, said, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=said):
+        decode.build.__wrapped__("float", "float")
+    assert not [*tmp_path.glob("nanocumo/*")], "nothing half-made may stay"
+
+
+def test_without_a_compiler_it_says_so(monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match="compile needs a C.. compiler .g.. or clang.*slower"):
+        decode.build.__wrapped__("float", "float")
+
+
+def test_it_is_compiled_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    decode.build.__wrapped__("float", "float")
+    (library,) = tmp_path.glob("nanocumo/*")
+    monkeypatch.setattr(decode.subprocess, "run", None)
+    decode.build.__wrapped__("float", "float")
+    assert [*tmp_path.glob("nanocumo/*")] == [library]
+
+
+@pytest.mark.skipif(decode.platform.machine() != "x86_64", reason="names of another processor")
+@pytest.mark.parametrize("kind", ["x86-64", "x86-64-v3", "native"])  # SSE2, AVX2, this one
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_processors_without_avx512_get_the_same(kind, dtype, monkeypatch):
+    flags = [flag.replace("native", kind) for flag in decode.FLAGS]
+    monkeypatch.setattr(decode, "FLAGS", flags)
+    monkeypatch.setattr(decode, "build", decode.build.__wrapped__)
+    llm = made("wide", torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    llm = quantize(llm) if dtype == torch.int8 else llm
+    cache, tokens = prefilled(llm, 5, dtype=llm.model.norm.weight.dtype)
+    exact, other = copy.deepcopy(llm).float(), copy.deepcopy(cache)
+    other.keys, other.values = other.keys.float(), other.values.float()
+    fast = Step.of(llm, cache)(llm.embed(tokens[0]))
+    right = exact.logits(exact.hidden(llm.embed(tokens[0]).float(), cache=other)[0])[:, 0]
+    most = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    assert (fast - right).norm() < most * right.norm()
