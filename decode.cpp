@@ -2,16 +2,19 @@
 //
 // To make a token every weight is read once and used once, so the speed is that of the memory, if
 // nothing else takes time. Here little else does: there is one parallel region, in which each
-// thread takes its share of the rows of every matrix, and five places a layer where all wait:
+// thread takes its share of the rows of every matrix, and seven places a layer where all wait:
 //
-//     q, k, v = W norm(x), rotated; k and v into the cache      | wait
+//     h = norm(x)                                               | wait
+//     q, k, v = W h, rotated; k and v into the cache            | wait
 //     a = softmax(q k / sqrt(A)) v, a head at a time            | wait
 //     x = x + W_o a                                             | wait
-//     u = silu(W_gate norm(x)) * W_up norm(x)                   | wait
+//     h = norm(x)                                               | wait
+//     u = silu(W_gate h) * W_up h                               | wait
 //     x = x + W_down u                                          | wait
 //
-// A thread reads its rows one after the other, a single stream: two at a time take twice as long.
-// Sums are in float32. A row's sums do not depend on the other rows or on the number of threads.
+// One row's x is multiplied a register of features at a time. Of several rows each has a lane of
+// the registers instead, and a weight is multiplied with all of them at once: sixteen answers take
+// little longer than one. Sums are in float32, in one order for any number of threads.
 //
 // Letters as in llm.py: B rows, D features, H query heads, G key/value heads, A features a head,
 // F hidden features, V words. N slots of the cache.
@@ -83,17 +86,44 @@ static inline void put(bfloat16 *p, float x) {  // the nearest, ties to even; Na
     p->bits = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-// What a matrix is multiplied with: bfloat16 if the processor multiplies pairs of them
+// e^x to two units in the last place, without a branch, so that loops of it use whole registers
+static inline float exponential(float x) {
+    x = x < -87 ? -87 : x > 88 ? 88 : x;
+    float n = std::rint(x * 1.44269504f), r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2
+    float p = (1.9875691e-4f * r + 1.3981999e-3f) * r + 8.3334519e-3f;
+    p = ((p * r + 4.1665796e-2f) * r + 1.6666665e-1f) * r + 0.5f;
+    uint32_t power = (uint32_t)((int)n + 127) << 23;
+    return (p * r * r + r + 1) * read<float>(&power);
+}
+
+// What a matrix is multiplied with: bfloat16, if the processor multiplies pairs of them.
 #ifdef __AVX512BF16__
-typedef std::conditional_t<std::is_same_v<WEIGHT, bfloat16>, bfloat16, float> input;
+constexpr int PAIR = std::is_same_v<WEIGHT, bfloat16> ? 2 : 1;
+typedef std::conditional_t<PAIR == 2, bfloat16, float> input;
 static inline floats add_product(floats sum, const bfloat16 *w, const bfloat16 *x) {
     return (floats)_mm512_dpbf16_ps((__m512)sum, read<__m512bh>(w), read<__m512bh>(x));
 }
+static inline floats add_to_lanes(floats sum, const bfloat16 *w, const bfloat16 *x) {
+    __m512bh pair = (__m512bh)_mm512_set1_epi32(read<int>(w));
+    return (floats)_mm512_dpbf16_ps((__m512)sum, pair, read<__m512bh>(x));
+}
 #else
+constexpr int PAIR = 1;
 typedef float input;
 #endif
+constexpr int ROWS = 8;  // of a matrix at once, where x has its rows in lanes
 template <class T> static inline floats add_product(floats sum, const T *w, const float *x) {
     return sum + load(w) * load(x);
+}
+template <class T> static inline floats add_to_lanes(floats sum, const T *w, const float *x) {
+    return sum + value(*w) * load(x);
+}
+
+// Place of feature d of row b: alone, features in order; else the same pair of WIDTH rows together.
+static inline size_t place(int B, int D, int b, int d) {
+    if (B == 1) return d;
+    size_t pairs = (D + PAIR - 1) / PAIR;
+    return ((b / WIDTH * pairs + d / PAIR) * WIDTH + b % WIDTH) * PAIR + d % PAIR;
 }
 
 static inline float total(floats v) {
@@ -102,23 +132,29 @@ static inline float total(floats v) {
     return v[0];
 }
 
-// y[c] = w times x[c], for C rows x. Four sums are under way at once: one would wait for itself.
-template <int C, class T, class X> static inline void dots(const T *w, const X *x, int D, float *y) {
-    constexpr int width = std::is_same_v<X, float> ? WIDTH : 2 * WIDTH;  // a pair in place of one
-    floats sum[C][4] = {};
+// w times x. Four sums are under way at once: one would wait for itself.
+template <class T, class X> static inline float dot(const T *w, const X *x, int D) {
+    constexpr int width = std::is_same_v<X, float> ? WIDTH : 2 * WIDTH;
+    floats sum[4] = {};
     int d = 0;
     for (; d + 4 * width <= D; d += 4 * width)
-        for (int c = 0; c < C; c++)
-            for (int u = 0; u < 4; u++) {
-                int e = d + u * width;
-                sum[c][u] = add_product(sum[c][u], w + e, x + (size_t)c * D + e);
-            }
-    for (int u = 0; d + width <= D; d += width, u++)
-        for (int c = 0; c < C; c++)
-            sum[c][u] = add_product(sum[c][u], w + d, x + (size_t)c * D + d);
-    for (int c = 0; c < C; c++) {
-        y[c] = total((sum[c][0] + sum[c][1]) + (sum[c][2] + sum[c][3]));
-        for (int e = d; e < D; e++) y[c] += value(w[e]) * value(x[(size_t)c * D + e]);
+        for (int u = 0, e = d; u < 4; u++, e += width) sum[u] = add_product(sum[u], w + e, x + e);
+    for (int u = 0; d + width <= D; d += width, u++) sum[u] = add_product(sum[u], w + d, x + d);
+    float y = total((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    for (; d < D; d++) y += value(w[d]) * value(x[d]);
+    return y;
+}
+
+// y[r] = row r of w times x, for R rows of w, and a row of x in each lane
+template <int R> static inline void lanes(const WEIGHT *w, const input *x, int D, floats *y) {
+    floats sum[R] = {};
+    int d = 0;
+    for (; d + PAIR <= D; d += PAIR)
+        for (int r = 0; r < R; r++)
+            sum[r] = add_to_lanes(sum[r], w + (size_t)r * D + d, x + (size_t)d * WIDTH);
+    for (int r = 0; r < R; r++) {
+        WEIGHT last[2] = {d < D ? w[(size_t)r * D + d] : WEIGHT()};
+        y[r] = d < D ? add_to_lanes(sum[r], last, x + (size_t)d * WIDTH) : sum[r];
     }
 }
 
@@ -129,30 +165,26 @@ struct Matrix {
     const float *scale;    // [F], or null
 };
 
-// done(b, f, y) for y = row f of the matrix times x[b], for f from first up to last
+// done(b, f, y) for y = row f of the matrix times row b of x, for f from first up to last
 template <class Done>
 static void product(Matrix m, const input *x, int B, int D, int first, int last, Done done) {
-    for (int f = first; f < last; f++) {
-        const WEIGHT *row = m.weight + (size_t)f * D;
-        float y[4], scale = m.scale ? m.scale[f] : 1;
-        int b = 0;
-        for (; b + 4 <= B; b += 4) {
-            dots<4>(row, x + (size_t)b * D, D, y);
-            for (int c = 0; c < 4; c++) done(b + c, f, y[c] * scale);
-        }
-        for (; b < B; b++) {
-            dots<1>(row, x + (size_t)b * D, D, y);
-            done(b, f, y[0] * scale);
-        }
+    if (B == 1) {
+        for (int f = first; f < last; f++)
+            done(0, f, dot(m.weight + (size_t)f * D, x, D) * (m.scale ? m.scale[f] : 1));
+        return;
     }
-}
-
-static void norm(const float *x, const float *weight, float eps, int B, int D, input *out) {
-    for (int b = 0; b < B; b++, x += D, out += D) {
-        float squares;
-        dots<1>(x, x, D, &squares);
-        float scale = 1 / std::sqrt(squares / D + eps);
-        for (int d = 0; d < D; d++) put(out + d, x[d] * scale * weight[d]);
+    for (int f = first, rows; f < last; f += rows) {
+        rows = f + ROWS <= last ? ROWS : 1;
+        for (int b = 0; b < B; b += WIDTH) {
+            const WEIGHT *w = m.weight + (size_t)f * D;
+            const input *x_b = x + place(B, D, b, 0);
+            floats y[ROWS];
+            rows == 1 ? lanes<1>(w, x_b, D, y) : lanes<ROWS>(w, x_b, D, y);
+            for (int r = 0; r < rows && m.scale; r++) y[r] *= m.scale[f + r];
+            int used = b + WIDTH <= B ? WIDTH : B - b;
+            for (int i = 0; i < used; i++)
+                for (int r = 0; r < rows; r++) done(b + i, f + r, y[r][i]);
+        }
     }
 }
 
@@ -173,21 +205,32 @@ struct Step {
     Matrix head;
     float *cos, *sin;               // [B, A / 2] of its angles
     float *x, *q, *logits, *score;  // [B, D], [B, H, A], [B, V], [threads, N]
-    input *a, *u, *h;               // [B, H, A], [B, F], [threads, B, D]
+    input *a, *u, *h;               // [B, H A], [B, F], [B, D]: see `place`; zeros between
 };
 
 struct Share { int first, last; };
-static Share share(int n) {  // of n things, what this thread does
-    long t = omp_get_thread_num(), T = omp_get_num_threads();
-    return {(int)(n * t / T), (int)(n * (t + 1) / T)};
+static Share share(int n, int unit = 1) {  // of n things, what this thread does, in whole units
+    long t = omp_get_thread_num(), T = omp_get_num_threads(), units = (n + unit - 1) / unit;
+    int first = units * t / T * unit, last = units * (t + 1) / T * unit;
+    return {first, last < n ? last : n};
+}
+
+static void norm(const Step &s, const float *weight) {
+    Share rows = share(s.B);
+    for (int b = rows.first; b < rows.last; b++) {
+        const float *x = s.x + (size_t)b * s.D;
+        float scale = 1 / std::sqrt(dot(x, x, s.D) / s.D + s.eps);
+        for (int d = 0; d < s.D; d++) put(s.h + place(s.B, s.D, b, d), x[d] * scale * weight[d]);
+    }
+#pragma omp barrier
 }
 
 // Head n of q, k and v together, counted in this order
-static void project(const Step &s, const Layer &l, const input *h, int n) {
+static void project(const Step &s, const Layer &l, int n) {
     bool is_q = n < s.H, is_k = !is_q && n < s.H + s.G;
     int head = is_q ? n : is_k ? n - s.H : n - s.H - s.G, A = s.A;
     float y[s.B * A];
-    product(is_q ? l.q : is_k ? l.k : l.v, h, s.B, s.D, head * A, (head + 1) * A,
+    product(is_q ? l.q : is_k ? l.k : l.v, s.h, s.B, s.D, head * A, (head + 1) * A,
             [&](int b, int f, float x) { y[b * A + f - head * A] = x; });
     for (int b = 0; b < s.B; b++) {
         float *z = y + b * A;
@@ -208,37 +251,40 @@ static void project(const Step &s, const Layer &l, const input *h, int n) {
 
 // Head n of row b: what its query finds in the cache, as in llm.sees
 static void attend(const Step &s, const Layer &l, int b, int n, float *score) {
-    size_t start = (size_t)(b * s.G + n / (s.H / s.G)) * s.N * s.A, place = (size_t)b * s.H + n;
+    size_t start = (size_t)(b * s.G + n / (s.H / s.G)) * s.N * s.A;
+    const float *q = s.q + ((size_t)b * s.H + n) * s.A;
     const int64_t *position = s.places + (size_t)b * 2 * s.N, *segment = position + s.N;
     float most = -INFINITY, total = 0, out[s.A];
     for (int i = 0; i < s.used; i++) {
         bool near = !s.window || s.position[b] - position[i] < s.window;
         score[i] = -INFINITY;
         if (segment[i] == 1 && near)
-            dots<1>(l.keys + start + (size_t)i * s.A, s.q + place * s.A, s.A, score + i);
+            score[i] = dot(l.keys + start + (size_t)i * s.A, q, s.A);
         most = std::fmax(most, score[i]);
     }
+    for (int i = 0; i < s.used; i++)
+        score[i] = score[i] == -INFINITY ? 0 : exponential(score[i] - most);
     for (int j = 0; j < s.A; j++) out[j] = 0;
     for (int i = 0; i < s.used; i++) {
-        if (score[i] == -INFINITY) continue;
+        if (score[i] == 0) continue;
         const CACHE *v = l.values + start + (size_t)i * s.A;
-        float p = std::exp(score[i] - most);
-        total += p;
-        for (int j = 0; j < s.A; j++) out[j] += p * value(v[j]);
+        total += score[i];
+        for (int j = 0; j < s.A; j++) out[j] += score[i] * value(v[j]);
     }
-    for (int j = 0; j < s.A; j++) put(s.a + place * s.A + j, out[j] / total);
+    for (int j = 0; j < s.A; j++)
+        put(s.a + place(s.B, s.H * s.A, b, n * s.A + j), out[j] / total);
 }
 
-static void mlp(const Step &s, const Layer &l, const input *h, int first, int last) {
+static void mlp(const Step &s, const Layer &l, int first, int last) {
     constexpr int rows = 16;  // of each matrix in turn
     float gate[s.B * rows];
     for (int f = first; f < last; f += rows) {
         int end = f + rows < last ? f + rows : last;
-        product(l.gate, h, s.B, s.D, f, end, [&](int b, int i, float y) {
-            gate[b * rows + i - f] = y / (1 + std::exp(-y));
-        });
-        product(l.up, h, s.B, s.D, f, end, [&](int b, int i, float y) {
-            put(s.u + (size_t)b * s.F + i, gate[b * rows + i - f] * y);
+        product(l.gate, s.h, s.B, s.D, f, end,
+                [&](int b, int i, float y) { gate[b * rows + i - f] = y; });
+        for (int i = 0; i < s.B * rows; i++) gate[i] /= 1 + exponential(-gate[i]);
+        product(l.up, s.h, s.B, s.D, f, end, [&](int b, int i, float y) {
+            put(s.u + place(s.B, s.F, b, i), gate[b * rows + i - f] * y);
         });
     }
 }
@@ -256,28 +302,28 @@ extern "C" void step(const Step *step) {
     }
 #pragma omp parallel num_threads(s.threads)
     {
-        input *h = s.h + (size_t)omp_get_thread_num() * B * D;
         float *score = s.score + (size_t)omp_get_thread_num() * s.N;
         Share heads = share(s.H + 2 * s.G), queries = share(B * s.H);
-        Share features = share(D), hidden = share(s.F), words = share(s.V);
+        Share features = share(D, ROWS), hidden = share(s.F, ROWS), words = share(s.V, ROWS);
         auto add = [&](int b, int f, float y) { s.x[(size_t)b * D + f] += y; };
         for (int i = 0; i < s.layers; i++) {
             const Layer &l = s.layer[i];
-            norm(s.x, l.norm1, s.eps, B, D, h);
-            for (int n = heads.first; n < heads.last; n++) project(s, l, h, n);
+            norm(s, l.norm1);
+            for (int n = heads.first; n < heads.last; n++) project(s, l, n);
 #pragma omp barrier
-            for (int n = queries.first; n < queries.last; n++) attend(s, l, n / s.H, n % s.H, score);
+            for (int n = queries.first; n < queries.last; n++)
+                attend(s, l, n / s.H, n % s.H, score);
 #pragma omp barrier
             product(l.o, s.a, B, s.H * s.A, features.first, features.last, add);
 #pragma omp barrier
-            norm(s.x, l.norm2, s.eps, B, D, h);
-            mlp(s, l, h, hidden.first, hidden.last);
+            norm(s, l.norm2);
+            mlp(s, l, hidden.first, hidden.last);
 #pragma omp barrier
             product(l.down, s.u, B, s.F, features.first, features.last, add);
 #pragma omp barrier
         }
-        norm(s.x, s.norm, s.eps, B, D, h);
-        product(s.head, h, B, D, words.first, words.last,
+        norm(s, s.norm);
+        product(s.head, s.h, B, D, words.first, words.last,
                 [&](int b, int f, float y) { s.logits[(size_t)b * s.V + f] = y; });
     }
 }

@@ -75,7 +75,8 @@ def build(weight: str, cache: str):
                 out = Path(place) / library.name
                 done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True)
                 if done.returncode:
-                    why = (done.stderr.strip() or "no reason given").splitlines()[0]
+                    said = done.stderr.splitlines() or ["no reason given"]
+                    why = next((line for line in said if "error" in line), said[0])
                     raise ValueError(f"{compiler} cannot compile {SOURCE.name}: {why}")
                 os.replace(out, library)  # whole or not at all, whoever else compiles it
         return ctypes.CDLL(str(library)).step
@@ -125,12 +126,16 @@ class Step:
                                 keys.data_ptr(), values.data_ptr()))  # fmt: skip
         H, A, N = cfg.n_heads, cfg.head_dim, cache.size
         self.logits = torch.empty(B, cfg.vocab_size)
-        scratch = [(B, H, A), (threads, N), (B, H, A), (B, cfg.hidden_dim), (threads, B, cfg.dim)]
+        rows = B if B == 1 else -(-B // 16) * 16  # several: a lane of a register for each
+        even = lambda n: n + n % 2
+        scratch = [(B, H, A), (threads, N), (rows, even(H * A)), (rows, even(cfg.hidden_dim)),
+                   (rows, even(cfg.dim))]  # fmt: skip
         cos, sin = (self.at(torch.empty(B, A // 2)) for _ in "cs")
-        q, score, a, u, h = (self.at(torch.empty(shape)) for shape in scratch)
+        q, score, a, u, h = (self.at(torch.zeros(shape)) for shape in scratch)
         self.arguments = Arguments(
-            B=B, D=cfg.dim, H=H, G=cfg.n_kv_heads, A=A, F=cfg.hidden_dim, V=cfg.vocab_size, N=N,
-            layers=len(layers), threads=threads, window=cfg.sliding_window or 0,
+            B=B, D=cfg.dim, H=H, G=cfg.n_kv_heads, A=A, F=cfg.hidden_dim,
+            V=cfg.vocab_size, N=N, layers=len(layers), threads=threads,
+            window=cfg.sliding_window or 0,
             eps=cfg.rms_norm_eps, frequency=self.at(1 / cfg.rope_theta ** (pair / A)),
             norm=self.at(llm.model.norm.weight), places=cache.places.data_ptr(),
             layer=(Layer * len(layers))(*layers), head=self.matrix(head), cos=cos, sin=sin, q=q,
