@@ -56,7 +56,7 @@ class SampleConfig:
     experts: str = ""  # draw which expert saw which patch into this file
     dtype: str = ""  # of the weights: float32 or bfloat16; empty: float32
     quant: str = ""  # int8: the language model's matrices in one byte a weight (quant.py)
-    compile: bool = False  # torch.compile the steps: some seconds at first, then faster
+    compile: bool = False  # the steps: some seconds at first (C++ on a CPU, torch.compile on a GPU)
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to run
 
 

@@ -47,6 +47,7 @@ READING = [
     ("clip_moe.py", "CLIP's vision transformer, dense or sparse, at several scales"),
     ("llm.py", "a Mistral: RoPE, grouped queries, sliding window, cache, generation"),
     ("loss.py", "cross-entropy with its gradients, a chunk of logits at a time"),
+    ("decode.py", "one token on a CPU, by decode.cpp: as fast as memory gives out the weights"),
     ("cumo.py", "how a picture becomes words of a sentence; the losses; checkpoints"),
     ("upcycle.py", "dense to sparse without losing anything at step 0"),
     ("stages.py", "the table of the three stages, every setting, what fits in memory"),
