@@ -247,9 +247,8 @@ FAULTS = {  # a row of the table -> kinds of tests/crash.py, in words
     },
 }
 INPUTS = {  # a row of the table -> targets of tests/fuzz.py
-    "LLaVA JSON and JSONL": ["llava"],
-    "conversations, and text for three tokenizers": ["chat", "text"],
-    "`tokenizer.model`, `tokenizer.json`, `tekken.json`": ["tokenizer-files"],
+    "LLaVA JSON and JSONL, conversations": ["llava", "chat"],
+    "`tokenizer.model`, `tokenizer.json`, `tekken.json`, and text": ["tokenizer-files", "text"],
     "pictures, of 10 formats": ["images"],
     "configs, safetensors, indexes": ["checkpoint"],
 }
@@ -279,7 +278,7 @@ def faults_block():
         f"Python {p['versions']['python']} with torch {p['versions']['torch']}, numpy "
         f"{p['versions']['numpy']} and {len(p['extras']) or 'none'} of the extras' packages "
         f"{p['passed']} passed, {p['skipped']} skipped, {p['failed']} failed"
-        for p in content["platforms"].values()
+        for p in content.get("platforms", {}).values()
     ]
     seconds = sorted({int(n["command"].split()[3]) for n in inputs.values()})
     files = " to ".join(map(str, sorted({*long["files"]})))
