@@ -372,6 +372,8 @@ def train_stage(cfg):
     handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         done = trainer.loop(wandb)
+        if not done:  # saved before a second Ctrl-C counts
+            trainer.save_resume()
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
             raise
@@ -382,7 +384,6 @@ def train_stage(cfg):
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if not done:
-        trainer.save_resume()
         again = shlex.join(["python", *(word for word in sys.argv if word != "--overwrite")])
         print(f"stopped after {trainer.used:,} samples; the same command continues: {again}")
         return False

@@ -264,6 +264,7 @@ def serve(cfg, folder):
     blocks.launch(
         server_name=cfg.host, server_port=cfg.port, share=False, quiet=True, ssr_mode=False,
         mcp_server=False, enable_monitoring=False, footer_links=[], pwa=False, run_history=False,
+        state_session_capacity=cfg.keep + cfg.waiting,  # gradio's own memory of tabs, too
         max_file_size=cfg.upload_mb * 2**20, allowed_paths=[str(ROOT / "cat.jpg")],
         css=CSS, theme=gr.themes.Default(font=["system-ui", "sans-serif"],
                                 font_mono=["ui-monospace", "monospace"]))  # fmt: skip

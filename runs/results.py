@@ -248,9 +248,8 @@ FAULTS = {  # a row of the table -> kinds of tests/crash.py, in words
     },
 }
 INPUTS = {  # a row of the table -> targets of tests/fuzz.py
-    "LLaVA JSON and JSONL": ["llava"],
-    "conversations, and text for three tokenizers": ["chat", "text"],
-    "`tokenizer.model`, `tokenizer.json`, `tekken.json`": ["tokenizer-files"],
+    "LLaVA JSON and JSONL, conversations": ["llava", "chat"],
+    "`tokenizer.model`, `tokenizer.json`, `tekken.json`, and text": ["tokenizer-files", "text"],
     "pictures, of 10 formats": ["images"],
     "configs, safetensors, indexes": ["checkpoint"],
 }
@@ -278,7 +277,7 @@ def faults_block():
                      f"{n['lost']} |")  # fmt: skip
     platforms = [
         f"Python {p['versions']['python']} with torch {p['versions']['torch']}, numpy "
-        f"{p['versions']['numpy']} and {len(p['extras']) or 'none'} of the extras' packages "
+        f"{p['versions']['numpy']} and {len(p['extras']) or 'none'} of the extras' packages: "
         f"{p['passed']} passed, {p['skipped']} skipped, {p['failed']} failed"
         for p in content["platforms"].values()
     ]
@@ -297,7 +296,8 @@ def faults_block():
         f"while {web['left']} left in mid-answer; {web['refused']} pieces of garbage and attempts "
         f"to read a file refused, {web['let through']} let through; memory "
         f"{web['rss_mib'][0]:.0f} MiB halfway, {web['rss_mib'][1]:.0f} at the end. "
-        f"**Platforms** (Linux): {'; '.join(platforms)}.",
+        "**Platforms**: Python 3.11 and torch 2.11, or newer, are claimed; tests tried on Linux, "
+        f"{'; '.join(platforms)}.",
     ]
     return "\n".join(lines)
 

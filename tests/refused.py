@@ -1,10 +1,13 @@
 """What a command prints when it refuses: run in this process, which is 3 seconds faster."""
 
 import sys
+from importlib.util import find_spec
 
 import pytest
 
 from data.flags import run
+
+knows_kinds = pytest.mark.skipif(not find_spec("matplotlib"), reason="needs its kinds of pictures")
 
 
 def refusal(main, flags, monkeypatch, capsys):

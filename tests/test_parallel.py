@@ -60,7 +60,7 @@ def begin(n, work, *args):
 
 def end(started):
     """Wait for them; all have to exit with 0."""
-    deadline = time.time() + 60
+    deadline = time.time() + 300
     while any(p.is_alive() for p in started) and time.time() < deadline:
         if any(p.exitcode for p in started):
             break  # the others wait for it in vain

@@ -185,6 +185,7 @@ def test_bars_have_a_scale_on_which_the_even_share_is_marked(drawn):
 
 
 def test_scales_are_spoken_of_only_where_there_are_several(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
     plt, said = plots.pyplot(), []
     monkeypatch.setattr(plots, "save", lambda figure, *_, **__: said.append(figure._supxlabel))
     for scales in ((1,), (1, 3)):
@@ -203,6 +204,7 @@ def test_running_mean_keeps_a_constant_and_is_the_mean_of_the_neighbours():
 
 
 def test_losses_of_every_stage_are_drawn_and_balance_beside_its_even_one(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
     dense = [{"samples": 8 * k, "lm_loss": 5 / k} for k in range(1, 41)]
     sparse = [row | {"clip_balance": 1.2, "mlp_balance": 1.1, "clip_z": 2.0} for row in dense]
     kept = []
@@ -222,6 +224,7 @@ def test_losses_of_every_stage_are_drawn_and_balance_beside_its_even_one(monkeyp
 
 
 def test_an_answer_is_marked_right_or_wrong_and_no_two_lines_overlap(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
     kept = []
     monkeypatch.setattr(plots, "save", lambda figure, file: kept.append(figure))
     asked = [("Is it?", "no", "no"), ("List all.", "a dog " * 9, "a cat " * 9), ("Why?", "1", "2")]
@@ -236,6 +239,7 @@ def test_an_answer_is_marked_right_or_wrong_and_no_two_lines_overlap(monkeypatch
 
 
 def test_the_table_and_the_picture_of_ratios_have_the_same_rows(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
     run = json.loads((ROOT / "bench" / "amd-epyc-bfloat16.json").read_text())
     kept = []
     monkeypatch.setattr(pictures, "save", lambda figure, file: kept.append(figure))

@@ -483,12 +483,12 @@ def test_ctrl_c_saves_and_the_same_command_continues(weights, finished, tmp_path
     go = command(weights | dict(samples=4000), tmp_path, "--stage", "1")
     process = subprocess.Popen(go, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     log = tmp_path / "stage1" / "metrics.jsonl"
-    deadline = time.time() + 60
+    deadline = time.time() + 300
     while not (log.is_file() and (tmp_path / "stage1" / "resume.pt").is_file()):
         assert time.time() < deadline and process.poll() is None
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and "the same command continues" in output
     state = json.loads((tmp_path / "stage1" / "train.json").read_text())
     assert not state["finished"]
@@ -499,6 +499,22 @@ def test_ctrl_c_saves_and_the_same_command_continues(weights, finished, tmp_path
     trainer = train.Trainer(cfg)
     trainer.load_resume()
     assert trainer.step == steps, "it goes on after the last step of the log"
+
+
+def test_a_second_ctrl_c_does_not_cut_the_last_save(weights, tmp_path, monkeypatch, capsys):
+    def interrupted(original):
+        def call(trainer, *args):
+            os.kill(os.getpid(), signal.SIGINT)
+            return original(trainer, *args)
+
+        return call
+
+    for name in ("train_step", "save_resume"):
+        monkeypatch.setattr(train.Trainer, name, interrupted(getattr(train.Trainer, name)))
+    monkeypatch.setattr(sys, "argv", command(weights, tmp_path, "--stage", "1")[1:])
+    train.main()
+    assert "the same command continues" in capsys.readouterr().out
+    assert torch.load(tmp_path / "stage1" / "resume.pt", weights_only=True)["step"] == 1
 
 
 def test_stage_3_runs_what_it_needs_and_says_so(weights, tmp_path, monkeypatch, capsys):
