@@ -1,4 +1,5 @@
-// One token of each row through a whole language model, on the cores of a CPU. See decode.py.
+// A few tokens, the next of each answer, through a whole language model on the cores of a CPU. See
+// decode.py.
 //
 // To make a token every weight is read once and used once, so the speed is that of the memory, if
 // nothing else takes time. Here little else does: there is one parallel region, in which each
@@ -16,8 +17,8 @@
 // the registers instead, and a weight is multiplied with all of them at once: sixteen answers take
 // little longer than one. Sums are in float32, in one order for any number of threads.
 //
-// Letters as in llm.py: B rows, D features, H query heads, G key/value heads, A features a head,
-// F hidden features, V words. N slots of the cache.
+// Letters as in llm.py: D features, H query heads, G key/value heads, A features a head, F hidden
+// features, V words. C answers, T tokens of each, B = C T rows; N slots of the cache.
 
 #include <cmath>
 #include <cstdint>
@@ -191,20 +192,20 @@ static void product(Matrix m, const input *x, int B, int D, int first, int last,
 struct Layer {
     const float *norm1, *norm2;
     Matrix q, k, v, o, gate, up, down;
-    CACHE *keys, *values;  // [B, G, N, A]
+    CACHE *keys, *values;  // [C, G, N, A]
 };
 
 struct Step {
-    int B, D, H, G, A, F, V, N, layers, threads;
-    int window, used, slot;  // 0: none; slots in use, this token's among them; this token's
+    int C, T, B, D, H, G, A, F, V, N, layers, threads;
+    int window, used, slot;  // 0: none; slots in use, those of these tokens too; that of the first
     float eps;
     const float *frequency, *norm;  // [A / 2] of RoPE; [D]
-    int64_t *places;                // [B, 2, N] position and segment of each slot
-    const int64_t *position;        // [B] of this token
+    int64_t *places;                // [C, 2, N] position and segment of each slot
+    const int64_t *position;        // [C] of the first token
     const Layer *layer;
     Matrix head;
-    float *cos, *sin;               // [B, A / 2] of its angles
-    float *x, *q, *logits, *score;  // [B, D], [B, H, A], [B, V], [threads, N]
+    float *cos, *sin;               // [B, A / 2] of the angles
+    float *x, *q, *logits, *score;  // [B, D], [B, H, A], [C, V], [threads, N]
     input *a, *u, *h;               // [B, H A], [B, F], [B, D]: see `place`; zeros between
 };
 
@@ -215,12 +216,14 @@ static Share share(int n, int unit = 1) {  // of n things, what this thread does
     return {first, last < n ? last : n};
 }
 
-static void norm(const Step &s, const float *weight) {
-    Share rows = share(s.B);
+// h = norm of x, or of the last of each `step` rows of x
+static void norm(const Step &s, const float *weight, int step = 1) {
+    int B = s.B / step;
+    Share rows = share(B);
     for (int b = rows.first; b < rows.last; b++) {
-        const float *x = s.x + (size_t)b * s.D;
+        const float *x = s.x + (size_t)(b * step + step - 1) * s.D;
         float scale = 1 / std::sqrt(dot(x, x, s.D) / s.D + s.eps);
-        for (int d = 0; d < s.D; d++) put(s.h + place(s.B, s.D, b, d), x[d] * scale * weight[d]);
+        for (int d = 0; d < s.D; d++) put(s.h + place(B, s.D, b, d), x[d] * scale * weight[d]);
     }
 #pragma omp barrier
 }
@@ -240,7 +243,8 @@ static void project(const Step &s, const Layer &l, int n) {
             z[i] = first * cos - second * sin;
             z[i + A / 2] = second * cos + first * sin;
         }
-        CACHE *slot = (is_k ? l.keys : l.values) + ((size_t)(b * s.G + head) * s.N + s.slot) * A;
+        size_t row = (size_t)(b / s.T * s.G + head) * s.N + s.slot + b % s.T;
+        CACHE *slot = (is_k ? l.keys : l.values) + row * A;
         for (int i = 0; i < A; i++)
             if (is_q)
                 s.q[(size_t)(b * s.H + head) * A + i] = z[i] / std::sqrt((float)A);
@@ -251,12 +255,13 @@ static void project(const Step &s, const Layer &l, int n) {
 
 // Head n of row b: what its query finds in the cache, as in llm.sees
 static void attend(const Step &s, const Layer &l, int b, int n, float *score) {
-    size_t start = (size_t)(b * s.G + n / (s.H / s.G)) * s.N * s.A;
+    size_t start = (size_t)(b / s.T * s.G + n / (s.H / s.G)) * s.N * s.A;
     const float *q = s.q + ((size_t)b * s.H + n) * s.A;
-    const int64_t *position = s.places + (size_t)b * 2 * s.N, *segment = position + s.N;
+    const int64_t *position = s.places + (size_t)b / s.T * 2 * s.N, *segment = position + s.N;
+    int64_t here = s.position[b / s.T] + b % s.T;
     float most = -INFINITY, total = 0, out[s.A];
     for (int i = 0; i < s.used; i++) {
-        bool near = !s.window || s.position[b] - position[i] < s.window;
+        bool near = position[i] <= here && (!s.window || here - position[i] < s.window);
         score[i] = -INFINITY;
         if (segment[i] == 1 && near)
             score[i] = dot(l.keys + start + (size_t)i * s.A, q, s.A);
@@ -293,10 +298,10 @@ extern "C" void step(const Step *step) {
     const Step &s = *step;
     int B = s.B, D = s.D;
     for (int b = 0; b < B; b++) {
-        s.places[(size_t)b * 2 * s.N + s.slot] = s.position[b];
-        s.places[(size_t)(b * 2 + 1) * s.N + s.slot] = 1;
+        int64_t *place = s.places + (size_t)b / s.T * 2 * s.N + s.slot + b % s.T;
+        place[0] = s.position[b / s.T] + b % s.T, place[s.N] = 1;
         for (int i = 0; i < s.A / 2; i++) {
-            float angle = s.position[b] * s.frequency[i];
+            float angle = place[0] * s.frequency[i];
             s.cos[b * s.A / 2 + i] = std::cos(angle), s.sin[b * s.A / 2 + i] = std::sin(angle);
         }
     }
@@ -322,8 +327,8 @@ extern "C" void step(const Step *step) {
             product(l.down, s.u, B, s.F, features.first, features.last, add);
 #pragma omp barrier
         }
-        norm(s, s.norm);
-        product(s.head, s.h, B, D, words.first, words.last,
+        norm(s, s.norm, s.T);  // of the last tokens
+        product(s.head, s.h, s.C, D, words.first, words.last,
                 [&](int b, int f, float y) { s.logits[(size_t)b * s.V + f] = y; });
     }
 }

@@ -1,4 +1,4 @@
-"""The step of one token on a CPU, in C++ (decode.cpp): what `generate(compile=True)` runs there.
+"""A few tokens on a CPU, in C++ (decode.cpp): what `generate(compile=True)` runs there.
 
 `LLM.hidden` makes a token by some forty calls of PyTorch a layer, each with its own start and end.
 With hundreds of tokens at once that is nothing; with one, it is most of the time, and what remains
@@ -7,11 +7,13 @@ for all layers, with sums in float32, at nearly the speed at which the memory gi
 (bench.py decode). llm.py stays what one reads, trains, and compares it with (tests/test_decode.py).
 
     step = Step.of(llm, cache)      # None where PyTorch must do it: experts, a GPU, float16
-    logits = step(x)                # x [B, 1, D] -> [B, V], float32; the cache has one token more
+    if step.takes(x, None):         # x [C, T, D]: the next token of C answers, or a short question
+        logits = step(x)            # [C, V] of the last token, float32; the cache has T tokens more
 
 The compiler runs at the first use, for seconds; what it made is kept in ~/.cache/nanocumo.
 
-Letters: B rows, D features, H query heads, A features a head, F hidden features, V words, N slots.
+Letters: C answers, T tokens of each, B = C T rows, D features, H query heads, A features a head,
+F hidden features, V words, N slots of the cache.
 """
 
 import ctypes
@@ -46,7 +48,9 @@ class Layer(Structure):
 
 
 class Arguments(Structure):  # `Step` of decode.cpp
-    _fields_ = [(name, c_int) for name in "B D H G A F V N layers threads window used slot".split()]
+    _fields_ = [
+        (name, c_int) for name in "C T B D H G A F V N layers threads window used slot".split()
+    ]
     _fields_ += [("eps", c_float)]
     _fields_ += [(name, c_void_p) for name in ("frequency", "norm", "places", "position")]
     _fields_ += [("layer", POINTER(Layer)), ("head", Matrix)]
@@ -99,7 +103,7 @@ def matrices(block) -> list[torch.nn.Module]:
 
 
 class Step:
-    """The next token of each row of `cache`. Made for one answer, since it points into weights."""
+    """The next tokens of each row of `cache`. Made for one answer, since it points into weights."""
 
     @staticmethod
     def of(llm, cache) -> "Step | None":
@@ -114,7 +118,7 @@ class Step:
         return Step(llm, cache, head) if places.shape[1] <= MOST_ROWS else None
 
     def __init__(self, llm, cache, head):
-        cfg, B, threads = llm.cfg, cache.keys.shape[1], torch.get_num_threads()
+        cfg, C, B, threads = llm.cfg, cache.keys.shape[1], MOST_ROWS, torch.get_num_threads()
         self.cache, self.kept = cache, [llm, cache]  # what the pointers below point into
         self.step = build(TYPES[head.weight.dtype], TYPES[cache.keys.dtype])
         pair = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32)
@@ -125,15 +129,18 @@ class Step:
                                 *map(self.matrix, matrices(block)),
                                 keys.data_ptr(), values.data_ptr()))  # fmt: skip
         H, A, N = cfg.n_heads, cfg.head_dim, cache.size
-        self.logits = torch.empty(B, cfg.vocab_size)
-        rows = B if B == 1 else -(-B // 16) * 16  # several: a lane of a register for each
-        even = lambda n: n + n % 2
-        scratch = [(B, H, A), (threads, N), (rows, even(H * A)), (rows, even(cfg.hidden_dim)),
-                   (rows, even(cfg.dim))]  # fmt: skip
+        self.logits = torch.empty(C, cfg.vocab_size)
+        scratch = [
+            (B, H, A),
+            (threads, N),
+            (B, H * A + 1),
+            (B, cfg.hidden_dim + 1),
+            (B, cfg.dim + 1),
+        ]
         cos, sin = (self.at(torch.empty(B, A // 2)) for _ in "cs")
         q, score, a, u, h = (self.at(torch.zeros(shape)) for shape in scratch)
         self.arguments = Arguments(
-            B=B, D=cfg.dim, H=H, G=cfg.n_kv_heads, A=A, F=cfg.hidden_dim,
+            C=C, D=cfg.dim, H=H, G=cfg.n_kv_heads, A=A, F=cfg.hidden_dim,
             V=cfg.vocab_size, N=N, layers=len(layers), threads=threads,
             window=cfg.sliding_window or 0,
             eps=cfg.rms_norm_eps, frequency=self.at(1 / cfg.rope_theta ** (pair / A)),
@@ -152,12 +159,21 @@ class Step:
         assert module.weight.is_contiguous()
         return Matrix(module.weight.data_ptr(), None if scale is None else scale.data_ptr())
 
+    def takes(self, x: Tensor, segments: Tensor | None) -> bool:
+        """Whether x [C, T, D] is few rows, without padding, and finds its slots side by side."""
+        C, T, _ = x.shape
+        padded = T > 1 and segments is not None and not segments.all()
+        fits = T == 1 or self.cache.seen + T <= self.cache.size
+        return C * T <= MOST_ROWS and fits and not padded
+
     def __call__(self, x: Tensor) -> Tensor:
-        """Embeddings [B, 1, D] -> logits [B, V] in float32, which the next call overwrites."""
+        """Embeddings [C, T, D] -> logits [C, V] of the last, which the next call overwrites."""
         cache, now, x = self.cache, self.arguments, x.float().contiguous().clone()
-        cache.expect(1)
+        T = now.T = x.shape[1]
+        now.B = len(x) * T
+        cache.expect(T)
         now.x, now.position = x.data_ptr(), cache.next.data_ptr()
-        now.slot, now.used = cache.seen % cache.size, min(cache.seen + 1, cache.size)
+        now.slot, now.used = cache.seen % cache.size, min(cache.seen + T, cache.size)
         self.step(ctypes.byref(now))
-        cache.next, cache.seen = cache.next + 1, cache.seen + 1
+        cache.next, cache.seen = cache.next + T, cache.seen + T
         return self.logits

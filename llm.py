@@ -457,7 +457,7 @@ class LLM(nn.Module):
         ends = torch.tensor(ends, dtype=torch.int64, device=x.device)
         done, out = torch.zeros(len(x), dtype=torch.bool, device=x.device), []
         for _ in range(max_new_tokens):
-            if step and x.shape[1] == 1:
+            if step and step.takes(x, segments):
                 last = step(x)
             else:
                 x, _ = self.hidden(x, segments, cache)

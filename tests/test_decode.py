@@ -62,6 +62,24 @@ def test_logits_are_those_of_pytorch(name, B):
     torch.testing.assert_close(fast, slow, atol=2e-5 * slow.abs().max().item(), rtol=0)
 
 
+@pytest.mark.parametrize("C, T", [(1, 9), (1, 64), (3, 5)])
+@pytest.mark.parametrize("name", ["odd", "wide", "tiny"])
+def test_short_prompts_at_once(name, C, T):
+    """The first turn, and one that goes on: the last logits, and all that the cache keeps."""
+    llm = made(name)
+    cache = Cache(llm.cfg, C, 2 * T + 1)
+    step, other = Step.of(llm, cache), copy.deepcopy(cache)
+    for _ in range(2):
+        x = llm.embed(torch.randint(97, (C, T)))
+        assert step.takes(x, None)
+        slow = llm.logits(llm.hidden(x, cache=other)[0])[:, -1]
+        torch.testing.assert_close(step(x), slow, atol=2e-5 * slow.abs().max().item(), rtol=0)
+        torch.testing.assert_close(cache.keys, other.keys, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(cache.values, other.values, atol=1e-4, rtol=1e-3)
+        assert torch.equal(cache.places, other.places) and torch.equal(cache.next, other.next)
+    assert not step.takes(llm.embed(torch.randint(97, (C, 2))), None), "no room is left"
+
+
 @pytest.mark.parametrize("name", ["odd", "wide"])
 def test_bfloat16_is_nearer_to_the_truth_than_pytorch(name):
     llm = made(name, torch.bfloat16)
@@ -121,7 +139,7 @@ def test_generate_takes_it_and_goes_on_over_turns(monkeypatch):
         turns = [torch.randint(97, (2, n)) for n in (6, 1, 3)]
         answers.append([llm.generate(t, max_new_tokens=5, cache=cache) for t in turns])
     assert all(torch.equal(a, b) for a, b in zip(*answers))
-    assert calls == [2] * 13  # all but the first token of two turns; a turn of one token is a step
+    assert calls == [2] * 13  # all but the turns of 6 and 3 tokens, with which the ring turns over
 
 
 @pytest.mark.parametrize("experts, dtype, rows", [(4, torch.float32, 1), (0, torch.float16, 1),
