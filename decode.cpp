@@ -147,14 +147,14 @@ template <class T, class X> static inline float dot(const T *w, const X *x, int 
 }
 
 // y[r] = row r of w times x, for R rows of w, and a row of x in each lane
-template <int R> static inline void lanes(const WEIGHT *w, const input *x, int D, floats *y) {
+template <int R, class T> static inline void lanes(const T *w, const input *x, int D, floats *y) {
     floats sum[R] = {};
     int d = 0;
     for (; d + PAIR <= D; d += PAIR)
         for (int r = 0; r < R; r++)
             sum[r] = add_to_lanes(sum[r], w + (size_t)r * D + d, x + (size_t)d * WIDTH);
     for (int r = 0; r < R; r++) {
-        WEIGHT last[2] = {d < D ? w[(size_t)r * D + d] : WEIGHT()};
+        T last[2] = {d < D ? w[(size_t)r * D + d] : T()};
         y[r] = d < D ? add_to_lanes(sum[r], last, x + (size_t)d * WIDTH) : sum[r];
     }
 }
@@ -166,6 +166,15 @@ struct Matrix {
     const float *scale;    // [F], or null
 };
 
+template <class T> static inline void convert(const T *w, int n, float *out) {
+    int i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) {
+        floats v = load(w + i);
+        memcpy(out + i, &v, sizeof v);
+    }
+    for (; i < n; i++) out[i] = value(w[i]);
+}
+
 // done(b, f, y) for y = row f of the matrix times row b of x, for f from first up to last
 template <class Done>
 static void product(Matrix m, const input *x, int B, int D, int first, int last, Done done) {
@@ -174,10 +183,15 @@ static void product(Matrix m, const input *x, int B, int D, int first, int last,
             done(0, f, dot(m.weight + (size_t)f * D, x, D) * (m.scale ? m.scale[f] : 1));
         return;
     }
+    typedef std::conditional_t<PAIR == 2, WEIGHT, float> ready;
+    constexpr bool is_ready = std::is_same_v<WEIGHT, ready>;
+    ready buffer[is_ready ? 1 : ROWS * D];
     for (int f = first, rows; f < last; f += rows) {
         rows = f + ROWS <= last ? ROWS : 1;
+        const ready *w = buffer;
+        if constexpr (is_ready) w = m.weight + (size_t)f * D;
+        else convert(m.weight + (size_t)f * D, rows * D, buffer);
         for (int b = 0; b < B; b += WIDTH) {
-            const WEIGHT *w = m.weight + (size_t)f * D;
             const input *x_b = x + place(B, D, b, 0);
             floats y[ROWS];
             rows == 1 ? lanes<1>(w, x_b, D, y) : lanes<ROWS>(w, x_b, D, y);
