@@ -333,6 +333,17 @@ def mean(rows):
     return {name: values.mean(0).round(6).tolist() for name, values in columns.items()}
 
 
+def announced(cfg, name):
+    """Say what is about to be trained, with which memory; returns the plan (`budget`)."""
+    check_device(cfg.device)
+    plan = settle(cfg)
+    shown = {k: v for k, v in dataclasses.asdict(cfg).items() if v != ""}
+    print(f"{name}: " + " ".join(f"{k}={v}" for k, v in shown.items()))
+    print(f"{name}: takes about {budget.describe(plan)}; "
+          f"the machine has {budget.available_memory(cfg.device) / budget.GB:.0f} GB")  # fmt: skip
+    return plan
+
+
 def train_stage(cfg):
     """Train a stage, from its beginning or its resume point. False: interrupted by the user."""
     folder, name = stage_dir(cfg, cfg.stage), f"stage {cfg.stage}"
@@ -347,12 +358,7 @@ def train_stage(cfg):
         if state["finished"]:
             print(f"{name}: finished in {folder}")
             return True
-    check_device(cfg.device)
-    plan = settle(cfg)
-    shown = {k: v for k, v in dataclasses.asdict(cfg).items() if v != ""}
-    print(f"{name}: " + " ".join(f"{k}={v}" for k, v in shown.items()))
-    print(f"{name}: takes about {budget.describe(plan)}; "
-          f"the machine has {budget.available_memory(cfg.device) / budget.GB:.0f} GB")  # fmt: skip
+    plan = announced(cfg, name)
     wandb = open_wandb(cfg) if parallel.first() else None
     trainer = Trainer(cfg)
     every = sum(p.numel() for p in trainer.model.parameters())
