@@ -21,6 +21,7 @@ that is deleted after an hour, and when the page is closed.
 
 import collections
 import contextlib
+import functools
 import io
 import os
 import queue
@@ -29,6 +30,7 @@ import sys
 import tempfile
 import threading
 import traceback
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,6 +96,34 @@ class Visitors:
             self.known.pop(session).left = True
 
 
+@functools.cache
+def jobs():
+    """A queue of functions for one thread that does the heavy work of all visitors. What a thread
+    has freed, the system's allocator keeps for that thread: with one each, memory would grow."""
+    waiting = queue.SimpleQueue()
+
+    def work():
+        while True:
+            waiting.get()()
+
+    threading.Thread(target=work, daemon=True).start()
+    return waiting
+
+
+def done(job):
+    """The result of `job()`, or its error, from that thread."""
+    result = Future()
+
+    def work():
+        try:
+            result.set_result(job())
+        except Exception as error:
+            result.set_exception(error)
+
+    jobs().put(work)
+    return result.result()
+
+
 def pieces(ask):
     """What `ask(write, interrupted)` writes, as it comes; its errors are raised here. To close this
     generator interrupts it, without waiting: who closes it may be the server's event loop."""
@@ -107,7 +137,7 @@ def pieces(ask):
         except Exception as error:
             heard.put(error)
 
-    threading.Thread(target=work, daemon=True).start()
+    jobs().put(work)
     try:
         while (piece := heard.get()) is not None:
             if isinstance(piece, Exception):
@@ -146,7 +176,7 @@ def reply(model, visitor, text, files, maps):
         seen = visitor.messages
         if text:
             seen.append({"role": "user", "content": text})
-        images = open_pictures(model, text, files)
+        images = done(lambda: open_pictures(model, text, files))
         seen += [{"role": "user", "content": {"path": str(file)}} for file in files]
         seen.append(said)
         yield seen, chart
@@ -160,7 +190,7 @@ def reply(model, visitor, text, files, maps):
                 said["content"] += piece
                 yield seen, chart
         if images and maps:
-            chart = draw_map(model, images[-1])
+            chart = done(lambda: draw_map(model, images[-1]))
     except Exception as error:
         if not isinstance(error, ValueError):  # the model's, who knows in what state
             traceback.print_exc()
