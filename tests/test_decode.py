@@ -142,6 +142,32 @@ def test_generate_takes_it_and_goes_on_over_turns(monkeypatch):
     assert calls == [2] * 13  # all but the turns of 6 and 3 tokens, with which the ring turns over
 
 
+@pytest.mark.parametrize("name", ["odd", "wide"])
+def test_weights_move_together_and_stay_the_same(name, tmp_path):
+    """The moved model is saved, copied and trained as before, and is moved only once."""
+    llm = made(name)
+    before = {key: value.clone() for key, value in llm.state_dict().items()}
+    step = lambda: Step.of(llm, Cache(llm.cfg, 1, 4))
+    step()
+    at = [p.data_ptr() for p in llm.parameters()]
+    step()
+    assert at == [p.data_ptr() for p in llm.parameters()]
+    matrices = [p for p in llm.model.layers.parameters() if p.dim() > 1]
+    assert len({p.untyped_storage().data_ptr() for p in matrices}) == 1
+    assert all(p.data_ptr() % 64 == 0 for p in matrices)
+    llm.save_pretrained(tmp_path)
+    for found in (llm, copy.deepcopy(llm), LLM.from_pretrained(tmp_path)):
+        for key, value in found.state_dict().items():
+            assert torch.equal(value, before[key]), key
+    with torch.enable_grad():
+        llm(torch.tensor([[1, 2, 3]])).sum().backward()
+        torch.optim.SGD(llm.parameters(), lr=0.1).step()
+    changed = {
+        key for key, value in llm.state_dict().items() if not torch.equal(value, before[key])
+    }
+    assert changed == set(before)
+
+
 @pytest.mark.parametrize("experts, dtype, rows", [(4, torch.float32, 1), (0, torch.float16, 1),
                                                   (0, torch.float32, MOST_ROWS + 1)])  # fmt: skip
 def test_what_it_cannot_do_is_left_to_pytorch(experts, dtype, rows):
