@@ -3,8 +3,9 @@
 `LLM.hidden` makes a token by some forty calls of PyTorch a layer, each with its own start and end.
 With hundreds of tokens at once that is nothing; with one, it is most of the time, and what remains
 are matrix products that were made for many rows. decode.cpp does the same arithmetic in one call
-for all layers, with sums in float32, at nearly the speed at which the memory gives out the weights
-(bench.py decode). llm.py stays what one reads, trains, and compares it with (tests/test_decode.py).
+for all layers, with sums in float32; in float32 and bf16 at nearly the speed at which the memory
+gives out the weights (bench.py decode). llm.py stays what one reads, trains, and compares it with
+(tests/test_decode.py).
 
     step = Step.of(llm, cache)      # None where PyTorch must do it: experts, a GPU, float16
     if step.takes(x, None):         # x [C, T, D]: the next token of C answers, or a short question
@@ -16,6 +17,7 @@ Letters: C answers, T tokens of each, B = C T rows, D features, H query heads, A
 F hidden features, V words, N slots of the cache.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -26,6 +28,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from ctypes import POINTER, Structure, c_float, c_int, c_void_p
 from pathlib import Path
 
@@ -33,9 +36,11 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("decode.cpp")
-# no -ffast-math: it would add in any order, and change how all of this Python calculates
+# no -ffast-math: it would add in any order, and have all of this process round small numbers to 0
 FLAGS = "-O3 -march=native -fno-math-errno -std=gnu++17 -fopenmp -shared -fPIC".split()
 TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.int8: "int8_t"}
+WIDEST = 2**16  # features of a matrix; decode.cpp keeps some rows of them on its stack
+MOVING = threading.Lock()  # one thread at a time moves weights
 MOST_ROWS = 64  # with more of them PyTorch's products are as fast
 
 
@@ -87,7 +92,7 @@ def build(weight: str, cache: str):
                 os.replace(out, library)  # whole or not at all, whoever else compiles it
         return ctypes.CDLL(str(library)).step
     except OSError as error:
-        raise ValueError(f"compile cannot use {library}: {error}") from None
+        raise ValueError(f"{compiler} cannot make {library}: {error}") from None
 
 
 def processor() -> str:
@@ -114,7 +119,8 @@ def together(modules: list[torch.nn.Module]) -> None:
         return
     sizes = [-(-module.weight.nbytes // 64) * 64 for module in modules]
     memory = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
     for module, place in zip(modules, torch.frombuffer(memory, dtype=torch.uint8).split(sizes)):
         old = module.weight.detach()
         new = place[: old.nbytes].view(old.dtype).view(old.shape)
@@ -126,23 +132,27 @@ class Step:
 
     @staticmethod
     def of(llm, cache) -> "Step | None":
-        """None where this code does not reach: experts, float16, a GPU, a crowd of rows."""
-        blocks, places = llm.model.layers, cache.keys
-        if any(block.sparse for block in blocks) or places.device.type != "cpu":
+        """None where this code does not reach: experts, float16, a GPU, a crowd of rows. ValueError
+        if it cannot be compiled. The weights of `llm` are moved, see `together`."""
+        blocks, keys = llm.model.layers, cache.keys
+        if any(block.sparse for block in blocks) or keys.device.type != "cpu":
             return None
         head = llm.model.embed_tokens if llm.cfg.tie_embeddings else llm.lm_head
         modules = [head, *itertools.chain(*map(matrices, blocks))]
         kinds = {module.weight.dtype for module in modules}
-        if len(kinds) > 1 or not kinds <= {*TYPES} or places.dtype not in (*TYPES,)[:2]:
+        widest = max(max(module.weight.shape[1] for module in modules), 64 * llm.cfg.head_dim)
+        if len(kinds) > 1 or not kinds <= {*TYPES} or keys.dtype not in (*TYPES,)[:2]:
             return None
-        if places.shape[1] > MOST_ROWS:
+        if keys.shape[1] > MOST_ROWS or widest > WIDEST:
             return None
-        together(modules)
+        build(TYPES[head.weight.dtype], TYPES[keys.dtype])  # or nothing has been moved
+        with MOVING, torch.inference_mode(False), torch.no_grad():
+            together(modules)
         return Step(llm, cache, head)
 
     def __init__(self, llm, cache, head):
         cfg, C, B, threads = llm.cfg, cache.keys.shape[1], MOST_ROWS, torch.get_num_threads()
-        self.cache, self.kept = cache, [llm, cache]  # what the pointers below point into
+        self.cache, self.kept = cache, []  # what the pointers below point into
         self.step = build(TYPES[head.weight.dtype], TYPES[cache.keys.dtype])
         pair = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32)
         layers = []
@@ -180,7 +190,8 @@ class Step:
     def matrix(self, module: torch.nn.Module) -> Matrix:
         scale = getattr(module, "scale", None)  # int8: quant.py
         assert module.weight.is_contiguous()
-        return Matrix(module.weight.data_ptr(), None if scale is None else scale.data_ptr())
+        self.kept.append(module.weight.detach())  # stays, even if the model gets others meanwhile
+        return Matrix(module.weight.data_ptr(), None if scale is None else self.at(scale))
 
     def takes(self, x: Tensor, segments: Tensor | None) -> bool:
         """Whether x [C, T, D] is few rows, without padding, and finds its slots side by side."""
@@ -192,6 +203,10 @@ class Step:
     def __call__(self, x: Tensor) -> Tensor:
         """Embeddings [C, T, D] -> logits [C, V] of the last, which the next call overwrites."""
         cache, now, x = self.cache, self.arguments, x.float().contiguous().clone()
+        if x.dim() != 3 or (len(x), x.shape[2]) != (now.C, now.D) or not self.takes(x, None):
+            raise ValueError(
+                f"x {[*x.shape]} does not fit a cache of {now.C} rows, {now.D} features"
+            )
         T = now.T = x.shape[1]
         now.B = len(x) * T
         cache.expect(T)

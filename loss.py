@@ -7,7 +7,7 @@ token that came next?
     loss   = -log softmax(logits)[target]       summed over N tokens, then their mean
 
 For 4,096 tokens and Mistral-7B's 32,000 words the logits take 500 MiB in float32, their softmax and
-their gradient as much again: more than anything else in the model. Yet nobody needs them for long,
+their gradient as much again: 1.5 GiB together. Yet nobody needs them for long,
 as their gradient is simple, and known as soon as they are:
 
     d loss / d logits = softmax(logits) - one_hot(target)                   the error of each word
@@ -36,6 +36,8 @@ def mean_cross_entropy(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 
     If none is left the loss is 0 (CuMo: NaN), and so are its gradients.
     """
+    if not torch.is_grad_enabled():  # else gradients would be made on the way
+        x, head = x.detach(), head.detach()
     kept = (targets != IGNORE).nonzero()[:, 0]
     size = max(1, LOGITS_AT_ONCE // len(head))
     return ChunkedLoss.apply(x.index_select(0, kept), head, targets[kept], size) / max(1, len(kept))

@@ -308,7 +308,8 @@ def _map_file(file: Path, start: int) -> dict[str, Tensor]:
         and tensor.device.type == "cpu" for name, tensor in content.items()
     ):  # fmt: skip
         raise ValueError(f"{file} cannot be read as weights (it holds no tensors by name)")
-    return _first_of(list(content.items())[start:])
+    rest = list(content.items())[start:]
+    return _first_of(rest) if mapped else dict(rest)  # which have been read all the same
 
 
 def _first_of(pairs: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

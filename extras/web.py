@@ -11,8 +11,9 @@ There is one model and many visitors. gradio's queue lets them in one by one; ea
     growing answer <------ yields <--- the pieces that it writes
 
 A visitor who leaves in mid-answer closes the generator `reply`; that interrupts the model before
-its next token, and the next question's turn comes. Memory is bounded by `--keep`: whoever has been
-silent for longest is forgotten first.
+its next token, and the next question's turn comes. `--keep` says how many conversations are
+remembered, each with a cache of `--context` tokens; whoever has been silent for longest is
+forgotten first.
 
 Visitors are strangers. What they send is limited in size, mistakes get one line in the chat, and
 of the files on this machine they can fetch the example picture and what they uploaded themselves;
@@ -197,7 +198,7 @@ def reply(model, visitor, text, files, maps):
             visitor.conversation.reset()
             error = f"the model failed ({type(error).__name__}), and has forgotten what was said"
         said["content"] = f"error: {error}"
-        if said not in seen:
+        if not any(message is said for message in seen):
             seen.append(said)
     yield seen, chart
 
@@ -282,12 +283,17 @@ def serve(cfg, folder):
     if cfg.dtype not in DTYPES:
         raise ValueError(f"--dtype {cfg.dtype!r} is unknown; choose float32 or bfloat16")
     check_device(cfg.device)
+    for name in ("keep", "waiting", "upload_mb"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be 1 or more")
     check_options(cfg.context, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
     path = cfg.model or find_model()
     model, tokenizer = load(path, cfg.device, DTYPES[cfg.dtype]), Tokenizer.from_pretrained(path)
     new = lambda: Conversation(model, tokenizer, cfg.context, max_new_tokens=cfg.max_new_tokens,
                                temperature=cfg.temperature)  # fmt: skip
-    new().ask("Hi", interrupted=lambda: True)  # a mistaken flag shows now, not to a visitor
+    new().ask(
+        "Hi", write=lambda piece: None, interrupted=lambda: True
+    )  # a mistaken flag shows now, not to a visitor
     blocks = page(gr, model, Visitors(new, cfg.keep), Path(path).name)
     blocks.queue(max_size=cfg.waiting, default_concurrency_limit=1, api_open=False)
     print(f"http://{cfg.host}:{cfg.port} asks {path}; Ctrl-C ends it", flush=True)

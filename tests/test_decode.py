@@ -175,6 +175,62 @@ def test_what_it_cannot_do_is_left_to_pytorch(experts, dtype, rows):
     assert Step.of(llm, Cache(llm.cfg, rows, 4, dtype)) is None
 
 
+def test_padded_prompts_are_left_to_pytorch():
+    """Compiled or not, a batch of unequal prompts gives the answers of one by one."""
+    llm = made("odd")
+    tokens = torch.randint(97, (3, 6))
+    segments = (torch.arange(6) >= torch.tensor([[0], [2], [5]])).long()
+    answers = llm.generate(tokens, segments=segments, max_new_tokens=6, compile=True)
+    for row, segment, answer in zip(tokens, segments, answers):
+        alone = llm.generate(row[segment == 1][None], max_new_tokens=6)
+        assert torch.equal(answer, alone[0])
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 42), (1, 1, 42), (2, 1, 41), (2, 42), (2, 40, 42)])
+def test_rows_that_do_not_fit_are_refused(shape):
+    llm = made("odd")
+    step = Step.of(llm, Cache(llm.cfg, 2, 12))
+    with pytest.raises(ValueError, match="does not fit a cache of 2 rows, 42 features"):
+        step(torch.zeros(shape))
+
+
+def test_weights_replaced_or_cast_meanwhile():
+    """An answer goes on with the weights it began with; int8's scales may be bfloat16."""
+    llm = made("odd")
+    cache, tokens = prefilled(llm, 1)
+    other, x = copy.deepcopy(cache), llm.embed(tokens[0])
+    step, right = Step.of(llm, cache), Step.of(llm, other)(x).clone()
+    llm.to(torch.bfloat16)
+    assert torch.equal(step(x), right)
+    llm = quantize(made("odd")).to(torch.bfloat16)
+    found = Step.of(llm, Cache(llm.cfg, 1, 4, torch.bfloat16))(llm.embed(tokens[0]))
+    assert found.isfinite().all()
+
+
+def test_kernels_without_huge_pages(monkeypatch):
+    class Mapped(decode.mmap.mmap):
+        def madvise(self, *_):
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(decode.mmap, "mmap", Mapped)
+    llm = made("odd")
+    fast, slow = steps_of(llm, *prefilled(llm, 1))
+    torch.testing.assert_close(fast, slow, atol=2e-5 * slow.abs().max().item(), rtol=0)
+
+
+def test_a_model_asked_in_inference_mode_can_be_trained():
+    llm = made("odd")
+    with torch.inference_mode():
+        llm.generate(torch.tensor([[1, 2]]), max_new_tokens=3, compile=True)
+    with torch.enable_grad():
+        llm(torch.tensor([[1, 2, 3]])).sum().backward()
+
+
+def test_monstrous_sizes_are_left_to_pytorch():
+    llm = LLM(LLMConfig(9, 8, 8, 1, 1, 1, head_dim=2**11))
+    assert Step.of(llm, Cache(llm.cfg, 1, 4)) is None
+
+
 def test_a_nan_is_named():
     llm = made("odd")
     llm.model.layers[1].mlp.down_proj.weight[3, 5] = float("nan")
@@ -187,7 +243,7 @@ def test_a_nan_is_named():
 
 @pytest.mark.parametrize("compiler, said", [
     ("false", "false cannot compile decode.cpp: no reason given"),
-    ("no-such-compiler", "compile cannot use .*decode-.*No such file"),
+    ("no-such-compiler", "no-such-compiler cannot make .*decode-.*No such file"),
 ])  # fmt: skip
 def test_a_compiler_that_fails_is_named(compiler, said, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", compiler)
