@@ -11,11 +11,20 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from plots import COLORS, pyplot, save
 
 SHOWN = (  # rows of bench.py that the README shows: (section, start of the case)
-    ("moe", "CLIP-L, 16"), ("moe", "CuMo-7B's connector, 4"), ("moe", "miniature CLIP, 16"),
-    ("moe", "Mixtral"), ("moe", "CLIP-L, more"), ("scale", "attention"), ("llm", ""),
-    ("train", "half"), ("train", "miniature"), ("load", ""), ("decode", "first token, bf"),
-    ("decode", "first token, int8"), ("decode", "a token, fl"), ("decode", "a token, bf"),
-    ("decode", "a token, int8"), ("decode", "a token of each"))  # fmt: skip
+    ("moe", "CLIP-L, 16"),
+    ("moe", "miniature CLIP, 16"),
+    ("moe", "Mixtral"),
+    ("moe", "CLIP-L, more"),
+    ("scale", "attention"),
+    ("llm", ""),
+    ("train", "half"),
+    ("load", ""),
+    ("decode", "first token, bf"),
+    ("decode", "a token, fl"),
+    ("decode", "a token, bf"),
+    ("decode", "a token, int8"),
+    ("decode", "a token of each"),
+)
 PEERS = {  # how the name of a peer in bench.py begins: its color and marker, and who that is
     "transformers": (COLORS[1], "s", "transformers"),
     "llama.cpp": (COLORS[2], "^", "llama.cpp"),
