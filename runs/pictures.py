@@ -20,6 +20,7 @@ SHOWN = (  # rows of bench.py that the README shows: (section, start of the case
     ("train", "half"),
     ("load", ""),
     ("decode", "first token, bf"),
+    ("decode", "first token, int8"),
     ("decode", "a token, fl"),
     ("decode", "a token, bf"),
     ("decode", "a token, int8"),
