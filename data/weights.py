@@ -152,7 +152,8 @@ def write_tensors(
         try:
             save_file(copies, aside, {"format": "pt"} | (metadata or {}))
         except SafetensorError as error:  # which is what it makes of a full disk
-            aside.unlink(missing_ok=True)
+            for half in folder.glob("model*.safetensors.partial"):  # of earlier shards, too
+                half.unlink()
             raise OSError(f"{aside} cannot be written ({error}); is the disk full?") from None
         aside.chmod(0o644)  # as any other file; save_file keeps others from reading
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"

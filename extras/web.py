@@ -52,6 +52,7 @@ from sample import DTYPES, find_model, load
 
 CSS = ".message img { max-height: 110px } .message-buttons { display: none }"
 LETTERS, PICTURES = 4000, 4  # most of a question; gradio itself sets no limit
+MESSAGES = 100  # that the page still shows; all of them go to the browser with each piece
 MODEL_LOCK = threading.Lock()  # the one model answers, or draws, once at a time
 
 
@@ -175,6 +176,7 @@ def reply(model, visitor, text, files, maps):
     chart = None
     try:
         seen = visitor.messages
+        del seen[:-MESSAGES]
         if text:
             seen.append({"role": "user", "content": text})
         images = done(lambda: open_pictures(model, text, files))

@@ -234,3 +234,18 @@ def test_what_a_pickle_shares_is_not_shared_by_the_model(tmp_path):
         model["a"].zero_()
     for name, wanted in {"b": shared, "c": shared.T, "d": shared[:2]}.items():
         assert torch.equal(model[name], wanted), name
+
+
+def test_a_full_disk_leaves_no_shard_behind(tmp_path, tensors, monkeypatch):
+    written = []
+
+    def full(copies, file, metadata):
+        if written:
+            raise weights.SafetensorError("No space left on device")
+        written.append(file)
+        save_file(copies, file, metadata)
+
+    monkeypatch.setattr(weights, "save_file", full)
+    with pytest.raises(OSError, match="is the disk full"):
+        write_tensors(tmp_path, tensors, 800)
+    assert not [*tmp_path.iterdir()]
