@@ -163,19 +163,13 @@ class Step:
                                 keys.data_ptr(), values.data_ptr()))  # fmt: skip
         H, A, N = cfg.n_heads, cfg.head_dim, cache.size
         self.logits = torch.empty(C, cfg.vocab_size)
-        scratch = [
-            (B, H, A),
-            (threads, N),
-            (B, H * A + 1),
-            (B, cfg.hidden_dim + 1),
-            (B, cfg.dim + 1),
-        ]
-        cos, sin = (self.at(torch.empty(B, A // 2)) for _ in "cs")
-        q, score, a, u, h = (self.at(torch.zeros(shape)) for shape in scratch)
+        inputs = (H * A, cfg.hidden_dim, cfg.dim)  # may be pairs, of an even number then
+        a, u, h = (self.at(torch.zeros(B, features + 1)) for features in inputs)
+        cos, sin = (self.at(torch.zeros(B, A // 2)) for _ in "cs")
+        q, score = self.at(torch.zeros(B, H, A)), self.at(torch.zeros(threads, N))
         self.arguments = Arguments(
-            C=C, D=cfg.dim, H=H, G=cfg.n_kv_heads, A=A, F=cfg.hidden_dim,
-            V=cfg.vocab_size, N=N, layers=len(layers), threads=threads,
-            window=cfg.sliding_window or 0,
+            C=C, D=cfg.dim, H=H, G=cfg.n_kv_heads, A=A, F=cfg.hidden_dim, V=cfg.vocab_size, N=N,
+            layers=len(layers), threads=threads, window=cfg.sliding_window or 0,
             eps=cfg.rms_norm_eps, frequency=self.at(1 / cfg.rope_theta ** (pair / A)),
             norm=self.at(llm.model.norm.weight), places=cache.places.data_ptr(),
             layer=(Layer * len(layers))(*layers), head=self.matrix(head), cos=cos, sin=sin, q=q,

@@ -175,6 +175,18 @@ def test_what_it_cannot_do_is_left_to_pytorch(experts, dtype, rows):
     assert Step.of(llm, Cache(llm.cfg, rows, 4, dtype)) is None
 
 
+def test_float32_weights_with_a_cache_in_bfloat16():
+    """As under autocast: what is kept is rounded, and nothing else."""
+    llm = made("wide")
+    cache, tokens = prefilled(llm, 3)
+    half, x = copy.deepcopy(cache), llm.embed(tokens[0])
+    half.keys, half.values = half.keys.bfloat16(), half.values.bfloat16()
+    rounded = copy.deepcopy(half)
+    rounded.keys, rounded.values = rounded.keys.float(), rounded.values.float()
+    found, right = Step.of(llm, half)(x), Step.of(llm, rounded)(x)
+    assert (found - right).norm() < 1e-2 * right.norm()
+
+
 def test_padded_prompts_are_left_to_pytorch():
     """Compiled or not, a batch of unequal prompts gives the answers of one by one."""
     llm = made("odd")
