@@ -82,6 +82,7 @@ static inline float value(bfloat16 x) {
     return read<float>(&bits);
 }
 static inline void put(float *p, float x) { *p = x; }
+static inline void put(float *p, floats x) { memcpy(p, &x, sizeof x); }
 static inline void put(bfloat16 *p, float x) {  // the nearest, ties to even; NaN stays NaN
     uint32_t bits = read<uint32_t>(&x);
     p->bits = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
@@ -96,6 +97,10 @@ static inline float exponential(float x) {
     uint32_t power = (uint32_t)((int)n + 127) << 23;
     return (p * r * r + r + 1) * read<float>(&power);
 }
+static inline floats exponential(floats x) {
+    for (int i = 0; i < WIDTH; i++) x[i] = exponential(x[i]);
+    return x;
+}
 
 // What a matrix is multiplied with: bfloat16, if the processor multiplies pairs of them.
 #ifdef __AVX512BF16__
@@ -107,6 +112,10 @@ static inline floats add_product(floats sum, const bfloat16 *w, const bfloat16 *
 static inline floats add_to_lanes(floats sum, const bfloat16 *w, const bfloat16 *x) {
     __m512bh pair = (__m512bh)_mm512_set1_epi32(read<int>(w));
     return (floats)_mm512_dpbf16_ps((__m512)sum, pair, read<__m512bh>(x));
+}
+static inline void put(bfloat16 *p, floats x) {  // to every second place from p
+    __m512i halves = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x));
+    _mm512_mask_storeu_epi16(p, 0x55555555, halves);
 }
 #else
 constexpr int PAIR = 1;
@@ -120,11 +129,13 @@ template <class T> static inline floats add_to_lanes(floats sum, const T *w, con
     return sum + value(*w) * load(x);
 }
 
-// Place of feature d of row b: alone, features in order; else the same pair of WIDTH rows together.
-static inline size_t place(int B, int D, int b, int d) {
-    if (B == 1) return d;
-    size_t pairs = (D + PAIR - 1) / PAIR;
-    return ((b / WIDTH * pairs + d / PAIR) * WIDTH + b % WIDTH) * PAIR + d % PAIR;
+// Feature d of row b of x [B, D]. One row lies in order; of more, WIDTH rows lie together: of each
+// row a feature (or a pair, if they are bfloat16), then of each the next.
+template <class T> static inline T *at(T *x, int B, int D, int b, int d) {
+    constexpr int pair = sizeof(float) / sizeof(T);
+    size_t pairs = (D + pair - 1) / pair;
+    if (B == 1) return x + d;
+    return x + ((b / WIDTH * pairs + d / pair) * WIDTH + b % WIDTH) * pair + d % pair;
 }
 
 static inline float total(floats v) {
@@ -175,7 +186,8 @@ template <class T> static inline void convert(const T *w, int n, float *out) {
     for (; i < n; i++) out[i] = value(w[i]);
 }
 
-// done(b, f, y) for y = row f of the matrix times row b of x, for f from first up to last
+// done(b, f, y) for y = row f of the matrix times row b of x, for f from first up to last. y is
+// a float if there is one row, else floats, of the WIDTH rows from b on.
 template <class Done>
 static void product(Matrix m, const input *x, int B, int D, int first, int last, Done done) {
     if (B == 1) {
@@ -192,13 +204,11 @@ static void product(Matrix m, const input *x, int B, int D, int first, int last,
         if constexpr (is_ready) w = m.weight + (size_t)f * D;
         else convert(m.weight + (size_t)f * D, rows * D, buffer);
         for (int b = 0; b < B; b += WIDTH) {
-            const input *x_b = x + place(B, D, b, 0);
+            const input *x_b = at(x, B, D, b, 0);
             floats y[ROWS];
             rows == 1 ? lanes<1>(w, x_b, D, y) : lanes<ROWS>(w, x_b, D, y);
-            for (int r = 0; r < rows && m.scale; r++) y[r] *= m.scale[f + r];
-            int used = b + WIDTH <= B ? WIDTH : B - b;
-            for (int i = 0; i < used; i++)
-                for (int r = 0; r < rows; r++) done(b + i, f + r, y[r][i]);
+            for (int r = 0; r < rows; r++)
+                done(b, f + r, m.scale ? y[r] * m.scale[f + r] : y[r]);
         }
     }
 }
@@ -218,9 +228,10 @@ struct Step {
     const int64_t *position;        // [C] of the first token
     const Layer *layer;
     Matrix head;
-    float *cos, *sin;               // [B, A / 2] of the angles
-    float *x, *q, *logits, *score;  // [B, D], [B, H, A], [C, V], [threads, N]
-    input *a, *u, *h;               // [B, H A], [B, F], [B, D]: see `place`; zeros between
+    const float *embeddings;        // [B, D]
+    float *q, *logits, *score;      // [B, H, A], [C, V], [threads, N]
+    float *x, *cos, *sin;           // [B, D]; [B, A / 2] of the angles: these six lie as in `at`
+    input *a, *u, *h;               // [B, H A], [B, F], [B, D], zeros between
 };
 
 struct Share { int first, last; };
@@ -230,40 +241,62 @@ static Share share(int n, int unit = 1) {  // of n things, what this thread does
     return {first, last < n ? last : n};
 }
 
-// h = norm of x, or of the last of each `step` rows of x
-static void norm(const Step &s, const float *weight, int step = 1) {
-    int B = s.B / step;
-    Share rows = share(B);
-    for (int b = rows.first; b < rows.last; b++) {
-        const float *x = s.x + (size_t)(b * step + step - 1) * s.D;
-        float scale = 1 / std::sqrt(dot(x, x, s.D) / s.D + s.eps);
-        for (int d = 0; d < s.D; d++) put(s.h + place(B, s.D, b, d), x[d] * scale * weight[d]);
-    }
+// Sum of the squares of D features of a row, or of each of WIDTH rows
+static inline float squares(const float *x, int D, float) { return dot(x, x, D); }
+static inline floats squares(const float *x, int D, floats sum) {
+    floats more[4] = {};  // as in `dot`
+    for (int d = 0; d < D; d++) more[d % 4] += load(x + d * WIDTH) * load(x + d * WIDTH);
+    return sum + (more[0] + more[1]) + (more[2] + more[3]);
+}
+
+static inline float inverse_root(float x) { return 1 / std::sqrt(x); }
+static inline floats inverse_root(floats x) {
+    for (int i = 0; i < WIDTH; i++) x[i] = inverse_root(x[i]);
+    return x;
+}
+
+// h = norm of x: from row b on one row, or WIDTH
+template <class V> static void norm(const Step &s, const float *weight, int B, int b) {
+    const float *x = at(s.x, B, s.D, b, 0);
+    V scale = inverse_root(squares(x, s.D, V{}) / (float)s.D + s.eps);
+    for (int d = 0; d < s.D; d++)
+        put(at(s.h, B, s.D, b, d), read<V>(at(x, B, s.D, 0, d)) * scale * weight[d]);
+}
+
+static void norm(const Step &s, const float *weight, int B) {
+    Share rows = share(B, WIDTH);
+    for (int b = rows.first; b < rows.last; b += WIDTH)
+        B == 1 ? norm<float>(s, weight, B, b) : norm<floats>(s, weight, B, b);
 #pragma omp barrier
+}
+
+// RoPE, as in llm.rotate
+template <class V> static void rotate(float *x, float *y, const float *cos, const float *sin) {
+    V first = read<V>(x), second = read<V>(y);
+    put(x, first * read<V>(cos) - second * read<V>(sin));
+    put(y, second * read<V>(cos) + first * read<V>(sin));
 }
 
 // Head n of q, k and v together, counted in this order
 static void project(const Step &s, const Layer &l, int n) {
     bool is_q = n < s.H, is_k = !is_q && n < s.H + s.G;
-    int head = is_q ? n : is_k ? n - s.H : n - s.H - s.G, A = s.A;
-    float y[s.B * A];
-    product(is_q ? l.q : is_k ? l.k : l.v, s.h, s.B, s.D, head * A, (head + 1) * A,
-            [&](int b, int f, float x) { y[b * A + f - head * A] = x; });
-    for (int b = 0; b < s.B; b++) {
-        float *z = y + b * A;
-        for (int i = 0; i < A / 2 && (is_q || is_k); i++) {  // RoPE, as in llm.rotate
-            float cos = s.cos[b * A / 2 + i], sin = s.sin[b * A / 2 + i];
-            float first = z[i], second = z[i + A / 2];
-            z[i] = first * cos - second * sin;
-            z[i + A / 2] = second * cos + first * sin;
-        }
+    int head = is_q ? n : is_k ? n - s.H : n - s.H - s.G, A = s.A, B = s.B;
+    float room[(B + WIDTH) * A], *y = room;
+    product(is_q ? l.q : is_k ? l.k : l.v, s.h, B, s.D, head * A, (head + 1) * A,
+            [&](int b, int f, auto sum) { put(at(y, B, A, b, f - head * A), sum); });
+    for (int b = 0; b < B && (is_q || is_k); b += WIDTH)
+        for (int i = 0; i < A / 2; i++)
+            (B == 1 ? rotate<float> : rotate<floats>)(
+                at(y, B, A, b, i), at(y, B, A, b, i + A / 2),
+                at(s.cos, B, A / 2, b, i), at(s.sin, B, A / 2, b, i));
+    for (int b = 0; b < B; b++) {
         size_t row = (size_t)(b / s.T * s.G + head) * s.N + s.slot + b % s.T;
         CACHE *slot = (is_k ? l.keys : l.values) + row * A;
         for (int i = 0; i < A; i++)
             if (is_q)
-                s.q[(size_t)(b * s.H + head) * A + i] = z[i] / std::sqrt((float)A);
+                s.q[(size_t)(b * s.H + head) * A + i] = *at(y, B, A, b, i) / std::sqrt((float)A);
             else
-                put(slot + i, z[i]);
+                put(slot + i, *at(y, B, A, b, i));
     }
 }
 
@@ -291,19 +324,20 @@ static void attend(const Step &s, const Layer &l, int b, int n, float *score) {
         for (int j = 0; j < s.A; j++) out[j] += score[i] * value(v[j]);
     }
     for (int j = 0; j < s.A; j++)
-        put(s.a + place(s.B, s.H * s.A, b, n * s.A + j), out[j] / total);
+        put(at(s.a, s.B, s.H * s.A, b, n * s.A + j), out[j] / total);
 }
 
 static void mlp(const Step &s, const Layer &l, int first, int last) {
     constexpr int rows = 16;  // of each matrix in turn
-    float gate[s.B * rows];
+    float room[(s.B + WIDTH) * rows], *gate = room;
     for (int f = first; f < last; f += rows) {
         int end = f + rows < last ? f + rows : last;
-        product(l.gate, s.h, s.B, s.D, f, end,
-                [&](int b, int i, float y) { gate[b * rows + i - f] = y; });
-        for (int i = 0; i < s.B * rows; i++) gate[i] /= 1 + exponential(-gate[i]);
-        product(l.up, s.h, s.B, s.D, f, end, [&](int b, int i, float y) {
-            put(s.u + place(s.B, s.F, b, i), gate[b * rows + i - f] * y);
+        product(l.gate, s.h, s.B, s.D, f, end, [&](int b, int i, auto y) {
+            put(at(gate, s.B, rows, b, i - f), y / (1 + exponential(-y)));
+        });
+        product(l.up, s.h, s.B, s.D, f, end, [&](int b, int i, auto y) {
+            auto gated = read<decltype(y)>(at(gate, s.B, rows, b, i - f));
+            put(at(s.u, s.B, s.F, b, i), gated * y);
         });
     }
 }
@@ -316,18 +350,23 @@ extern "C" void step(const Step *step) {
         place[0] = s.position[b / s.T] + b % s.T, place[s.N] = 1;
         for (int i = 0; i < s.A / 2; i++) {
             float angle = place[0] * s.frequency[i];
-            s.cos[b * s.A / 2 + i] = std::cos(angle), s.sin[b * s.A / 2 + i] = std::sin(angle);
+            *at(s.cos, B, s.A / 2, b, i) = std::cos(angle);
+            *at(s.sin, B, s.A / 2, b, i) = std::sin(angle);
         }
+        for (int d = 0; d < D; d++) *at(s.x, B, D, b, d) = s.embeddings[(size_t)b * D + d];
     }
 #pragma omp parallel num_threads(s.threads)
     {
         float *score = s.score + (size_t)omp_get_thread_num() * s.N;
         Share heads = share(s.H + 2 * s.G), queries = share(B * s.H);
         Share features = share(D, ROWS), hidden = share(s.F, ROWS), words = share(s.V, ROWS);
-        auto add = [&](int b, int f, float y) { s.x[(size_t)b * D + f] += y; };
+        auto add = [&](int b, int f, auto y) {
+            float *x = at(s.x, B, D, b, f);
+            put(x, read<decltype(y)>(x) + y);
+        };
         for (int i = 0; i < s.layers; i++) {
             const Layer &l = s.layer[i];
-            norm(s, l.norm1);
+            norm(s, l.norm1, B);
             for (int n = heads.first; n < heads.last; n++) project(s, l, n);
 #pragma omp barrier
             for (int n = queries.first; n < queries.last; n++)
@@ -335,14 +374,21 @@ extern "C" void step(const Step *step) {
 #pragma omp barrier
             product(l.o, s.a, B, s.H * s.A, features.first, features.last, add);
 #pragma omp barrier
-            norm(s, l.norm2);
+            norm(s, l.norm2, B);
             mlp(s, l, hidden.first, hidden.last);
 #pragma omp barrier
             product(l.down, s.u, B, s.F, features.first, features.last, add);
 #pragma omp barrier
         }
-        norm(s, s.norm, s.T);  // of the last tokens
-        product(s.head, s.h, s.C, D, words.first, words.last,
-                [&](int b, int f, float y) { s.logits[(size_t)b * s.V + f] = y; });
+#pragma omp single  // of each answer the last token
+        for (int c = 0; c < s.C && s.T > 1; c++)
+            for (int d = 0; d < D; d++)
+                *at(s.x, s.C, D, c, d) = *at(s.x, B, D, (c + 1) * s.T - 1, d);
+        norm(s, s.norm, s.C);
+        product(s.head, s.h, s.C, D, words.first, words.last, [&](int b, int f, auto y) {
+            int rows = b + WIDTH <= s.C ? WIDTH : s.C - b;
+            for (int i = 0; i < rows; i++)
+                s.logits[(size_t)(b + i) * s.V + f] = ((float *)&y)[i];
+        });
     }
 }

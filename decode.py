@@ -61,7 +61,7 @@ class Arguments(Structure):  # `Step` of decode.cpp
     _fields_ += [("eps", c_float)]
     _fields_ += [(name, c_void_p) for name in ("frequency", "norm", "places", "position")]
     _fields_ += [("layer", POINTER(Layer)), ("head", Matrix)]
-    _fields_ += [(name, c_void_p) for name in "cos sin x q logits score a u h".split()]
+    _fields_ += [(name, c_void_p) for name in "embeddings q logits score x cos sin a u h".split()]
 
 
 @functools.cache
@@ -165,15 +165,15 @@ class Step:
         self.logits = torch.empty(C, cfg.vocab_size)
         inputs = (H * A, cfg.hidden_dim, cfg.dim)  # may be pairs, of an even number then
         a, u, h = (self.at(torch.zeros(B, features + 1)) for features in inputs)
-        cos, sin = (self.at(torch.zeros(B, A // 2)) for _ in "cs")
+        x, cos, sin = (self.at(torch.zeros(B, n)) for n in (cfg.dim, A // 2, A // 2))
         q, score = self.at(torch.zeros(B, H, A)), self.at(torch.zeros(threads, N))
         self.arguments = Arguments(
             C=C, D=cfg.dim, H=H, G=cfg.n_kv_heads, A=A, F=cfg.hidden_dim, V=cfg.vocab_size, N=N,
             layers=len(layers), threads=threads, window=cfg.sliding_window or 0,
             eps=cfg.rms_norm_eps, frequency=self.at(1 / cfg.rope_theta ** (pair / A)),
             norm=self.at(llm.model.norm.weight), places=cache.places.data_ptr(),
-            layer=(Layer * len(layers))(*layers), head=self.matrix(head), cos=cos, sin=sin, q=q,
-            logits=self.logits.data_ptr(), score=score, a=a, u=u, h=h,
+            layer=(Layer * len(layers))(*layers), head=self.matrix(head), x=x, cos=cos, sin=sin,
+            q=q, logits=self.logits.data_ptr(), score=score, a=a, u=u, h=h,
         )  # fmt: skip
 
     def at(self, tensor: Tensor) -> int:
@@ -196,7 +196,7 @@ class Step:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Embeddings [C, T, D] -> logits [C, V] of the last, which the next call overwrites."""
-        cache, now, x = self.cache, self.arguments, x.float().contiguous().clone()
+        cache, now, x = self.cache, self.arguments, x.float().contiguous()
         if x.dim() != 3 or (len(x), x.shape[2]) != (now.C, now.D) or not self.takes(x, None):
             raise ValueError(
                 f"x {[*x.shape]} does not fit a cache of {now.C} rows, {now.D} features"
@@ -204,7 +204,7 @@ class Step:
         T = now.T = x.shape[1]
         now.B = len(x) * T
         cache.expect(T)
-        now.x, now.position = x.data_ptr(), cache.next.data_ptr()
+        now.embeddings, now.position = x.data_ptr(), cache.next.data_ptr()
         now.slot, now.used = cache.seen % cache.size, min(cache.seen + T, cache.size)
         self.step(ctypes.byref(now))
         cache.next, cache.seen = cache.next + T, cache.seen + T

@@ -68,14 +68,15 @@ def test_short_prompts_at_once(name, C, T):
     """The first turn, and one that goes on: the last logits, and all that the cache keeps."""
     llm = made(name)
     cache = Cache(llm.cfg, C, 2 * T + 1)
-    step, other = Step.of(llm, cache), copy.deepcopy(cache)
+    exact, other = copy.deepcopy(llm).double(), Cache(llm.cfg, C, 2 * T + 1, torch.float64)
+    step = Step.of(llm, cache)
     for _ in range(2):
-        x = llm.embed(torch.randint(97, (C, T)))
-        assert step.takes(x, None)
-        slow = llm.logits(llm.hidden(x, cache=other)[0])[:, -1]
-        torch.testing.assert_close(step(x), slow, atol=2e-5 * slow.abs().max().item(), rtol=0)
-        torch.testing.assert_close(cache.keys, other.keys, atol=1e-4, rtol=1e-3)
-        torch.testing.assert_close(cache.values, other.values, atol=1e-4, rtol=1e-3)
+        ids = torch.randint(97, (C, T))
+        assert step.takes(llm.embed(ids), None)
+        slow = exact.logits(exact.hidden(exact.embed(ids), cache=other)[0])[:, -1]
+        fast = step(llm.embed(ids))
+        for ours, true in (fast, slow), (cache.keys, other.keys), (cache.values, other.values):
+            torch.testing.assert_close(ours.double(), true, atol=2e-5 * true.abs().max(), rtol=0)
         assert torch.equal(cache.places, other.places) and torch.equal(cache.next, other.next)
     assert not step.takes(llm.embed(torch.randint(97, (C, 2))), None), "no room is left"
 
