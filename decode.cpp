@@ -312,7 +312,7 @@ static void attend(const Step &s, const Layer &l, int b, int n, float *score) {
         score[i] = -INFINITY;
         if (segment[i] == 1 && near)
             score[i] = dot(l.keys + start + (size_t)i * s.A, q, s.A);
-        most = std::fmax(most, score[i]);
+        if (score[i] > most) most = score[i];
     }
     for (int i = 0; i < s.used; i++)
         score[i] = score[i] == -INFINITY ? 0 : exponential(score[i] - most);
