@@ -157,13 +157,17 @@ template <class T, class X> static inline float dot(const T *w, const X *x, int 
     return y;
 }
 
-// y[r] = row r of w times x, for R rows of w, and a row of x in each lane
+// y[r] = row r of w times x, for R rows of w, and a row of x in each lane. Meanwhile the next R rows
+// come into the cache: so short rows end before the processor guesses that they go on.
 template <int R, class T> static inline void lanes(const T *w, const input *x, int D, floats *y) {
+    constexpr int line = 64 / sizeof(T);
     floats sum[R] = {};
     int d = 0;
-    for (; d + PAIR <= D; d += PAIR)
+    for (; d + PAIR <= D; d += PAIR) {
+        if (d * R % line == 0) __builtin_prefetch(w + (size_t)R * D + d * R);
         for (int r = 0; r < R; r++)
             sum[r] = add_to_lanes(sum[r], w + (size_t)r * D + d, x + (size_t)d * WIDTH);
+    }
     for (int r = 0; r < R; r++) {
         T last[2] = {d < D ? w[(size_t)r * D + d] : T()};
         y[r] = d < D ? add_to_lanes(sum[r], last, x + (size_t)d * WIDTH) : sum[r];
