@@ -165,7 +165,8 @@ template <int R, class T> static inline void lanes(const T *w, const input *x, i
     floats sum[R] = {};
     int d = 0;
     for (; d + PAIR <= D; d += PAIR) {
-        if (d * R % line == 0) __builtin_prefetch(w + (size_t)R * D + d * R);
+        if (std::is_same_v<T, WEIGHT> && d * R % line == 0)  // not rows that were converted
+            __builtin_prefetch(w + (size_t)R * D + d * R);
         for (int r = 0; r < R; r++)
             sum[r] = add_to_lanes(sum[r], w + (size_t)r * D + d, x + (size_t)d * WIDTH);
     }

@@ -39,7 +39,7 @@ SOURCE = Path(__file__).with_name("decode.cpp")
 # no -ffast-math: it would add in any order, and have all of this process round small numbers to 0
 FLAGS = "-O3 -march=native -fno-math-errno -std=gnu++17 -fopenmp -shared -fPIC".split()
 TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.int8: "int8_t"}
-WIDEST = 2**16  # features of a matrix; decode.cpp keeps some rows of them on its stack
+WIDEST = 2**15  # features of a matrix; decode.cpp keeps some rows of them on its stack
 MOVING = threading.Lock()  # one thread at a time moves weights
 MOST_ROWS = 64  # with more of them PyTorch's products are as fast
 
