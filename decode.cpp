@@ -158,8 +158,8 @@ template <class T, class X> static inline float dot(const T *w, const X *x, int 
     return y;
 }
 
-// y[r] = row r of w times x, for R rows of w, and a row of x in each lane. Meanwhile the next R rows
-// come into the cache: so short rows end before the processor guesses that they go on.
+// y[r] = row r of w times x, for R rows of w, and a row of x in each lane. Meanwhile the next R
+// rows come into the cache: short ones end before the processor guesses that others follow.
 template <int R, class T> static inline void lanes(const T *w, const input *x, int D, floats *y) {
     constexpr int line = 64 / sizeof(T);
     floats sum[R] = {};
@@ -287,7 +287,7 @@ template <class V> static void rotate(float *x, float *y, const float *cos, cons
 static void project(const Step &s, const Layer &l, int n) {
     bool is_q = n < s.H, is_k = !is_q && n < s.H + s.G;
     int head = is_q ? n : is_k ? n - s.H : n - s.H - s.G, A = s.A, B = s.B;
-    float room[(B + WIDTH) * A], *y = room;
+    float room[(B + WIDTH) * A], *y = room;  // lambdas cannot name such an array itself
     product(is_q ? l.q : is_k ? l.k : l.v, s.h, B, s.D, head * A, (head + 1) * A,
             [&](int b, int f, auto sum) { put(at(y, B, A, b, f - head * A), sum); });
     for (int b = 0; b < B && (is_q || is_k); b += WIDTH)
