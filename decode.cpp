@@ -3,14 +3,12 @@
 //
 // To make a token every weight is read once and used once, so the speed is that of the memory, if
 // nothing else takes time. Here little else does: there is one parallel region, in which each
-// thread takes its share of the rows of every matrix, and seven places a layer where all wait:
+// thread takes its share of the rows of every matrix, and five places a layer where all wait:
 //
-//     h = norm(x)                                               | wait
-//     q, k, v = W h, rotated; k and v into the cache            | wait
+//     q, k, v = W norm(x), rotated; k and v into the cache      | wait
 //     a = softmax(q k / sqrt(A)) v, a head at a time            | wait
 //     x = x + W_o a                                             | wait
-//     h = norm(x)                                               | wait
-//     u = silu(W_gate h) * W_up h                               | wait
+//     u = silu(W_gate norm(x)) * W_up norm(x)                   | wait
 //     x = x + W_down u                                          | wait
 //
 // One row's x is multiplied a register of features at a time. Of several rows each has a lane of
@@ -21,11 +19,13 @@
 // Letters as in llm.py: D features, H query heads, G key/value heads, A features a head, F hidden
 // features, V words. C answers, T tokens of each, B = C T rows; N slots of the cache.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <omp.h>
 #include <type_traits>
+#include <vector>
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -140,9 +140,18 @@ template <class T> static inline T *at(T *x, int B, int D, int b, int d) {
 }
 
 static inline float total(floats v) {
+#ifdef __AVX512F__  // the same sums; of the loop GCC makes something slow
+    return _mm512_reduce_add_ps((__m512)v);
+#endif
     for (int n = WIDTH / 2; n; n /= 2)
         for (int i = 0; i < n; i++) v[i] += v[i + n];
     return v[0];
+}
+
+// Have the weights some way behind w come into the second cache. The processor does so by itself,
+// but it is later; how far was found by trial.
+template <class T> static inline void await(const T *w) {
+    __builtin_prefetch((const char *)w + (sizeof(T) == 1 ? 16384 : 2048), 0, 2);
 }
 
 // w times x. Four sums are under way at once: one would wait for itself.
@@ -151,12 +160,79 @@ template <class T, class X> static inline float dot(const T *w, const X *x, int 
     floats sum[4] = {};
     int d = 0;
     for (; d + 4 * width <= D; d += 4 * width)
-        for (int u = 0, e = d; u < 4; u++, e += width) sum[u] = add_product(sum[u], w + e, x + e);
+        for (int u = 0, e = d; u < 4; u++, e += width) {
+            sum[u] = add_product(sum[u], w + e, x + e);
+            await(w + e);
+        }
     for (int u = 0; d + width <= D; d += width, u++) sum[u] = add_product(sum[u], w + d, x + d);
     float y = total((sum[0] + sum[1]) + (sum[2] + sum[3]));
     for (; d < D; d++) y += value(w[d]) * value(x[d]);
     return y;
 }
+
+// x as `product` takes it. A single row that meets int8 weights is written as whole numbers, nearly
+// as exact as float32: x = unit X, |X| < 2^23, X in three digits from -128 to 127. The weights need
+// not be converted then, but are multiplied 64 at once, as w + 128, since one of two factors must
+// not be negative. So sums start at -128 X, in each lane that of its own digits.
+struct Ready {
+    const input *x;
+    int8_t *digits;  // [D / 64, 3, 64], the lowest digit first; and 3 starts
+    float unit;
+};
+#ifdef __AVX512VNNI__
+static inline uint64_t rest(int n) {  // bits for n of 64
+    return n >= 64 ? -1 : n > 0 ? (1ull << n) - 1 : 0;
+}
+
+template <class X>
+static Ready ready(const int8_t *, const X *x, int B, int D, int8_t *digits) {
+    if (B > 1) return {x};
+    __m512 most = {}, damage = {};  // NaN if x has one, or is not finite
+    for (int d = 0; d < D; d += WIDTH) {
+        __m512 v = _mm512_maskz_loadu_ps(rest(D - d), x + d);
+        most = _mm512_max_ps(most, _mm512_abs_ps(v)), damage += v * 0;
+    }
+    float greatest = _mm512_reduce_max_ps(most), last = 127 << 16;
+    float inverse = greatest > 1e-30f ? last / greatest : 0;
+    __m512i middle = _mm512_set1_epi32(0x808080), start[3] = {};
+    int8_t *out = digits;
+    for (int d = 0; d < D; d += 64) {
+        for (int e = d; e < d + 64; e += WIDTH) {
+            __m512 v = _mm512_maskz_loadu_ps(rest(D - e), x + e) * inverse;
+            __m512i n = _mm512_add_epi32(_mm512_cvtps_epi32(v), middle) ^ middle;
+            for (int i = 0; i < 3; i++, n = _mm512_srli_epi32(n, 8))
+                _mm_storeu_si128((__m128i *)(out + i * 64 + e - d), _mm512_cvtepi32_epi8(n));
+        }
+        for (int i = 0; i < 3; i++, out += 64)
+            start[i] = _mm512_dpbusd_epi32(start[i], _mm512_set1_epi8(-128), read<__m512i>(out));
+    }
+    for (int i = 0; i < 3; i++, out += 64)
+        _mm512_storeu_si512(out, _mm512_sub_epi32(__m512i{}, start[i]));
+    return {x, digits, greatest / last + total((floats)damage)};
+}
+
+static inline float dot(const int8_t *w, Ready x, int D) {
+    int8_t *digits = x.digits, *starts = digits + (D + 63) / 64 * 192;
+    __m512i sum[3];
+    for (int i = 0; i < 3; i++) sum[i] = read<__m512i>(starts + i * 64);
+    auto add = [&](__m512i v) {
+        v ^= _mm512_set1_epi8(-128);
+        for (int i = 0; i < 3; i++, digits += 64)
+            sum[i] = _mm512_dpbusd_epi32(sum[i], v, read<__m512i>(digits));
+    };
+    int d = 0;
+    for (; d + 64 <= D; d += 64) {
+        add(read<__m512i>(w + d));
+        await(w + d);
+    }
+    if (d < D) add(_mm512_maskz_loadu_epi8(rest(D - d), w + d));
+    floats y = (floats)_mm512_cvtepi32_ps(sum[2]);
+    for (int i = 1; i >= 0; i--) y = y * 256 + (floats)_mm512_cvtepi32_ps(sum[i]);
+    return total(y) * x.unit;
+}
+#endif
+template <class T> static Ready ready(const T *, const input *x, ...) { return {x}; }
+template <class T> static inline float dot(const T *w, Ready x, int D) { return dot(w, x.x, D); }
 
 // y[r] = row r of w times x, for R rows of w, and a row of x in each lane. Meanwhile the next R
 // rows come into the cache: short ones end before the processor guesses that others follow.
@@ -195,7 +271,7 @@ template <class T> static inline void convert(const T *w, int n, float *out) {
 // done(b, f, y) for y = row f of the matrix times row b of x, for f from first up to last. y is
 // a float if there is one row, else floats, of the WIDTH rows from b on.
 template <class Done>
-static void product(Matrix m, const input *x, int B, int D, int first, int last, Done done) {
+static void product(Matrix m, Ready x, int B, int D, int first, int last, Done done) {
     if (B == 1) {
         for (int f = first; f < last; f++)
             done(0, f, dot(m.weight + (size_t)f * D, x, D) * (m.scale ? m.scale[f] : 1));
@@ -210,7 +286,7 @@ static void product(Matrix m, const input *x, int B, int D, int first, int last,
         if constexpr (is_ready) w = m.weight + (size_t)f * D;
         else convert(m.weight + (size_t)f * D, rows * D, buffer);
         for (int b = 0; b < B; b += WIDTH) {
-            const input *x_b = at(x, B, D, b, 0);
+            const input *x_b = at(x.x, B, D, b, 0);
             floats y[ROWS];
             rows == 1 ? lanes<1>(w, x_b, D, y) : lanes<ROWS>(w, x_b, D, y);
             for (int r = 0; r < rows; r++)
@@ -237,14 +313,29 @@ struct Step {
     const float *embeddings;        // [B, D]
     float *q, *logits, *score;      // [B, H, A], [C, V], [threads, N]
     float *x, *cos, *sin;           // [B, D]; [B, A / 2] of the angles: these six lie as in `at`
-    input *a, *u, *h;               // [B, H A], [B, F], [B, D], zeros between
+    input *a, *u;                   // [B, H A], [B, F], zeros between
 };
 
-struct Share { int first, last; };
-static Share share(int n, int unit = 1) {  // of n things, what this thread does, in whole units
+// What each thread has for itself
+struct Own {
+    float *score;                // [N]
+    std::vector<input> h;        // [B, D], zeros between
+    std::vector<int8_t> digits;  // of the widest x
+    Own(const Step &s)
+        : score(s.score + (size_t)omp_get_thread_num() * s.N),
+          h((size_t)(s.B + WIDTH) * (s.D + 1)),
+          digits(std::max({s.D, s.H * s.A, s.F}) * 3 + 6 * 64) {}
+    Ready ready(const input *x, int B, int D) {
+        return ::ready((const WEIGHT *)0, x, B, D, digits.data());
+    }
+};
+
+// work(first, last), of n things what this thread does, in whole units; and all wait
+template <class Work> static void divide(int n, int unit, Work work) {
     long t = omp_get_thread_num(), T = omp_get_num_threads(), units = (n + unit - 1) / unit;
     int first = units * t / T * unit, last = units * (t + 1) / T * unit;
-    return {first, last < n ? last : n};
+    work(first, last < n ? last : n);
+#pragma omp barrier
 }
 
 // Sum of the squares of D features of a row, or of each of WIDTH rows
@@ -261,48 +352,53 @@ static inline floats inverse_root(floats x) {
     return x;
 }
 
-// h = norm of x: from row b on one row, or WIDTH
-template <class V> static void norm(const Step &s, const float *weight, int B, int b) {
+// Norm of B rows of x. Each thread does it for itself, which is over sooner than to wait for one.
+template <class V> static void norm(const Step &s, const float *weight, int B, int b, input *h) {
+    constexpr int rows = sizeof(V) / sizeof(float);
     const float *x = at(s.x, B, s.D, b, 0);
     V scale = inverse_root(squares(x, s.D, V{}) / (float)s.D + s.eps);
     for (int d = 0; d < s.D; d++)
-        put(at(s.h, B, s.D, b, d), read<V>(at(x, B, s.D, 0, d)) * scale * weight[d]);
+        put(at(h, rows, s.D, 0, d), read<V>(x + d * rows) * scale * weight[d]);
 }
 
-static void norm(const Step &s, const float *weight, int B) {
-    Share rows = share(B, WIDTH);
-    for (int b = rows.first; b < rows.last; b += WIDTH)
-        B == 1 ? norm<float>(s, weight, B, b) : norm<floats>(s, weight, B, b);
-#pragma omp barrier
+static Ready norm(const Step &s, const float *weight, int B, Own &own) {
+    for (int b = 0; b < B; b += WIDTH)
+        B == 1 ? norm<float>(s, weight, B, b, own.h.data())
+               : norm<floats>(s, weight, B, b, at(own.h.data(), B, s.D, b, 0));
+    return own.ready(own.h.data(), B, s.D);
 }
 
-// RoPE, as in llm.rotate
-template <class V> static void rotate(float *x, float *y, const float *cos, const float *sin) {
-    V first = read<V>(x), second = read<V>(y);
-    put(x, first * read<V>(cos) - second * read<V>(sin));
-    put(y, second * read<V>(cos) + first * read<V>(sin));
+// RoPE of a head of one row, or of WIDTH, as in llm.rotate
+template <class V> static void rotate(float *x, const float *cos, const float *sin, int A) {
+    constexpr int rows = sizeof(V) / sizeof(float);
+    float *y = x + A / 2 * rows;
+    for (int i = 0; i < A / 2 * rows; i += rows) {
+        V first = read<V>(x + i), second = read<V>(y + i);
+        put(x + i, first * read<V>(cos + i) - second * read<V>(sin + i));
+        put(y + i, second * read<V>(cos + i) + first * read<V>(sin + i));
+    }
 }
 
 // Head n of q, k and v together, counted in this order
-static void project(const Step &s, const Layer &l, int n) {
+static void project(const Step &s, const Layer &l, int n, Ready h) {
     bool is_q = n < s.H, is_k = !is_q && n < s.H + s.G;
     int head = is_q ? n : is_k ? n - s.H : n - s.H - s.G, A = s.A, B = s.B;
     float room[(B + WIDTH) * A], *y = room;  // lambdas cannot name such an array itself
-    product(is_q ? l.q : is_k ? l.k : l.v, s.h, B, s.D, head * A, (head + 1) * A,
+    product(is_q ? l.q : is_k ? l.k : l.v, h, B, s.D, head * A, (head + 1) * A,
             [&](int b, int f, auto sum) { put(at(y, B, A, b, f - head * A), sum); });
     for (int b = 0; b < B && (is_q || is_k); b += WIDTH)
-        for (int i = 0; i < A / 2; i++)
-            (B == 1 ? rotate<float> : rotate<floats>)(
-                at(y, B, A, b, i), at(y, B, A, b, i + A / 2),
-                at(s.cos, B, A / 2, b, i), at(s.sin, B, A / 2, b, i));
+        (B == 1 ? rotate<float> : rotate<floats>)(
+            at(y, B, A, b, 0), at(s.cos, B, A / 2, b, 0), at(s.sin, B, A / 2, b, 0), A);
+    float scale = 1 / std::sqrt((float)A);
     for (int b = 0; b < B; b++) {
         size_t row = (size_t)(b / s.T * s.G + head) * s.N + s.slot + b % s.T;
+        float *from = at(y, B, A, b, 0), *q = s.q + (size_t)(b * s.H + head) * A;
         CACHE *slot = (is_k ? l.keys : l.values) + row * A;
-        for (int i = 0; i < A; i++)
+        for (int i = 0; i < A; i++, from += B == 1 ? 1 : WIDTH)
             if (is_q)
-                s.q[(size_t)(b * s.H + head) * A + i] = *at(y, B, A, b, i) / std::sqrt((float)A);
+                q[i] = *from * scale;
             else
-                put(slot + i, *at(y, B, A, b, i));
+                put(slot + i, *from);
     }
 }
 
@@ -333,19 +429,16 @@ static void attend(const Step &s, const Layer &l, int b, int n, float *score) {
         put(at(s.a, s.B, s.H * s.A, b, n * s.A + j), out[j] / total);
 }
 
-static void mlp(const Step &s, const Layer &l, int first, int last) {
-    constexpr int rows = 16;  // of each matrix in turn
-    float room[(s.B + WIDTH) * rows], *gate = room;
-    for (int f = first; f < last; f += rows) {
-        int end = f + rows < last ? f + rows : last;
-        product(l.gate, s.h, s.B, s.D, f, end, [&](int b, int i, auto y) {
-            put(at(gate, s.B, rows, b, i - f), y / (1 + exponential(-y)));
-        });
-        product(l.up, s.h, s.B, s.D, f, end, [&](int b, int i, auto y) {
-            auto gated = read<decltype(y)>(at(gate, s.B, rows, b, i - f));
-            put(at(s.u, s.B, s.F, b, i), gated * y);
-        });
-    }
+static void mlp(const Step &s, const Layer &l, int first, int last, Ready h) {
+    int B = s.B, n = B == 1 ? last - first : (B + WIDTH - 1) / WIDTH * WIDTH * (last - first);
+    float room[n], *gate = room;
+    product(l.gate, h, B, s.D, first, last,
+            [&](int b, int i, auto y) { put(at(gate, B, last - first, b, i - first), y); });
+    for (int i = 0; i < n; i++) gate[i] /= 1 + exponential(-gate[i]);
+    product(l.up, h, B, s.D, first, last, [&](int b, int i, auto y) {
+        auto gated = read<decltype(y)>(at(gate, B, last - first, b, i - first));
+        put(at(s.u, B, s.F, b, i), gated * y);
+    });
 }
 
 extern "C" void step(const Step *step) {
@@ -363,38 +456,42 @@ extern "C" void step(const Step *step) {
     }
 #pragma omp parallel num_threads(s.threads)
     {
-        float *score = s.score + (size_t)omp_get_thread_num() * s.N;
-        Share heads = share(s.H + 2 * s.G), queries = share(B * s.H);
-        Share features = share(D, ROWS), hidden = share(s.F, ROWS), words = share(s.V, ROWS);
+        Own own(s);
         auto add = [&](int b, int f, auto y) {
             float *x = at(s.x, B, D, b, f);
             put(x, read<decltype(y)>(x) + y);
         };
         for (int i = 0; i < s.layers; i++) {
             const Layer &l = s.layer[i];
-            norm(s, l.norm1, B);
-            for (int n = heads.first; n < heads.last; n++) project(s, l, n);
-#pragma omp barrier
-            for (int n = queries.first; n < queries.last; n++)
-                attend(s, l, n / s.H, n % s.H, score);
-#pragma omp barrier
-            product(l.o, s.a, B, s.H * s.A, features.first, features.last, add);
-#pragma omp barrier
-            norm(s, l.norm2, B);
-            mlp(s, l, hidden.first, hidden.last);
-#pragma omp barrier
-            product(l.down, s.u, B, s.F, features.first, features.last, add);
-#pragma omp barrier
+            Ready h = norm(s, l.norm1, B, own);
+            divide(s.H + 2 * s.G, 1, [&](int n, int end) {
+                for (; n < end; n++) project(s, l, n, h);
+            });
+            divide(B * s.H, 1, [&](int n, int end) {
+                for (; n < end; n++) attend(s, l, n / s.H, n % s.H, own.score);
+            });
+            Ready a = own.ready(s.a, B, s.H * s.A);
+            divide(D, ROWS, [&](int f, int end) { product(l.o, a, B, s.H * s.A, f, end, add); });
+            h = norm(s, l.norm2, B, own);
+            divide(s.F, ROWS, [&](int f, int end) {
+                int some = B == 1 ? end - f : 2 * ROWS;  // of each matrix in turn
+                for (; f < end; f += some) mlp(s, l, f, f + some < end ? f + some : end, h);
+            });
+            Ready u = own.ready(s.u, B, s.F);
+            divide(D, ROWS, [&](int f, int end) { product(l.down, u, B, s.F, f, end, add); });
         }
 #pragma omp single  // of each answer the last token
         for (int c = 0; c < s.C && s.T > 1; c++)
             for (int d = 0; d < D; d++)
                 *at(s.x, s.C, D, c, d) = *at(s.x, B, D, (c + 1) * s.T - 1, d);
-        norm(s, s.norm, s.C);
-        product(s.head, s.h, s.C, D, words.first, words.last, [&](int b, int f, auto y) {
+        Ready h = norm(s, s.norm, s.C, own);
+        auto put_logits = [&](int b, int f, auto y) {
             int rows = b + WIDTH <= s.C ? WIDTH : s.C - b;
             for (int i = 0; i < rows; i++)
                 s.logits[(size_t)(b + i) * s.V + f] = ((float *)&y)[i];
+        };
+        divide(s.V, ROWS, [&](int f, int end) {
+            product(s.head, h, s.C, D, f, end, put_logits);
         });
     }
 }

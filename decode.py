@@ -61,7 +61,7 @@ class Arguments(Structure):  # `Step` of decode.cpp
     _fields_ += [("eps", c_float)]
     _fields_ += [(name, c_void_p) for name in ("frequency", "norm", "places", "position")]
     _fields_ += [("layer", POINTER(Layer)), ("head", Matrix)]
-    _fields_ += [(name, c_void_p) for name in "embeddings q logits score x cos sin a u h".split()]
+    _fields_ += [(name, c_void_p) for name in "embeddings q logits score x cos sin a u".split()]
 
 
 @functools.cache
@@ -163,8 +163,8 @@ class Step:
                                 keys.data_ptr(), values.data_ptr()))  # fmt: skip
         H, A, N = cfg.n_heads, cfg.head_dim, cache.size
         self.logits = torch.empty(C, cfg.vocab_size)
-        inputs = (H * A, cfg.hidden_dim, cfg.dim)  # may be pairs, of an even number then
-        a, u, h = (self.at(torch.zeros(B, features + 1)) for features in inputs)
+        inputs = H * A, cfg.hidden_dim  # may be pairs, of an even number then
+        a, u = (self.at(torch.zeros(B, features + 1)) for features in inputs)
         x, cos, sin = (self.at(torch.zeros(B, n)) for n in (cfg.dim, A // 2, A // 2))
         q, score = self.at(torch.zeros(B, H, A)), self.at(torch.zeros(threads, N))
         self.arguments = Arguments(
@@ -173,7 +173,7 @@ class Step:
             eps=cfg.rms_norm_eps, frequency=self.at(1 / cfg.rope_theta ** (pair / A)),
             norm=self.at(llm.model.norm.weight), places=cache.places.data_ptr(),
             layer=(Layer * len(layers))(*layers), head=self.matrix(head), x=x, cos=cos, sin=sin,
-            q=q, logits=self.logits.data_ptr(), score=score, a=a, u=u, h=h,
+            q=q, logits=self.logits.data_ptr(), score=score, a=a, u=u,
         )  # fmt: skip
 
     def at(self, tensor: Tensor) -> int:
