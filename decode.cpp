@@ -307,10 +307,11 @@ struct Step {
     float eps;
     const float *frequency, *norm;  // [A / 2] of RoPE; [D]
     int64_t *places;                // [C, 2, N] position and segment of each slot
-    const int64_t *position;        // [C] of the first token
-    const Layer *layer;
-    Matrix head;
+    int64_t *position;              // [C] of the first token, afterwards of the next
+    const int64_t *tokens;          // [B], or null and
     const float *embeddings;        // [B, D]
+    const Layer *layer;
+    Matrix embedding, head;
     float *q, *logits, *score;      // [B, H, A], [C, V], [threads, N]
     float *x, *cos, *sin;           // [B, D]; [B, A / 2] of the angles: these six lie as in `at`
     input *a, *u;                   // [B, H A], [B, F], zeros between
@@ -452,7 +453,11 @@ extern "C" void step(const Step *step) {
             *at(s.cos, B, s.A / 2, b, i) = std::cos(angle);
             *at(s.sin, B, s.A / 2, b, i) = std::sin(angle);
         }
-        for (int d = 0; d < D; d++) *at(s.x, B, D, b, d) = s.embeddings[(size_t)b * D + d];
+        const Matrix &e = s.embedding;
+        size_t row = s.tokens ? s.tokens[b] : b;
+        for (int d = 0; d < D; d++)
+            *at(s.x, B, D, b, d) = s.tokens ? value(e.weight[row * D + d]) * (e.scale ? e.scale[row] : 1)
+                                            : s.embeddings[row * D + d];
     }
 #pragma omp parallel num_threads(s.threads)
     {
@@ -494,4 +499,5 @@ extern "C" void step(const Step *step) {
             product(s.head, h, s.C, D, f, end, put_logits);
         });
     }
+    for (int c = 0; c < s.C; c++) s.position[c] += s.T;
 }

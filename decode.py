@@ -8,7 +8,7 @@ gives out the weights (bench.py decode). llm.py stays what one reads, trains, an
 (tests/test_decode.py).
 
     step = Step.of(llm, cache)      # None where PyTorch must do it: experts, a GPU, float16
-    if step.takes(x, None):         # x [C, T, D]: the next token of C answers, or a short question
+    if step.takes(x, None):         # x [C, T] tokens: the next of C answers, or a short question
         logits = step(x)            # [C, V] of the last token, float32; the cache has T tokens more
 
 The compiler runs at the first use, for seconds; what it made is kept in ~/.cache/nanocumo.
@@ -59,9 +59,10 @@ class Arguments(Structure):  # `Step` of decode.cpp
         (name, c_int) for name in "C T B D H G A F V N layers threads window used slot".split()
     ]
     _fields_ += [("eps", c_float)]
-    _fields_ += [(name, c_void_p) for name in ("frequency", "norm", "places", "position")]
-    _fields_ += [("layer", POINTER(Layer)), ("head", Matrix)]
-    _fields_ += [(name, c_void_p) for name in "embeddings q logits score x cos sin a u".split()]
+    _fields_ += [(name, c_void_p) for name in "frequency norm places position".split()]
+    _fields_ += [(name, c_void_p) for name in ("tokens", "embeddings")]
+    _fields_ += [("layer", POINTER(Layer)), ("embedding", Matrix), ("head", Matrix)]
+    _fields_ += [(name, c_void_p) for name in "q logits score x cos sin a u".split()]
 
 
 @functools.cache
@@ -138,7 +139,9 @@ class Step:
         if any(block.sparse for block in blocks) or keys.device.type != "cpu":
             return None
         head = llm.model.embed_tokens if llm.cfg.tie_embeddings else llm.lm_head
-        modules = [head, *itertools.chain(*map(matrices, blocks))]
+        embedding = llm.model.embed_tokens
+        outer = {embedding, head}  # or one, which is both
+        modules = [*outer, *itertools.chain(*map(matrices, blocks))]
         kinds = {module.weight.dtype for module in modules}
         widest = max(max(module.weight.shape[1] for module in modules), 64 * llm.cfg.head_dim)
         if len(kinds) > 1 or not kinds <= {*TYPES} or keys.dtype not in (*TYPES,)[:2]:
@@ -172,8 +175,9 @@ class Step:
             layers=len(layers), threads=threads, window=cfg.sliding_window or 0,
             eps=cfg.rms_norm_eps, frequency=self.at(1 / cfg.rope_theta ** (pair / A)),
             norm=self.at(llm.model.norm.weight), places=cache.places.data_ptr(),
-            layer=(Layer * len(layers))(*layers), head=self.matrix(head), x=x, cos=cos, sin=sin,
+            layer=(Layer * len(layers))(*layers), x=x, cos=cos, sin=sin,
             q=q, logits=self.logits.data_ptr(), score=score, a=a, u=u,
+            embedding=self.matrix(llm.model.embed_tokens), head=self.matrix(head),
         )  # fmt: skip
 
     def at(self, tensor: Tensor) -> int:
@@ -189,23 +193,32 @@ class Step:
 
     def takes(self, x: Tensor, segments: Tensor | None) -> bool:
         """Whether x [C, T, D] is few rows, without padding, and finds its slots side by side."""
-        C, T, _ = x.shape
+        C, T = x.shape[:2]
         padded = T > 1 and segments is not None and not segments.all()
         fits = T == 1 or self.cache.seen + T <= self.cache.size
         return C * T <= MOST_ROWS and fits and not padded
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Embeddings [C, T, D] -> logits [C, V] of the last, which the next call overwrites."""
-        cache, now, x = self.cache, self.arguments, x.float().contiguous()
-        if x.dim() != 3 or (len(x), x.shape[2]) != (now.C, now.D) or not self.takes(x, None):
+        """Tokens [C, T] or their embeddings [C, T, D] -> logits [C, V] of the last, which the next
+        call overwrites. ValueError if they do not fit the cache, or are no tokens."""
+        cache, now = self.cache, self.arguments
+        if (len(x), *x.shape[2:]) not in ((now.C,), (now.C, now.D)) or not self.takes(x, None):
             raise ValueError(
                 f"x {[*x.shape]} does not fit a cache of {now.C} rows, {now.D} features"
             )
         T = now.T = x.shape[1]
         now.B = len(x) * T
-        cache.expect(T)
-        now.embeddings, now.position = x.data_ptr(), cache.next.data_ptr()
+        cache.check(T)
+        if x.dim() == 2:
+            x, ids = x.long().contiguous(), x.flatten().tolist()
+            if min(ids) < 0 or max(ids) >= now.V:
+                raise ValueError(f"tokens {min(ids)} to {max(ids)} must be 0 to {now.V - 1}")
+            now.tokens, now.embeddings = x.data_ptr(), None
+        else:
+            x = x.float().contiguous()
+            now.tokens, now.embeddings = None, x.data_ptr()
+        now.position = cache.next.data_ptr()
         now.slot, now.used = cache.seen % cache.size, min(cache.seen + T, cache.size)
         self.step(ctypes.byref(now))
-        cache.next, cache.seen = cache.next + T, cache.seen + T
+        cache.seen += T
         return self.logits

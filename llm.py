@@ -35,6 +35,7 @@ L layers, E experts; in BHTK and B2K, K keys; elsewhere, as in mlp_moe.py, K exp
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -216,10 +217,14 @@ class Cache:
         self.places = torch.zeros(rows, 2, self.size, dtype=torch.int64, device=device)
         self.next = torch.zeros(rows, 1, dtype=torch.int64, device=device)  # position of the next
 
-    def expect(self, T: int) -> None:
-        """Make ready for `extend` by T tokens. ValueError if there is no room."""
+    def check(self, T: int) -> None:
+        """ValueError if there is no room for T more tokens."""
         if self.seen + T > self.size and not self.ring:
             raise ValueError(f"{self.seen + T} tokens, but the cache has room for {self.size}")
+
+    def expect(self, T: int) -> None:
+        """Make ready for `extend` by T tokens. ValueError if there is no room."""
+        self.check(T)
         self.slot = torch.full((1,), self.seen % self.size, device=self.keys.device)
         # one query looks at all slots on a GPU, where shapes must stay; elsewhere at those in use,
         # rounded up, so that a compiled step meets few shapes
@@ -315,7 +320,8 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 def choose(logits_BV: Tensor, temperature: float, top_p=1.0, top_k=None, generator=None) -> Tensor:
     """The next token of each row, see `LLM.generate`."""
-    if not torch.stack(logits_BV.aminmax()).isfinite().all():  # of which a NaN makes NaNs
+    low, high = logits_BV.aminmax()  # of which a NaN makes NaNs
+    if not math.isfinite(high - low):
         raise ValueError("a logit is not a finite number: the weights are damaged, or float16 or "
                          "bfloat16 is too small for this model; try --dtype float32")  # fmt: skip
     if temperature < 1e-6:  # below it float32 can overflow
@@ -460,6 +466,7 @@ class LLM(nn.Module):
             if step and step.takes(x, segments):
                 last = step(x)
             else:
+                x = x if x.is_floating_point() else self.embed(x)
                 x, _ = self.hidden(x, segments, cache)
                 last = logits(self, x[:, -1:])[:, 0].float()
             ids = choose(last, temperature, top_p, top_k, generator)
@@ -469,7 +476,7 @@ class LLM(nn.Module):
             out.append(ids)
             if stream and stream(ids) or len(ends) and done.all():
                 break
-            x, segments = self.embed(ids[:, None]), None
+            x, segments = ids[:, None], None
         return torch.stack(out, dim=1)
 
     def original_state_dict(self, keep_vars=False) -> dict[str, Tensor]:
