@@ -148,26 +148,31 @@ static inline float total(floats v) {
     return v[0];
 }
 
-// Have the weights some way behind w come into the second cache. The processor does so by itself,
-// but it is later; how far was found by trial.
-template <class T> static inline void await(const T *w) {
-    __builtin_prefetch((const char *)w + (sizeof(T) == 1 ? 16384 : 2048), 0, 2);
-}
+// So many bytes before their turn weights are called into the second cache. The processor does so by
+// itself, but later. How far was found by trial.
+template <class T> constexpr int AHEAD = sizeof(T) == 1 ? 16384 : 2048;
 
-// w times x. Four sums are under way at once: one would wait for itself.
-template <class T, class X> static inline float dot(const T *w, const X *x, int D) {
+static inline void fetch(const void *line) { __builtin_prefetch(line, 0, 2); }
+
+// w times x, while as many weights from `next` on are fetched. Four sums are under way at once: one
+// would wait for itself.
+template <class T, class X>
+static inline float dot(const T *w, const X *x, int D, const T *next) {
     constexpr int width = std::is_same_v<X, float> ? WIDTH : 2 * WIDTH;
     floats sum[4] = {};
     int d = 0;
     for (; d + 4 * width <= D; d += 4 * width)
         for (int u = 0, e = d; u < 4; u++, e += width) {
             sum[u] = add_product(sum[u], w + e, x + e);
-            await(w + e);
+            fetch(next + e);
         }
     for (int u = 0; d + width <= D; d += width, u++) sum[u] = add_product(sum[u], w + d, x + d);
     float y = total((sum[0] + sum[1]) + (sum[2] + sum[3]));
     for (; d < D; d++) y += value(w[d]) * value(x[d]);
     return y;
+}
+template <class T, class X> static inline float dot(const T *w, const X *x, int D) {
+    return dot(w, x, D, w + AHEAD<T> / sizeof(T));
 }
 
 // x as `product` takes it. A single row that meets int8 weights is written as whole numbers, nearly
@@ -211,7 +216,7 @@ static Ready ready(const int8_t *, const X *x, int B, int D, int8_t *digits) {
     return {x, digits, greatest / last + total((floats)damage)};
 }
 
-static inline float dot(const int8_t *w, Ready x, int D) {
+static inline float dot(const int8_t *w, Ready x, int D, const int8_t *next) {
     int8_t *digits = x.digits, *starts = digits + (D + 63) / 64 * 192;
     __m512i sum[3];
     for (int i = 0; i < 3; i++) sum[i] = read<__m512i>(starts + i * 64);
@@ -223,7 +228,7 @@ static inline float dot(const int8_t *w, Ready x, int D) {
     int d = 0;
     for (; d + 64 <= D; d += 64) {
         add(read<__m512i>(w + d));
-        await(w + d);
+        fetch(next + d);
     }
     if (d < D) add(_mm512_maskz_loadu_epi8(rest(D - d), w + d));
     floats y = (floats)_mm512_cvtepi32_ps(sum[2]);
@@ -232,7 +237,9 @@ static inline float dot(const int8_t *w, Ready x, int D) {
 }
 #endif
 template <class T> static Ready ready(const T *, const input *x, ...) { return {x}; }
-template <class T> static inline float dot(const T *w, Ready x, int D) { return dot(w, x.x, D); }
+template <class T> static inline float dot(const T *w, Ready x, int D, const T *next) {
+    return dot(w, x.x, D, next);
+}
 
 // y[r] = row r of w times x, for R rows of w, and a row of x in each lane. Meanwhile the next R
 // rows come into the cache: short ones end before the processor guesses that others follow.
@@ -257,6 +264,7 @@ template <int R, class T> static inline void lanes(const T *w, const input *x, i
 struct Matrix {
     const WEIGHT *weight;  // [F, D]
     const float *scale;    // [F], or null
+    const WEIGHT *row(int f, int D) const { return weight + (size_t)f * D; }
 };
 
 template <class T> static inline void convert(const T *w, int n, float *out) {
@@ -269,12 +277,18 @@ template <class T> static inline void convert(const T *w, int n, float *out) {
 }
 
 // done(b, f, y) for y = row f of the matrix times row b of x, for f from first up to last. y is
-// a float if there is one row, else floats, of the WIDTH rows from b on.
+// a float if there is one row, else floats, of the WIDTH rows from b on. `then` is what this thread
+// reads afterwards.
 template <class Done>
-static void product(Matrix m, Ready x, int B, int D, int first, int last, Done done) {
+static void product(Matrix m, Ready x, int B, int D, int first, int last, const WEIGHT *then,
+                    Done done) {
     if (B == 1) {
-        for (int f = first; f < last; f++)
-            done(0, f, dot(m.weight + (size_t)f * D, x, D) * (m.scale ? m.scale[f] : 1));
+        int ahead = AHEAD<WEIGHT> / (D * sizeof(WEIGHT)) + 1;
+        for (int f = first; f < last; f++) {
+            bool here = f + ahead < last;
+            const WEIGHT *next = here ? m.row(f + ahead, D) : then + (size_t)(f + ahead - last) * D;
+            done(0, f, dot(m.row(f, D), x, D, next) * (m.scale ? m.scale[f] : 1));
+        }
         return;
     }
     typedef std::conditional_t<PAIR == 2, WEIGHT, float> ready;
@@ -283,8 +297,8 @@ static void product(Matrix m, Ready x, int B, int D, int first, int last, Done d
     for (int f = first, rows; f < last; f += rows) {
         rows = f + ROWS <= last ? ROWS : 1;
         const ready *w = buffer;
-        if constexpr (is_ready) w = m.weight + (size_t)f * D;
-        else convert(m.weight + (size_t)f * D, rows * D, buffer);
+        if constexpr (is_ready) w = m.row(f, D);
+        else convert(m.row(f, D), rows * D, buffer);
         for (int b = 0; b < B; b += WIDTH) {
             const input *x_b = at(x.x, B, D, b, 0);
             floats y[ROWS];
@@ -331,13 +345,14 @@ struct Own {
     }
 };
 
-// work(first, last), of n things what this thread does, in whole units; and all wait
-template <class Work> static void divide(int n, int unit, Work work) {
-    long t = omp_get_thread_num(), T = omp_get_num_threads(), units = (n + unit - 1) / unit;
-    int first = units * t / T * unit, last = units * (t + 1) / T * unit;
-    work(first, last < n ? last : n);
-#pragma omp barrier
-}
+// Of n things, those that this thread does, in whole units
+struct Share {
+    int first, last;
+    Share(int n, int unit = 1) {
+        long t = omp_get_thread_num(), T = omp_get_num_threads(), units = (n + unit - 1) / unit;
+        first = units * t / T * unit, last = std::min<long>(units * (t + 1) / T * unit, n);
+    }
+};
 
 // Sum of the squares of D features of a row, or of each of WIDTH rows
 static inline float squares(const float *x, int D, float) { return dot(x, x, D); }
@@ -381,11 +396,11 @@ template <class V> static void rotate(float *x, const float *cos, const float *s
 }
 
 // Head n of q, k and v together, counted in this order
-static void project(const Step &s, const Layer &l, int n, Ready h) {
+static void project(const Step &s, const Layer &l, int n, Ready h, const WEIGHT *then) {
     bool is_q = n < s.H, is_k = !is_q && n < s.H + s.G;
     int head = is_q ? n : is_k ? n - s.H : n - s.H - s.G, A = s.A, B = s.B;
     float room[(B + WIDTH) * A], *y = room;  // lambdas cannot name such an array itself
-    product(is_q ? l.q : is_k ? l.k : l.v, h, B, s.D, head * A, (head + 1) * A,
+    product(is_q ? l.q : is_k ? l.k : l.v, h, B, s.D, head * A, (head + 1) * A, then,
             [&](int b, int f, auto sum) { put(at(y, B, A, b, f - head * A), sum); });
     for (int b = 0; b < B && (is_q || is_k); b += WIDTH)
         (B == 1 ? rotate<float> : rotate<floats>)(
@@ -409,10 +424,12 @@ static void attend(const Step &s, const Layer &l, int b, int n, float *score) {
     const float *q = s.q + ((size_t)b * s.H + n) * s.A;
     const int64_t *position = s.places + (size_t)b / s.T * 2 * s.N, *segment = position + s.N;
     int64_t here = s.position[b / s.T] + b % s.T;
+    const CACHE *values = l.values + start;
     float most = -INFINITY, total = 0, out[s.A];
     for (int i = 0; i < s.used; i++) {
         bool near = position[i] <= here && (!s.window || here - position[i] < s.window);
         score[i] = -INFINITY;
+        fetch(values + (size_t)i * s.A);
         if (segment[i] == 1 && near)
             score[i] = dot(l.keys + start + (size_t)i * s.A, q, s.A);
         if (score[i] > most) most = score[i];
@@ -422,7 +439,7 @@ static void attend(const Step &s, const Layer &l, int b, int n, float *score) {
     for (int j = 0; j < s.A; j++) out[j] = 0;
     for (int i = 0; i < s.used; i++) {
         if (score[i] == 0) continue;
-        const CACHE *v = l.values + start + (size_t)i * s.A;
+        const CACHE *v = values + (size_t)i * s.A;
         total += score[i];
         for (int j = 0; j < s.A; j++) out[j] += score[i] * value(v[j]);
     }
@@ -430,13 +447,14 @@ static void attend(const Step &s, const Layer &l, int b, int n, float *score) {
         put(at(s.a, s.B, s.H * s.A, b, n * s.A + j), out[j] / total);
 }
 
-static void mlp(const Step &s, const Layer &l, int first, int last, Ready h) {
+static void mlp(const Step &s, const Layer &l, int first, int last, Ready h,
+                const WEIGHT *then) {
     int B = s.B, n = B == 1 ? last - first : (B + WIDTH - 1) / WIDTH * WIDTH * (last - first);
     float room[n], *gate = room;
-    product(l.gate, h, B, s.D, first, last,
+    product(l.gate, h, B, s.D, first, last, l.up.row(first, s.D),
             [&](int b, int i, auto y) { put(at(gate, B, last - first, b, i - first), y); });
     for (int i = 0; i < n; i++) gate[i] /= 1 + exponential(-gate[i]);
-    product(l.up, h, B, s.D, first, last, [&](int b, int i, auto y) {
+    product(l.up, h, B, s.D, first, last, then, [&](int b, int i, auto y) {
         auto gated = read<decltype(y)>(at(gate, B, last - first, b, i - first));
         put(at(s.u, B, s.F, b, i), gated * y);
     });
@@ -444,7 +462,7 @@ static void mlp(const Step &s, const Layer &l, int first, int last, Ready h) {
 
 extern "C" void step(const Step *step) {
     const Step &s = *step;
-    int B = s.B, D = s.D;
+    int B = s.B, D = s.D, A = s.A;
     for (int b = 0; b < B; b++) {
         int64_t *place = s.places + (size_t)b / s.T * 2 * s.N + s.slot + b % s.T;
         place[0] = s.position[b / s.T] + b % s.T, place[s.N] = 1;
@@ -466,24 +484,30 @@ extern "C" void step(const Step *step) {
             float *x = at(s.x, B, D, b, f);
             put(x, read<decltype(y)>(x) + y);
         };
+        Share heads(s.H + 2 * s.G), queries(B * s.H);
+        Share features(D, ROWS), hidden(s.F, ROWS), words(s.V, ROWS);
         for (int i = 0; i < s.layers; i++) {
-            const Layer &l = s.layer[i];
+            const Layer &l = s.layer[i], &next = s.layer[(i + 1) % s.layers];
+            const WEIGHT *o = l.o.row(features.first, s.H * A), *down = l.down.row(features.first, s.F);
+            const WEIGHT *gate = l.gate.row(hidden.first, D), *q = next.q.row(heads.first * A, D);
             Ready h = norm(s, l.norm1, B, own);
-            divide(s.H + 2 * s.G, 1, [&](int n, int end) {
-                for (; n < end; n++) project(s, l, n, h);
-            });
-            divide(B * s.H, 1, [&](int n, int end) {
-                for (; n < end; n++) attend(s, l, n / s.H, n % s.H, own.score);
-            });
-            Ready a = own.ready(s.a, B, s.H * s.A);
-            divide(D, ROWS, [&](int f, int end) { product(l.o, a, B, s.H * s.A, f, end, add); });
+            for (int n = heads.first; n < heads.last; n++)
+                project(s, l, n, h, n + 1 < heads.last ? l.q.row((n + 1) * A, D) : o);
+#pragma omp barrier
+            for (int n = queries.first; n < queries.last; n++)
+                attend(s, l, n / s.H, n % s.H, own.score);
+#pragma omp barrier
+            Ready a = own.ready(s.a, B, s.H * A);
+            product(l.o, a, B, s.H * A, features.first, features.last, gate, add);
+#pragma omp barrier
             h = norm(s, l.norm2, B, own);
-            divide(s.F, ROWS, [&](int f, int end) {
-                int some = B == 1 ? end - f : 2 * ROWS;  // of each matrix in turn
-                for (; f < end; f += some) mlp(s, l, f, f + some < end ? f + some : end, h);
-            });
+            int some = B == 1 ? s.F : 2 * ROWS;  // of each matrix in turn
+            for (int f = hidden.first; f < hidden.last; f += some)
+                mlp(s, l, f, std::min(f + some, hidden.last), h, down);
+#pragma omp barrier
             Ready u = own.ready(s.u, B, s.F);
-            divide(D, ROWS, [&](int f, int end) { product(l.down, u, B, s.F, f, end, add); });
+            product(l.down, u, B, s.F, features.first, features.last, q, add);
+#pragma omp barrier
         }
 #pragma omp single  // of each answer the last token
         for (int c = 0; c < s.C && s.T > 1; c++)
@@ -495,9 +519,8 @@ extern "C" void step(const Step *step) {
             for (int i = 0; i < rows; i++)
                 s.logits[(size_t)(b + i) * s.V + f] = ((float *)&y)[i];
         };
-        divide(s.V, ROWS, [&](int f, int end) {
-            product(s.head, h, s.C, D, f, end, put_logits);
-        });
+        const WEIGHT *q = s.layer[0].q.row(heads.first * A, D);  // of the next token
+        product(s.head, h, s.C, D, words.first, words.last, q, put_logits);
     }
     for (int c = 0; c < s.C; c++) s.position[c] += s.T;
 }

@@ -110,19 +110,26 @@ def matrices(block) -> list[torch.nn.Module]:
             mlp.gate_proj, mlp.up_proj, mlp.down_proj]  # fmt: skip
 
 
+def huge_pages(size: int) -> Tensor:
+    """So many bytes of zeros, [size] uint8, on pages of megabytes where the system has them."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):  # which only Linux has
+        return torch.zeros(size, dtype=torch.uint8)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
 def together(modules: list[torch.nn.Module]) -> None:
-    """Move their weights into one piece of memory, on huge pages where the system has them.
+    """Move their weights into one piece of memory, on huge pages.
 
     SmolLM2's lie on 66,000 pages of 4 KiB, and to look those up takes time for each token: LOG.md.
     """
     scattered = len({module.weight.untyped_storage().data_ptr() for module in modules}) > 1
-    if not scattered or not hasattr(mmap, "MADV_HUGEPAGE"):  # which only Linux has
+    if not scattered:
         return
     sizes = [-(-module.weight.nbytes // 64) * 64 for module in modules]
-    memory = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    for module, place in zip(modules, torch.frombuffer(memory, dtype=torch.uint8).split(sizes)):
+    for module, place in zip(modules, huge_pages(sum(sizes)).split(sizes)):
         old = module.weight.detach()
         new = place[: old.nbytes].view(old.dtype).view(old.shape)
         module.weight.data = new.copy_(old)
