@@ -448,7 +448,7 @@ def decode_at(precision, runs, tokens=96):
         peer = Process("llama_peer.py", packed, kind, torch.get_num_threads())
         contestants[f"llama.cpp {kind}"] = lambda n: peer(n)[0]
     firsts, nexts = ({name: [] for name in contestants} for _ in range(2))
-    # 512 MB, on pages as large as those of the weights: small ones are read at two thirds of the speed
+    # 512 MB on pages as large as those of the weights; small ones are read more slowly
     memory = huge_pages(2**29).view(torch.float32).to(DEVICE).normal_()
     speeds = []
     for turn in range(runs + 2):  # two to warm up: the second shape compiles once more
@@ -457,14 +457,16 @@ def decode_at(precision, runs, tokens=96):
             if turn > 1:
                 firsts[name].append(first)
                 nexts[name].append((whole - first) / tokens)
-        speeds.append(bandwidth(memory))
+            if turn > 1 and name == "ours, compiled":  # the memory's speed changes while one looks
+                speeds.append(bandwidth(memory))
     if peer:
         peer.close()
     size = sum(t.nbytes for t in ours.state_dict().values())
     first = row("decode", f"first token, {precision}", firsts)
     rest = row("decode", f"a token, {precision}", nexts)
     speed = statistics.median(speeds)
-    share = size / rest["medians"]["ours, compiled"] / speed
+    shares = [size / each / now for each, now in zip(nexts["ours, compiled"], speeds)]
+    share = statistics.median(shares)
     print(f"        {size / 2**20:.0f} MB; {share:.0%} of the {speed / 1e9:.0f} GB/s at which "
           "memory is read")  # fmt: skip
     return [first, rest | {"bytes": size, "gb_s": speed / 1e9, "share_of_bandwidth": share}]
