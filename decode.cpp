@@ -142,14 +142,15 @@ template <class T> static inline T *at(T *x, int B, int D, int b, int d) {
 static inline float total(floats v) {
 #ifdef __AVX512F__  // the same sums; of the loop GCC makes something slow
     return _mm512_reduce_add_ps((__m512)v);
-#endif
+#else
     for (int n = WIDTH / 2; n; n /= 2)
         for (int i = 0; i < n; i++) v[i] += v[i + n];
     return v[0];
+#endif
 }
 
-// So many bytes before their turn weights are called into the second cache. The processor does so by
-// itself, but later. How far was found by trial.
+// So many bytes before their turn weights are fetched into the second cache. The processor does so
+// by itself, but later. How many was found by trial.
 template <class T> constexpr int AHEAD = sizeof(T) == 1 ? 16384 : 2048;
 
 static inline void fetch(const void *line) { __builtin_prefetch(line, 0, 2); }
@@ -166,7 +167,7 @@ static inline float dot(const T *w, const X *x, int D, const T *next) {
             sum[u] = add_product(sum[u], w + e, x + e);
             fetch(next + e);
         }
-    for (int u = 0; d + width <= D; d += width, u++) sum[u] = add_product(sum[u], w + d, x + d);
+    for (; d + width <= D; d += width) sum[0] = add_product(sum[0], w + d, x + d);
     float y = total((sum[0] + sum[1]) + (sum[2] + sum[3]));
     for (; d < D; d++) y += value(w[d]) * value(x[d]);
     return y;
@@ -175,10 +176,10 @@ template <class T, class X> static inline float dot(const T *w, const X *x, int 
     return dot(w, x, D, w + AHEAD<T> / sizeof(T));
 }
 
-// x as `product` takes it. A single row that meets int8 weights is written as whole numbers, nearly
-// as exact as float32: x = unit X, |X| < 2^23, X in three digits from -128 to 127. The weights need
-// not be converted then, but are multiplied 64 at once, as w + 128, since one of two factors must
-// not be negative. So sums start at -128 X, in each lane that of its own digits.
+// x as `product` takes it. A single row that meets int8 weights is written as whole numbers, of its
+// greatest feature as exact as float32: x = unit X, |X| < 2^23, in three digits from -128 to 127.
+// Then the weights need not be converted, but are multiplied 64 at once: as w + 128, since one of
+// the two factors must not be negative. So the sums start at -128 X.
 struct Ready {
     const input *x;
     int8_t *digits;  // [D / 64, 3, 64], the lowest digit first; and 3 starts
@@ -331,26 +332,28 @@ struct Step {
     input *a, *u;                   // [B, H A], [B, F], zeros between
 };
 
-// What each thread has for itself
-struct Own {
-    float *score;                // [N]
-    std::vector<input> h;        // [B, D], zeros between
-    std::vector<int8_t> digits;  // of the widest x
-    Own(const Step &s)
-        : score(s.score + (size_t)omp_get_thread_num() * s.N),
-          h((size_t)(s.B + WIDTH) * (s.D + 1)),
-          digits(std::max({s.D, s.H * s.A, s.F}) * 3 + 6 * 64) {}
-    Ready ready(const input *x, int B, int D) {
-        return ::ready((const WEIGHT *)0, x, B, D, digits.data());
-    }
-};
-
 // Of n things, those that this thread does, in whole units
 struct Share {
     int first, last;
     Share(int n, int unit = 1) {
         long t = omp_get_thread_num(), T = omp_get_num_threads(), units = (n + unit - 1) / unit;
         first = units * t / T * unit, last = std::min<long>(units * (t + 1) / T * unit, n);
+    }
+};
+
+// What each thread has for itself
+struct Own {
+    Share heads, queries, features, hidden, words;
+    float *score;                // [N]
+    std::vector<input> h;        // [B, D], zeros between
+    std::vector<int8_t> digits;  // of the widest x
+    Own(const Step &s)
+        : heads(s.H + 2 * s.G), queries(s.B * s.H), features(s.D, ROWS), hidden(s.F, ROWS),
+          words(s.V, ROWS), score(s.score + (size_t)omp_get_thread_num() * s.N),
+          h((size_t)(s.B + WIDTH) * (s.D + 1)),
+          digits(std::max({s.D, s.H * s.A, s.F}) * 3 + 6 * 64) {}
+    Ready ready(const input *x, int B, int D) {
+        return ::ready((const WEIGHT *)0, x, B, D, digits.data());
     }
 };
 
@@ -418,6 +421,20 @@ static void project(const Step &s, const Layer &l, int n, Ready h, const WEIGHT 
     }
 }
 
+// U registers of features of the values, weighted by the scores
+template <int U, class V>
+static inline void weigh(const float *score, const CACHE *values, int n, int A, V *out) {
+    V sum[U] = {};
+    for (int i = 0; i < n; i++, values += A)
+        if (score[i] != 0)
+            for (int u = 0; u < U; u++)
+                if constexpr (sizeof(V) > sizeof(float))
+                    sum[u] += score[i] * load(values + u * WIDTH);
+                else
+                    sum[u] += score[i] * value(values[u]);
+    for (int u = 0; u < U; u++) out[u] = sum[u];
+}
+
 // Head n of row b: what its query finds in the cache, as in llm.sees
 static void attend(const Step &s, const Layer &l, int b, int n, float *score) {
     size_t start = (size_t)(b / s.T * s.G + n / (s.H / s.G)) * s.N * s.A;
@@ -425,7 +442,7 @@ static void attend(const Step &s, const Layer &l, int b, int n, float *score) {
     const int64_t *position = s.places + (size_t)b / s.T * 2 * s.N, *segment = position + s.N;
     int64_t here = s.position[b / s.T] + b % s.T;
     const CACHE *values = l.values + start;
-    float most = -INFINITY, total = 0, out[s.A];
+    alignas(64) float out[s.A]; float most = -INFINITY, total = 0;
     for (int i = 0; i < s.used; i++) {
         bool near = position[i] <= here && (!s.window || here - position[i] < s.window);
         score[i] = -INFINITY;
@@ -436,13 +453,11 @@ static void attend(const Step &s, const Layer &l, int b, int n, float *score) {
     }
     for (int i = 0; i < s.used; i++)
         score[i] = score[i] == -INFINITY ? 0 : exponential(score[i] - most);
-    for (int j = 0; j < s.A; j++) out[j] = 0;
-    for (int i = 0; i < s.used; i++) {
-        if (score[i] == 0) continue;
-        const CACHE *v = values + (size_t)i * s.A;
-        total += score[i];
-        for (int j = 0; j < s.A; j++) out[j] += score[i] * value(v[j]);
-    }
+    for (int i = 0; i < s.used; i++) total += score[i];
+    int j = 0;
+    for (; j + 4 * WIDTH <= s.A; j += 4 * WIDTH)
+        weigh<4>(score, values + j, s.used, s.A, (floats *)(out + j));
+    for (; j < s.A; j++) weigh<1>(score, values + j, s.used, s.A, out + j);
     for (int j = 0; j < s.A; j++)
         put(at(s.a, s.B, s.H * s.A, b, n * s.A + j), out[j] / total);
 }
@@ -460,67 +475,74 @@ static void mlp(const Step &s, const Layer &l, int first, int last, Ready h,
     });
 }
 
-extern "C" void step(const Step *step) {
-    const Step &s = *step;
-    int B = s.B, D = s.D, A = s.A;
-    for (int b = 0; b < B; b++) {
+static void begin(const Step &s) {
+    const Matrix &e = s.embedding;
+    for (int b = 0; b < s.B; b++) {
         int64_t *place = s.places + (size_t)b / s.T * 2 * s.N + s.slot + b % s.T;
         place[0] = s.position[b / s.T] + b % s.T, place[s.N] = 1;
         for (int i = 0; i < s.A / 2; i++) {
             float angle = place[0] * s.frequency[i];
-            *at(s.cos, B, s.A / 2, b, i) = std::cos(angle);
-            *at(s.sin, B, s.A / 2, b, i) = std::sin(angle);
+            *at(s.cos, s.B, s.A / 2, b, i) = std::cos(angle);
+            *at(s.sin, s.B, s.A / 2, b, i) = std::sin(angle);
         }
-        const Matrix &e = s.embedding;
-        size_t row = s.tokens ? s.tokens[b] : b;
-        for (int d = 0; d < D; d++)
-            *at(s.x, B, D, b, d) = s.tokens ? value(e.weight[row * D + d]) * (e.scale ? e.scale[row] : 1)
-                                            : s.embeddings[row * D + d];
+        for (int d = 0; d < s.D; d++) {
+            float *x = at(s.x, s.B, s.D, b, d);
+            if (s.tokens)
+                *x = value(e.row(s.tokens[b], s.D)[d]) * (e.scale ? e.scale[s.tokens[b]] : 1);
+            else
+                *x = s.embeddings[(size_t)b * s.D + d];
+        }
     }
+}
+
+// `next` is what this thread reads after this layer
+static void block(const Step &s, const Layer &l, Own &own, const WEIGHT *next) {
+    int B = s.B, D = s.D, A = s.A, first = own.features.first, last = own.features.last;
+    auto add = [&](int b, int f, auto y) {
+        float *x = at(s.x, B, D, b, f);
+        put(x, read<decltype(y)>(x) + y);
+    };
+    const WEIGHT *o = l.o.row(first, s.H * A), *gate = l.gate.row(own.hidden.first, D);
+    Ready h = norm(s, l.norm1, B, own);
+    for (int n = own.heads.first, end = own.heads.last; n < end; n++)
+        project(s, l, n, h, n + 1 < end ? l.q.row((n + 1) * A, D) : o);  // k and v lie behind q
+#pragma omp barrier
+    for (int n = own.queries.first; n < own.queries.last; n++)
+        attend(s, l, n / s.H, n % s.H, own.score);
+#pragma omp barrier
+    product(l.o, own.ready(s.a, B, s.H * A), B, s.H * A, first, last, gate, add);
+#pragma omp barrier
+    h = norm(s, l.norm2, B, own);
+    const WEIGHT *down = l.down.row(first, s.F);
+    int some = B == 1 ? s.F : 2 * ROWS;  // of each matrix in turn
+    for (int f = own.hidden.first; f < own.hidden.last; f += some)
+        mlp(s, l, f, std::min(f + some, own.hidden.last), h, down);
+#pragma omp barrier
+    product(l.down, own.ready(s.u, B, s.F), B, s.F, first, last, next, add);
+#pragma omp barrier
+}
+
+extern "C" void step(const Step *step) {
+    const Step &s = *step;
+    begin(s);
 #pragma omp parallel num_threads(s.threads)
     {
         Own own(s);
-        auto add = [&](int b, int f, auto y) {
-            float *x = at(s.x, B, D, b, f);
-            put(x, read<decltype(y)>(x) + y);
-        };
-        Share heads(s.H + 2 * s.G), queries(B * s.H);
-        Share features(D, ROWS), hidden(s.F, ROWS), words(s.V, ROWS);
-        for (int i = 0; i < s.layers; i++) {
-            const Layer &l = s.layer[i], &next = s.layer[(i + 1) % s.layers];
-            const WEIGHT *o = l.o.row(features.first, s.H * A), *down = l.down.row(features.first, s.F);
-            const WEIGHT *gate = l.gate.row(hidden.first, D), *q = next.q.row(heads.first * A, D);
-            Ready h = norm(s, l.norm1, B, own);
-            for (int n = heads.first; n < heads.last; n++)
-                project(s, l, n, h, n + 1 < heads.last ? l.q.row((n + 1) * A, D) : o);
-#pragma omp barrier
-            for (int n = queries.first; n < queries.last; n++)
-                attend(s, l, n / s.H, n % s.H, own.score);
-#pragma omp barrier
-            Ready a = own.ready(s.a, B, s.H * A);
-            product(l.o, a, B, s.H * A, features.first, features.last, gate, add);
-#pragma omp barrier
-            h = norm(s, l.norm2, B, own);
-            int some = B == 1 ? s.F : 2 * ROWS;  // of each matrix in turn
-            for (int f = hidden.first; f < hidden.last; f += some)
-                mlp(s, l, f, std::min(f + some, hidden.last), h, down);
-#pragma omp barrier
-            Ready u = own.ready(s.u, B, s.F);
-            product(l.down, u, B, s.F, features.first, features.last, q, add);
-#pragma omp barrier
-        }
+        auto start = [&](int i) { return s.layer[i].q.row(own.heads.first * s.A, s.D); };
+        const WEIGHT *head = s.head.row(own.words.first, s.D);
+        for (int i = 0; i < s.layers; i++)
+            block(s, s.layer[i], own, i + 1 < s.layers ? start(i + 1) : head);
 #pragma omp single  // of each answer the last token
         for (int c = 0; c < s.C && s.T > 1; c++)
-            for (int d = 0; d < D; d++)
-                *at(s.x, s.C, D, c, d) = *at(s.x, B, D, (c + 1) * s.T - 1, d);
+            for (int d = 0; d < s.D; d++)
+                *at(s.x, s.C, s.D, c, d) = *at(s.x, s.B, s.D, (c + 1) * s.T - 1, d);
         Ready h = norm(s, s.norm, s.C, own);
-        auto put_logits = [&](int b, int f, auto y) {
-            int rows = b + WIDTH <= s.C ? WIDTH : s.C - b;
-            for (int i = 0; i < rows; i++)
-                s.logits[(size_t)(b + i) * s.V + f] = ((float *)&y)[i];
-        };
-        const WEIGHT *q = s.layer[0].q.row(heads.first * A, D);  // of the next token
-        product(s.head, h, s.C, D, words.first, words.last, q, put_logits);
+        product(s.head, h, s.C, s.D, own.words.first, own.words.last, start(0),
+                [&](int b, int f, auto y) {
+                    int rows = b + WIDTH <= s.C ? WIDTH : s.C - b;
+                    for (int i = 0; i < rows; i++)
+                        s.logits[(size_t)(b + i) * s.V + f] = ((float *)&y)[i];
+                });
     }
     for (int c = 0; c < s.C; c++) s.position[c] += s.T;
 }

@@ -208,22 +208,20 @@ class Step:
     def __call__(self, x: Tensor) -> Tensor:
         """Tokens [C, T] or their embeddings [C, T, D] -> logits [C, V] of the last, which the next
         call overwrites. ValueError if they do not fit the cache, or are no tokens."""
-        cache, now = self.cache, self.arguments
-        if (len(x), *x.shape[2:]) not in ((now.C,), (now.C, now.D)) or not self.takes(x, None):
+        cache, now, tokens = self.cache, self.arguments, not x.is_floating_point()
+        wanted = (now.C,) if tokens else (now.C, now.D)
+        if (len(x), *x.shape[2:]) != wanted or x.dim() < 2 or not self.takes(x, None):
             raise ValueError(
                 f"x {[*x.shape]} does not fit a cache of {now.C} rows, {now.D} features"
             )
+        cache.check(x.shape[1])
+        x = x.long().contiguous() if tokens else x.float().contiguous()
+        ids = x.flatten().tolist() if tokens else [0]
+        if min(ids) < 0 or max(ids) >= now.V:
+            raise ValueError(f"tokens {min(ids)} to {max(ids)} must be 0 to {now.V - 1}")
         T = now.T = x.shape[1]
         now.B = len(x) * T
-        cache.check(T)
-        if x.dim() == 2:
-            x, ids = x.long().contiguous(), x.flatten().tolist()
-            if min(ids) < 0 or max(ids) >= now.V:
-                raise ValueError(f"tokens {min(ids)} to {max(ids)} must be 0 to {now.V - 1}")
-            now.tokens, now.embeddings = x.data_ptr(), None
-        else:
-            x = x.float().contiguous()
-            now.tokens, now.embeddings = None, x.data_ptr()
+        now.tokens, now.embeddings = (x.data_ptr(), None) if tokens else (None, x.data_ptr())
         now.position = cache.next.data_ptr()
         now.slot, now.used = cache.seen % cache.size, min(cache.seen + T, cache.size)
         self.step(ctypes.byref(now))

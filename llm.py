@@ -320,12 +320,13 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 def choose(logits_BV: Tensor, temperature: float, top_p=1.0, top_k=None, generator=None) -> Tensor:
     """The next token of each row, see `LLM.generate`."""
-    if not math.isfinite(logits_BV.sum()):
+    high_B, token_B = logits_BV.max(-1)  # NaN if there is one
+    if not math.isfinite(high_B.sum()):
         raise ValueError("a logit is not a finite number: the weights are damaged, or float16 or "
                          "bfloat16 is too small for this model; try --dtype float32")  # fmt: skip
     if temperature < 1e-6:  # below it float32 can overflow
-        return logits_BV.argmax(-1)
-    logits_BV = logits_BV - logits_BV.amax(-1, keepdim=True)  # however small the temperature
+        return token_B
+    logits_BV = logits_BV - high_B[:, None]  # however small the temperature
     logits_BV, token_BV = (logits_BV / temperature).sort(dim=-1, descending=True)
     probs_BV = logits_BV[:, :top_k].softmax(-1)
     better_BV = probs_BV.cumsum(-1) - probs_BV  # probability of all tokens before this one

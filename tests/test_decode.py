@@ -98,11 +98,41 @@ def test_bfloat16_is_nearer_to_the_truth_than_pytorch(name):
     assert ours < theirs < 0.01 * truth.square().mean()
 
 
-@pytest.mark.parametrize("name", ["odd", "wide"])
-def test_int8_weights(name):
+@pytest.mark.parametrize("B", [1, 5])
+@pytest.mark.parametrize("name", ["odd", "wide", "tiny"])
+def test_int8_weights(name, B):
     llm = quantize(made(name))
-    fast, slow = steps_of(llm, *prefilled(llm, 5))
+    fast, slow = steps_of(llm, *prefilled(llm, B))
     torch.testing.assert_close(fast, slow, atol=2e-5 * slow.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("name", ["odd", "wide"])
+@pytest.mark.parametrize("size", [0, 1e-20, 1, 1e4, 1e15])
+def test_int8_weights_and_a_feature_far_above_the_others(name, size):
+    """A single row is multiplied as whole numbers, of 24 bits for its greatest feature."""
+    llm = quantize(made(name))
+    cache, _ = prefilled(llm, 1)
+    exact, other = copy.deepcopy(llm).double(), copy.deepcopy(cache)
+    other.keys, other.values = other.keys.double(), other.values.double()
+    x = torch.randn(1, 1, llm.cfg.dim) * min(size, 1)
+    x[..., 7] = size
+    fast = Step.of(llm, cache)(x).double()
+    true = exact.logits(exact.hidden(x.double(), cache=other)[0])[:, 0]
+    torch.testing.assert_close(fast, true, atol=2e-5 * true.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("C, T", [(1, 1), (3, 1), (1, 5), (2, 4)])
+def test_tokens_or_their_embeddings(dtype, C, T):
+    llm = made("odd", torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    llm = quantize(llm) if dtype == torch.int8 else llm
+    ids = torch.randint(97, (C, T))
+    steps = [Step.of(llm, Cache(llm.cfg, C, 12, llm.model.norm.weight.dtype)) for _ in range(2)]
+    assert torch.equal(steps[0](ids), steps[1](llm.embed(ids)))
+    for bad in (-1, 97):
+        with pytest.raises(ValueError, match=f"tokens .*{bad}.* must be 0 to 96"):
+            steps[0](ids.clone().fill_(bad))
+    assert steps[0].cache.seen == T, "refused tokens leave the cache alone"
 
 
 def test_a_row_is_the_same_on_any_number_of_threads_and_nearly_so_alone():
@@ -199,7 +229,7 @@ def test_padded_prompts_are_left_to_pytorch():
         assert torch.equal(answer, alone[0])
 
 
-@pytest.mark.parametrize("shape", [(3, 1, 42), (1, 1, 42), (2, 1, 41), (2, 42), (2, 40, 42)])
+@pytest.mark.parametrize("shape", [(3, 1, 42), (1, 1, 42), (2, 1, 41), (2, 5), (2, 40, 42)])
 def test_rows_that_do_not_fit_are_refused(shape):
     llm = made("odd")
     step = Step.of(llm, Cache(llm.cfg, 2, 12))
@@ -250,6 +280,11 @@ def test_a_nan_is_named():
     llm.model.layers[1].mlp.down_proj.weight[:3] = 0
     cache, tokens = prefilled(llm, 1)
     assert Step.of(llm, cache)(llm.embed(tokens[0])).isnan().any()
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        x = torch.ones(1, 1, 42)
+        x[..., 5] = bad
+        step = Step.of(quantize(made("odd")), Cache(llm.cfg, 1, 4))
+        assert not step(x).isfinite().any(), f"{bad} among int8 weights"
     with pytest.raises(ValueError, match="a logit is not a finite number"):
         llm.generate(torch.tensor([[1, 2]]), max_new_tokens=3, compile=True)
 
@@ -291,10 +326,11 @@ def test_processors_without_avx512_get_the_same(kind, dtype, monkeypatch):
     monkeypatch.setattr(decode, "build", decode.build.__wrapped__)
     llm = made("wide", torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
     llm = quantize(llm) if dtype == torch.int8 else llm
-    cache, tokens = prefilled(llm, 5, dtype=llm.model.norm.weight.dtype)
-    exact, other = copy.deepcopy(llm).float(), copy.deepcopy(cache)
-    other.keys, other.values = other.keys.float(), other.values.float()
-    fast = Step.of(llm, cache)(llm.embed(tokens[0]))
-    right = exact.logits(exact.hidden(llm.embed(tokens[0]).float(), cache=other)[0])[:, 0]
-    most = 4e-2 if dtype == torch.bfloat16 else 1e-5
-    assert (fast - right).norm() < most * right.norm()
+    exact, most = copy.deepcopy(llm).float(), 4e-2 if dtype == torch.bfloat16 else 1e-5
+    for B in (1, 5):
+        cache, tokens = prefilled(llm, B, dtype=llm.model.norm.weight.dtype)
+        other = copy.deepcopy(cache)
+        other.keys, other.values = other.keys.float(), other.values.float()
+        fast = Step.of(llm, cache)(llm.embed(tokens[0]))
+        right = exact.logits(exact.hidden(llm.embed(tokens[0]).float(), cache=other)[0])[:, 0]
+        assert (fast - right).norm() < most * right.norm()
