@@ -122,6 +122,7 @@ static inline void put(bfloat16 *p, floats x) {  // to every second place from p
 constexpr int PAIR = 1;
 typedef float input;
 #endif
+constexpr int WORDS = 256;  // of the head at once
 constexpr int ROWS = 8;  // of a matrix at once, where x has its rows in lanes
 template <class T> static inline floats add_product(floats sum, const T *w, const float *x) {
     return sum + load(w) * load(x);
@@ -242,15 +243,17 @@ template <class T> static inline float dot(const T *w, Ready x, int D, const T *
     return dot(w, x.x, D, next);
 }
 
-// y[r] = row r of w times x, for R rows of w, and a row of x in each lane. Meanwhile the next R
-// rows come into the cache: short ones end before the processor guesses that others follow.
-template <int R, class T> static inline void lanes(const T *w, const input *x, int D, floats *y) {
+// y[r] = row r of w times x, for R rows of w, and a row of x in each lane. Meanwhile rows that are
+// 2 R further are fetched: short ones end before the processor guesses that others follow. A
+// function of its own has registers enough for the places of eight rows.
+template <int R, class T>
+static __attribute__((noinline)) void lanes(const T *w, const input *x, int D, floats *y) {
     constexpr int line = 64 / sizeof(T);
     floats sum[R] = {};
     int d = 0;
     for (; d + PAIR <= D; d += PAIR) {
         if (std::is_same_v<T, WEIGHT> && d * R % line == 0)  // not rows that were converted
-            __builtin_prefetch(w + (size_t)R * D + d * R);
+            fetch(w + (size_t)2 * R * D + d * R);
         for (int r = 0; r < R; r++)
             sum[r] = add_to_lanes(sum[r], w + (size_t)r * D + d, x + (size_t)d * WIDTH);
     }
@@ -403,6 +406,12 @@ static void project(const Step &s, const Layer &l, int n, Ready h, const WEIGHT 
     bool is_q = n < s.H, is_k = !is_q && n < s.H + s.G;
     int head = is_q ? n : is_k ? n - s.H : n - s.H - s.G, A = s.A, B = s.B;
     float room[(B + WIDTH) * A], *y = room;  // lambdas cannot name such an array itself
+    CACHE *slots = is_k ? l.keys : l.values;
+    auto slot = [&](int b) {
+        return slots + ((size_t)(b / s.T * s.G + head) * s.N + s.slot + b % s.T) * A;
+    };
+    for (int b = 0; b < B && !is_q; b++)  // meanwhile the slots come, to be written
+        for (size_t i = 0; i < A * sizeof(CACHE); i += 64) fetch((char *)slot(b) + i);
     product(is_q ? l.q : is_k ? l.k : l.v, h, B, s.D, head * A, (head + 1) * A, then,
             [&](int b, int f, auto sum) { put(at(y, B, A, b, f - head * A), sum); });
     for (int b = 0; b < B && (is_q || is_k); b += WIDTH)
@@ -410,14 +419,12 @@ static void project(const Step &s, const Layer &l, int n, Ready h, const WEIGHT 
             at(y, B, A, b, 0), at(s.cos, B, A / 2, b, 0), at(s.sin, B, A / 2, b, 0), A);
     float scale = 1 / std::sqrt((float)A);
     for (int b = 0; b < B; b++) {
-        size_t row = (size_t)(b / s.T * s.G + head) * s.N + s.slot + b % s.T;
-        float *from = at(y, B, A, b, 0), *q = s.q + (size_t)(b * s.H + head) * A;
-        CACHE *slot = (is_k ? l.keys : l.values) + row * A;
-        for (int i = 0; i < A; i++, from += B == 1 ? 1 : WIDTH)
-            if (is_q)
-                q[i] = *from * scale;
-            else
-                put(slot + i, *from);
+        float *from = at(y, B, A, b, 0), out[A];
+        for (int i = 0; i < A; i++) out[i] = from[B == 1 ? i : i * WIDTH];
+        if (is_q)
+            for (int i = 0; i < A; i++) s.q[(size_t)(b * s.H + head) * A + i] = out[i] * scale;
+        else
+            for (int i = 0; i < A; i++) put(slot(b) + i, out[i]);
     }
 }
 
@@ -522,6 +529,19 @@ static void block(const Step &s, const Layer &l, Own &own, const WEIGHT *next) {
 #pragma omp barrier
 }
 
+// From the rows that lie in lanes into rows one after the other, some words at a time
+static void write_logits(const Step &s, Ready h, int first, int last, const WEIGHT *then) {
+    float room[(s.C + WIDTH) * (last - first)], *y = room;
+    int n = last - first;
+    product(s.head, h, s.C, s.D, first, last, then,
+            [&](int b, int f, auto logit) { put(at(y, s.C, n, b, f - first), logit); });
+    for (int c = 0; c < s.C; c++) {
+        const float *from = at(y, s.C, n, c, 0);
+        float *to = s.logits + (size_t)c * s.V + first;
+        for (int i = 0; i < n; i++) to[i] = from[s.C == 1 ? i : i * WIDTH];
+    }
+}
+
 extern "C" void step(const Step *step) {
     const Step &s = *step;
     begin(s);
@@ -537,12 +557,10 @@ extern "C" void step(const Step *step) {
             for (int d = 0; d < s.D; d++)
                 *at(s.x, s.C, s.D, c, d) = *at(s.x, s.B, s.D, (c + 1) * s.T - 1, d);
         Ready h = norm(s, s.norm, s.C, own);
-        product(s.head, h, s.C, s.D, own.words.first, own.words.last, start(0),
-                [&](int b, int f, auto y) {
-                    int rows = b + WIDTH <= s.C ? WIDTH : s.C - b;
-                    for (int i = 0; i < rows; i++)
-                        s.logits[(size_t)(b + i) * s.V + f] = ((float *)&y)[i];
-                });
+        for (int f = own.words.first, end; f < own.words.last; f = end) {
+            end = std::min(f + WORDS, own.words.last);
+            write_logits(s, h, f, end, end < own.words.last ? s.head.row(end, s.D) : start(0));
+        }
     }
     for (int c = 0; c < s.C; c++) s.position[c] += s.T;
 }
