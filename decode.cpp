@@ -13,8 +13,8 @@
 //
 // One row's x is multiplied a register of features at a time. Of several rows each has a lane of
 // the registers instead, and a weight is multiplied with all of them at once: sixteen answers take
-// little more than twice as long as one. Sums are in float32, in one order for any number of
-// threads.
+// little more than twice as long as one. Sums are in float32, or exact (see `Ready`), and in one
+// order for any number of threads.
 //
 // Letters as in llm.py: D features, H query heads, G key/value heads, A features a head, F hidden
 // features, V words. C answers, T tokens of each, B = C T rows; N slots of the cache.

@@ -3,9 +3,9 @@
 `LLM.hidden` makes a token by some forty calls of PyTorch a layer, each with its own start and end.
 With hundreds of tokens at once that is nothing; with one, it is most of the time, and what remains
 are matrix products that were made for many rows. decode.cpp does the same arithmetic in one call
-for all layers, with sums in float32; in float32 and bf16 at nearly the speed at which the memory
-gives out the weights (bench.py decode). llm.py stays what one reads, trains, and compares it with
-(tests/test_decode.py).
+for all layers, with sums in float32, or in whole numbers for int8 weights; at nearly the speed at
+which the memory gives out the weights (bench.py decode). llm.py stays what one reads, trains, and
+compares it with (tests/test_decode.py).
 
     step = Step.of(llm, cache)      # None where PyTorch must do it: experts, a GPU, float16
     if step.takes(x, None):         # x [C, T] tokens: the next of C answers, or a short question

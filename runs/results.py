@@ -306,6 +306,17 @@ def took_in_words(seconds):
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
+def read_in_words(rows):
+    """At which share of the memory's speed weights were read, a token at a time."""
+    said = [
+        f"{row['share_of_bandwidth']:.0%} ({row['case'].split(', ')[1]}, memory at "
+        f"{row['gb_s']:.0f} GB/s)"
+        for row in rows
+        if "share_of_bandwidth" in row
+    ]
+    return f"Weights are read at {', '.join(said)} of the memory's speed."
+
+
 def performance_block():
     run = json.loads((ROOT / "bench" / "amd-epyc-bfloat16.json").read_text())
     lines = ["| `bench.py` | case | ours | beside it, as a multiple |", "|---|---|---|---|"]
@@ -317,7 +328,7 @@ def performance_block():
     where = f"2 cores of {run['machine']}, {run['precision'][6:]} where nothing else is said"
     lines += ["", f"{where}, torch {run['torch']}; medians. Above 1, ours is faster. From the "
               f"command `{start['case']}` to its first word it takes "
-              f"{took_in_words(start['medians']['ours'])}."]  # fmt: skip
+              f"{took_in_words(start['medians']['ours'])}. {read_in_words(run['rows'])}"]  # fmt: skip
     return "\n".join(lines)
 
 
