@@ -309,7 +309,7 @@ def took_in_words(seconds):
 def read_in_words(rows):
     """At which share of the memory's speed weights were read, a token at a time."""
     said = [
-        f"{row['share_of_bandwidth']:.0%} ({row['case'].split(', ')[1]}, memory at "
+        f"{100 * row['share_of_bandwidth']:.0f} % ({row['case'].split(', ')[1]}, memory at "
         f"{row['gb_s']:.0f} GB/s)"
         for row in rows
         if "share_of_bandwidth" in row
@@ -328,7 +328,8 @@ def performance_block():
     where = f"2 cores of {run['machine']}, {run['precision'][6:]} where nothing else is said"
     lines += ["", f"{where}, torch {run['torch']}; medians. Above 1, ours is faster. From the "
               f"command `{start['case']}` to its first word it takes "
-              f"{took_in_words(start['medians']['ours'])}. {read_in_words(run['rows'])}"]  # fmt: skip
+              f"{took_in_words(start['medians']['ours'])}. "
+              + read_in_words(run["rows"])]  # fmt: skip
     return "\n".join(lines)
 
 
