@@ -469,7 +469,8 @@ def decode_at(precision, runs, tokens=96):
     share = statistics.median(shares)
     print(f"        {size / 2**20:.0f} MB; {share:.0%} of the {speed / 1e9:.0f} GB/s at which "
           "memory is read")  # fmt: skip
-    return [first, rest | {"bytes": size, "gb_s": speed / 1e9, "share_of_bandwidth": share}]
+    return [first, rest | {"bytes": size, "gb_s": speed / 1e9, "share_of_bandwidth": share,
+                           "shares": shares, "speeds": speeds}]  # fmt: skip
 
 
 def many_answers(runs, rows=16, tokens=32):

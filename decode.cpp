@@ -13,8 +13,8 @@
 //
 // One row's x is multiplied a register of features at a time. Of several rows each has a lane of
 // the registers instead, and a weight is multiplied with all of them at once: sixteen answers take
-// little more than twice as long as one. Sums are in float32, or exact (see `Ready`), and in one
-// order for any number of threads.
+// little more than twice as long as one. Sums are in float32, or in whole numbers (see `Ready`),
+// and in one order for any number of threads.
 //
 // Letters as in llm.py: D features, H query heads, G key/value heads, A features a head, F hidden
 // features, V words. C answers, T tokens of each, B = C T rows; N slots of the cache.
@@ -122,8 +122,8 @@ static inline void put(bfloat16 *p, floats x) {  // to every second place from p
 constexpr int PAIR = 1;
 typedef float input;
 #endif
+constexpr int ROWS = 8;     // of a matrix at once, where x has its rows in lanes
 constexpr int WORDS = 256;  // of the head at once
-constexpr int ROWS = 8;  // of a matrix at once, where x has its rows in lanes
 template <class T> static inline floats add_product(floats sum, const T *w, const float *x) {
     return sum + load(w) * load(x);
 }
@@ -156,8 +156,8 @@ template <class T> constexpr int AHEAD = sizeof(T) == 1 ? 16384 : 2048;
 
 static inline void fetch(const void *line) { __builtin_prefetch(line, 0, 2); }
 
-// w times x, while as many weights from `next` on are fetched. Four sums are under way at once: one
-// would wait for itself.
+// w times x, while about as many weights from `next` on are fetched. Four sums are under way at
+// once: one would wait for itself.
 template <class T, class X>
 static inline float dot(const T *w, const X *x, int D, const T *next) {
     constexpr int width = std::is_same_v<X, float> ? WIDTH : 2 * WIDTH;
@@ -177,14 +177,15 @@ template <class T, class X> static inline float dot(const T *w, const X *x, int 
     return dot(w, x, D, w + AHEAD<T> / sizeof(T));
 }
 
-// x as `product` takes it. A single row that meets int8 weights is written as whole numbers, of its
-// greatest feature as exact as float32: x = unit X, |X| < 2^23, in three digits from -128 to 127.
-// Then the weights need not be converted, but are multiplied 64 at once: as w + 128, since one of
-// the two factors must not be negative. So the sums start at -128 X.
+// x as `product` takes it. A single row that meets int8 weights is rounded to whole numbers, so
+// that the weights need not be converted, and 64 are multiplied at once: x = unit X, |X| < 2^23.
+// Its greatest feature is as exact as in float32, and the others have the same absolute error. X is
+// written in three digits, X = 65536 d2 + 256 d1 + d0, each from -128 to 127. The instruction wants
+// one factor that is not negative, and gets w + 128; so a sum over digits d starts at -128 sum(d).
 struct Ready {
     const input *x;
-    int8_t *digits;  // [D / 64, 3, 64], the lowest digit first; and 3 starts
-    float unit;
+    int8_t *digits;  // [D / 64 rounded up, 3, 64], d0 first; then 3 starts, of 16 int32 each
+    float unit;      // NaN if x has a NaN, or an infinite feature: then so is every product
 };
 #ifdef __AVX512VNNI__
 static inline uint64_t rest(int n) {  // bits for n of 64
@@ -194,7 +195,7 @@ static inline uint64_t rest(int n) {  // bits for n of 64
 template <class X>
 static Ready ready(const int8_t *, const X *x, int B, int D, int8_t *digits) {
     if (B > 1) return {x};
-    __m512 most = {}, damage = {};  // NaN if x has one, or is not finite
+    __m512 most = {}, damage = {};  // 0, or NaN: that is what 0 times NaN is, and 0 times infinity
     for (int d = 0; d < D; d += WIDTH) {
         __m512 v = _mm512_maskz_loadu_ps(rest(D - d), x + d);
         most = _mm512_max_ps(most, _mm512_abs_ps(v)), damage += v * 0;
@@ -243,9 +244,10 @@ template <class T> static inline float dot(const T *w, Ready x, int D, const T *
     return dot(w, x.x, D, next);
 }
 
-// y[r] = row r of w times x, for R rows of w, and a row of x in each lane. Meanwhile rows that are
-// 2 R further are fetched: short ones end before the processor guesses that others follow. A
-// function of its own has registers enough for the places of eight rows.
+// y[r] = row r of w times x, for R rows of w, and a row of x in each lane. Meanwhile the rows that
+// are 2 R further are fetched, unless w is a converted copy: short rows end before the processor
+// guesses that others follow. As a function of its own it has registers for the addresses of its
+// rows.
 template <int R, class T>
 static __attribute__((noinline)) void lanes(const T *w, const input *x, int D, floats *y) {
     constexpr int line = 64 / sizeof(T);
@@ -282,7 +284,7 @@ template <class T> static inline void convert(const T *w, int n, float *out) {
 
 // done(b, f, y) for y = row f of the matrix times row b of x, for f from first up to last. y is
 // a float if there is one row, else floats, of the WIDTH rows from b on. `then` is what this thread
-// reads afterwards.
+// reads afterwards; a single row fetches it.
 template <class Done>
 static void product(Matrix m, Ready x, int B, int D, int first, int last, const WEIGHT *then,
                     Done done) {
@@ -331,8 +333,8 @@ struct Step {
     const Layer *layer;
     Matrix embedding, head;
     float *q, *logits, *score;      // [B, H, A], [C, V], [threads, N]
-    float *x, *cos, *sin;           // [B, D]; [B, A / 2] of the angles: these six lie as in `at`
-    input *a, *u;                   // [B, H A], [B, F], zeros between
+    float *x, *cos, *sin;           // [B, D]; [B, A / 2] of the angles
+    input *a, *u;                   // [B, H A], [B, F]: these five lie as in `at`
 };
 
 // Of n things, those that this thread does, in whole units
@@ -348,7 +350,7 @@ struct Share {
 struct Own {
     Share heads, queries, features, hidden, words;
     float *score;                // [N]
-    std::vector<input> h;        // [B, D], zeros between
+    std::vector<input> h;        // [B, D], lies as in `at`
     std::vector<int8_t> digits;  // of the widest x
     Own(const Step &s)
         : heads(s.H + 2 * s.G), queries(s.B * s.H), features(s.D, ROWS), hidden(s.F, ROWS),
@@ -428,9 +430,9 @@ static void project(const Step &s, const Layer &l, int n, Ready h, const WEIGHT 
     }
 }
 
-// U registers of features of the values, weighted by the scores
+// out = the sum of n values [A], weighted by their scores: of U features, or U registers of them
 template <int U, class V>
-static inline void weigh(const float *score, const CACHE *values, int n, int A, V *out) {
+static inline void weigh(const float *score, const CACHE *values, int n, int A, float *out) {
     V sum[U] = {};
     for (int i = 0; i < n; i++, values += A)
         if (score[i] != 0)
@@ -439,7 +441,7 @@ static inline void weigh(const float *score, const CACHE *values, int n, int A, 
                     sum[u] += score[i] * load(values + u * WIDTH);
                 else
                     sum[u] += score[i] * value(values[u]);
-    for (int u = 0; u < U; u++) out[u] = sum[u];
+    for (int u = 0; u < U; u++) put(out + u * sizeof(V) / sizeof(float), sum[u]);
 }
 
 // Head n of row b: what its query finds in the cache, as in llm.sees
@@ -449,7 +451,7 @@ static void attend(const Step &s, const Layer &l, int b, int n, float *score) {
     const int64_t *position = s.places + (size_t)b / s.T * 2 * s.N, *segment = position + s.N;
     int64_t here = s.position[b / s.T] + b % s.T;
     const CACHE *values = l.values + start;
-    alignas(64) float out[s.A]; float most = -INFINITY, total = 0;
+    float most = -INFINITY, total = 0, out[s.A];
     for (int i = 0; i < s.used; i++) {
         bool near = position[i] <= here && (!s.window || here - position[i] < s.window);
         score[i] = -INFINITY;
@@ -463,9 +465,9 @@ static void attend(const Step &s, const Layer &l, int b, int n, float *score) {
     for (int i = 0; i < s.used; i++) total += score[i];
     int j = 0;
     for (; j + 4 * WIDTH <= s.A; j += 4 * WIDTH)
-        weigh<4>(score, values + j, s.used, s.A, (floats *)(out + j));
-    for (; j < s.A; j++) weigh<1>(score, values + j, s.used, s.A, out + j);
-    for (int j = 0; j < s.A; j++)
+        weigh<4, floats>(score, values + j, s.used, s.A, out + j);
+    for (; j < s.A; j++) weigh<1, float>(score, values + j, s.used, s.A, out + j);
+    for (j = 0; j < s.A; j++)
         put(at(s.a, s.B, s.H * s.A, b, n * s.A + j), out[j] / total);
 }
 
@@ -482,6 +484,7 @@ static void mlp(const Step &s, const Layer &l, int first, int last, Ready h,
     });
 }
 
+// Places, angles and embeddings of the tokens
 static void begin(const Step &s) {
     const Matrix &e = s.embedding;
     for (int b = 0; b < s.B; b++) {
@@ -512,7 +515,7 @@ static void block(const Step &s, const Layer &l, Own &own, const WEIGHT *next) {
     const WEIGHT *o = l.o.row(first, s.H * A), *gate = l.gate.row(own.hidden.first, D);
     Ready h = norm(s, l.norm1, B, own);
     for (int n = own.heads.first, end = own.heads.last; n < end; n++)
-        project(s, l, n, h, n + 1 < end ? l.q.row((n + 1) * A, D) : o);  // k and v lie behind q
+        project(s, l, n, h, n + 1 < end ? l.q.row((n + 1) * A, D) : o);  // k and v follow q
 #pragma omp barrier
     for (int n = own.queries.first; n < own.queries.last; n++)
         attend(s, l, n / s.H, n % s.H, own.score);

@@ -143,7 +143,7 @@ class Step:
         """None where this code does not reach: experts, float16, a GPU, a crowd of rows. ValueError
         if it cannot be compiled. The weights of `llm` are moved, see `together`."""
         blocks, keys = llm.model.layers, cache.keys
-        if any(block.sparse for block in blocks) or keys.device.type != "cpu":
+        if not blocks or any(block.sparse for block in blocks) or keys.device.type != "cpu":
             return None
         head = llm.model.embed_tokens if llm.cfg.tie_embeddings else llm.lm_head
         embedding = llm.model.embed_tokens
@@ -199,11 +199,12 @@ class Step:
         return Matrix(module.weight.data_ptr(), None if scale is None else self.at(scale))
 
     def takes(self, x: Tensor, segments: Tensor | None) -> bool:
-        """Whether x [C, T, D] is few rows, without padding, and finds its slots side by side."""
+        """Whether x [C, T] or [C, T, D] is some rows, but few, without padding, and finds its slots
+        side by side."""
         C, T = x.shape[:2]
         padded = T > 1 and segments is not None and not segments.all()
         fits = T == 1 or self.cache.seen + T <= self.cache.size
-        return C * T <= MOST_ROWS and fits and not padded
+        return 0 < C * T <= MOST_ROWS and fits and not padded
 
     def __call__(self, x: Tensor) -> Tensor:
         """Tokens [C, T] or their embeddings [C, T, D] -> logits [C, V] of the last, which the next
@@ -216,8 +217,7 @@ class Step:
             )
         cache.check(x.shape[1])
         x = x.long().contiguous() if tokens else x.float().contiguous()
-        ids = x.flatten().tolist() if tokens else [0]
-        if min(ids) < 0 or max(ids) >= now.V:
+        if tokens and not 0 <= min(ids := x.flatten().tolist()) <= max(ids) < now.V:
             raise ValueError(f"tokens {min(ids)} to {max(ids)} must be 0 to {now.V - 1}")
         T = now.T = x.shape[1]
         now.B = len(x) * T

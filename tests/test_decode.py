@@ -229,7 +229,9 @@ def test_padded_prompts_are_left_to_pytorch():
         assert torch.equal(answer, alone[0])
 
 
-@pytest.mark.parametrize("shape", [(3, 1, 42), (1, 1, 42), (2, 1, 41), (2, 5), (2, 40, 42)])
+@pytest.mark.parametrize(
+    "shape", [(3, 1, 42), (1, 1, 42), (2, 1, 41), (2, 5), (2, 40, 42), (2, 0, 42)]
+)
 def test_rows_that_do_not_fit_are_refused(shape):
     llm = made("odd")
     step = Step.of(llm, Cache(llm.cfg, 2, 12))
@@ -250,12 +252,15 @@ def test_weights_replaced_or_cast_meanwhile():
     assert found.isfinite().all()
 
 
-def test_kernels_without_huge_pages(monkeypatch):
+@pytest.mark.parametrize("known", [True, False])
+def test_systems_without_huge_pages(monkeypatch, known):
     class Mapped(decode.mmap.mmap):
         def madvise(self, *_):
             raise OSError(22, "Invalid argument")
 
     monkeypatch.setattr(decode.mmap, "mmap", Mapped)
+    if not known:
+        monkeypatch.delattr(decode.mmap, "MADV_HUGEPAGE", raising=False)
     llm = made("odd")
     fast, slow = steps_of(llm, *prefilled(llm, 1))
     torch.testing.assert_close(fast, slow, atol=2e-5 * slow.abs().max().item(), rtol=0)

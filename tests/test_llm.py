@@ -392,7 +392,7 @@ def test_a_seed_fixes_what_is_drawn():
 def test_a_tiny_temperature_is_greedy_and_a_nan_is_named():
     logits = torch.tensor([[1.0, 3.0, 2.0]])
     assert choose(logits, 1e-40)[0] == choose(logits, 1e-7)[0] == 1
-    for bad in (float("nan"), float("inf")):
+    for bad in (float("nan"), float("inf"), -float("inf")):
         logits[0, 2] = bad
         for temperature in (0.0, 1.0):
             with pytest.raises(ValueError, match="not a finite number"):
