@@ -333,6 +333,8 @@ struct Step {
     const Layer *layer;
     Matrix embedding, head;
     float *q, *logits, *score;      // [B, H, A], [C, V], [threads, N]
+    float *high;                    // [C] the greatest logit, infinity if one is not finite
+    int64_t *likeliest;             // [C] its word, the first of several
     float *x, *cos, *sin;           // [B, D]; [B, A / 2] of the angles
     input *a, *u;                   // [B, H A], [B, F]: these five lie as in `at`
 };
@@ -487,6 +489,7 @@ static void mlp(const Step &s, const Layer &l, int first, int last, Ready h,
 // Places, angles and embeddings of the tokens
 static void begin(const Step &s) {
     const Matrix &e = s.embedding;
+    for (int c = 0; c < s.C; c++) s.high[c] = -INFINITY, s.likeliest[c] = s.V;
     for (int b = 0; b < s.B; b++) {
         int64_t *place = s.places + (size_t)b / s.T * 2 * s.N + s.slot + b % s.T;
         place[0] = s.position[b / s.T] + b % s.T, place[s.N] = 1;
@@ -532,8 +535,16 @@ static void block(const Step &s, const Layer &l, Own &own, const WEIGHT *next) {
 #pragma omp barrier
 }
 
-// From the rows that lie in lanes into rows one after the other, some words at a time
-static void write_logits(const Step &s, Ready h, int first, int last, const WEIGHT *then) {
+struct Best {
+    float logit;
+    int64_t word;
+    bool operator>(Best b) const { return logit > b.logit || (logit == b.logit && word < b.word); }
+};
+
+// From the rows that lie in lanes into rows one after the other, some words at a time; `best` [C]
+// is the likeliest word so far.
+static void write_logits(const Step &s, Ready h, int first, int last, const WEIGHT *then,
+                         Best *best) {
     float room[(s.C + WIDTH) * (last - first)], *y = room;
     int n = last - first;
     product(s.head, h, s.C, s.D, first, last, then,
@@ -541,12 +552,19 @@ static void write_logits(const Step &s, Ready h, int first, int last, const WEIG
     for (int c = 0; c < s.C; c++) {
         const float *from = at(y, s.C, n, c, 0);
         float *to = s.logits + (size_t)c * s.V + first;
-        for (int i = 0; i < n; i++) to[i] = from[s.C == 1 ? i : i * WIDTH];
+        for (int i = 0; i < n; i++) {
+            to[i] = from[s.C == 1 ? i : i * WIDTH];
+            Best it = {std::isfinite(to[i]) ? to[i] : INFINITY, first + i};
+            if (it > best[c]) best[c] = it;
+        }
     }
 }
 
-extern "C" void step(const Step *step) {
+// 0, or 1 and nothing done if one of the tokens is none
+extern "C" int step(const Step *step) {
     const Step &s = *step;
+    for (int b = 0; b < s.B && s.tokens; b++)
+        if (s.tokens[b] < 0 || s.tokens[b] >= s.V) return 1;
     begin(s);
 #pragma omp parallel num_threads(s.threads)
     {
@@ -560,10 +578,17 @@ extern "C" void step(const Step *step) {
             for (int d = 0; d < s.D; d++)
                 *at(s.x, s.C, s.D, c, d) = *at(s.x, s.B, s.D, (c + 1) * s.T - 1, d);
         Ready h = norm(s, s.norm, s.C, own);
+        std::vector<Best> best(s.C, {-INFINITY, s.V});
         for (int f = own.words.first, end; f < own.words.last; f = end) {
             end = std::min(f + WORDS, own.words.last);
-            write_logits(s, h, f, end, end < own.words.last ? s.head.row(end, s.D) : start(0));
+            const WEIGHT *then = end < own.words.last ? s.head.row(end, s.D) : start(0);
+            write_logits(s, h, f, end, then, best.data());
         }
+#pragma omp critical
+        for (int c = 0; c < s.C; c++)
+            if (best[c] > Best{s.high[c], s.likeliest[c]})
+                s.high[c] = best[c].logit, s.likeliest[c] = best[c].word;
     }
     for (int c = 0; c < s.C; c++) s.position[c] += s.T;
+    return 0;
 }

@@ -62,7 +62,7 @@ class Arguments(Structure):  # `Step` of decode.cpp
     _fields_ += [(name, c_void_p) for name in "frequency norm places position".split()]
     _fields_ += [(name, c_void_p) for name in ("tokens", "embeddings")]
     _fields_ += [("layer", POINTER(Layer)), ("embedding", Matrix), ("head", Matrix)]
-    _fields_ += [(name, c_void_p) for name in "q logits score x cos sin a u".split()]
+    _fields_ += [(name, c_void_p) for name in "q logits score high likeliest x cos sin a u".split()]
 
 
 @functools.cache
@@ -173,6 +173,7 @@ class Step:
                                 keys.data_ptr(), values.data_ptr()))  # fmt: skip
         H, A, N = cfg.n_heads, cfg.head_dim, cache.size
         self.logits = torch.empty(C, cfg.vocab_size)
+        self.greatest = torch.empty(C), torch.empty(C, dtype=torch.int64)
         inputs = H * A, cfg.hidden_dim  # may be pairs, of an even number then
         a, u = (self.at(torch.zeros(B, features + 1)) for features in inputs)
         x, cos, sin = (self.at(torch.zeros(B, n)) for n in (cfg.dim, A // 2, A // 2))
@@ -184,6 +185,7 @@ class Step:
             norm=self.at(llm.model.norm.weight), places=cache.places.data_ptr(),
             layer=(Layer * len(layers))(*layers), x=x, cos=cos, sin=sin,
             q=q, logits=self.logits.data_ptr(), score=score, a=a, u=u,
+            high=self.greatest[0].data_ptr(), likeliest=self.greatest[1].data_ptr(),
             embedding=self.matrix(llm.model.embed_tokens), head=self.matrix(head),
         )  # fmt: skip
 
@@ -208,7 +210,8 @@ class Step:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Tokens [C, T] or their embeddings [C, T, D] -> logits [C, V] of the last, which the next
-        call overwrites. ValueError if they do not fit the cache, or are no tokens."""
+        call overwrites; so does it `greatest`: the greatest logit [C], infinity if one is not
+        finite, and its token [C]. ValueError if they do not fit the cache, or are no tokens."""
         cache, now, tokens = self.cache, self.arguments, not x.is_floating_point()
         wanted = (now.C,) if tokens else (now.C, now.D)
         if (len(x), *x.shape[2:]) != wanted or x.dim() < 2 or not self.takes(x, None):
@@ -217,13 +220,12 @@ class Step:
             )
         cache.check(x.shape[1])
         x = x.long().contiguous() if tokens else x.float().contiguous()
-        if tokens and not 0 <= min(ids := x.flatten().tolist()) <= max(ids) < now.V:
-            raise ValueError(f"tokens {min(ids)} to {max(ids)} must be 0 to {now.V - 1}")
         T = now.T = x.shape[1]
         now.B = len(x) * T
         now.tokens, now.embeddings = (x.data_ptr(), None) if tokens else (None, x.data_ptr())
         now.position = cache.next.data_ptr()
         now.slot, now.used = cache.seen % cache.size, min(cache.seen + T, cache.size)
-        self.step(ctypes.byref(now))
+        if self.step(ctypes.byref(now)):
+            raise ValueError(f"tokens {x.min()} to {x.max()} must be 0 to {now.V - 1}")
         cache.seen += T
         return self.logits

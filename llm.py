@@ -318,14 +318,15 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def choose(logits_BV: Tensor, temperature: float, top_p=1.0, top_k=None, generator=None) -> Tensor:
-    """The next token of each row, see `LLM.generate`."""
-    if not math.isfinite(logits_BV.sum()):
+def choose(logits_BV: Tensor, temperature: float, top_p=1.0, top_k=None, generator=None,
+           greatest=None) -> Tensor:  # fmt: skip
+    """The next token of each row, see `LLM.generate`; `greatest` as of `decode.Step`, if known."""
+    high_B, token_B = greatest or logits_BV.max(-1)
+    if not math.isfinite(sum(high_B.tolist()) if greatest else logits_BV.sum()):
         raise ValueError("a logit is not a finite number: the weights are damaged, or float16 or "
                          "bfloat16 is too small for this model; try --dtype float32")  # fmt: skip
-    high_B, token_B = logits_BV.max(-1)
     if temperature < 1e-6:  # below it float32 can overflow
-        return token_B
+        return token_B.clone()
     logits_BV = logits_BV - high_B[:, None]  # however small the temperature
     logits_BV, token_BV = (logits_BV / temperature).sort(dim=-1, descending=True)
     probs_BV = logits_BV[:, :top_k].softmax(-1)
@@ -460,23 +461,23 @@ class LLM(nn.Module):
         going_on = isinstance(seed, torch.Generator | None)
         generator = seed if going_on else torch.Generator(x.device).manual_seed(seed)
         ends = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or []
-        ends = torch.tensor(ends, dtype=torch.int64, device=x.device)
+        end_tokens = torch.tensor(ends, dtype=torch.int64, device=x.device)
         done, out = torch.zeros(len(x), dtype=torch.bool, device=x.device), []
         for _ in range(max_new_tokens):
             if step and step.takes(x, segments):
-                last = step(x)
+                last, greatest = step(x), step.greatest
             else:
                 x = x if x.is_floating_point() else self.embed(x)
                 x, _ = self.hidden(x, segments, cache)
-                last = logits(self, x[:, -1:])[:, 0].float()
-            ids = choose(last, temperature, top_p, top_k, generator)
-            if len(ends):
+                last, greatest = logits(self, x[:, -1:])[:, 0].float(), None
+            ids = choose(last, temperature, top_p, top_k, generator, greatest)
+            if ends:
                 ids = torch.where(done, ends[0], ids)
-                done = torch.isin(ids, ends)
+                done = torch.isin(ids, end_tokens)
             out.append(ids)
-            if stream and stream(ids) or len(ends) and done.all():
+            if stream and stream(ids) or ends and done.all():
                 break
-            x, segments = ids[:, None], None
+            x, segments = ids.unsqueeze(1), None
         return torch.stack(out, dim=1)
 
     def original_state_dict(self, keep_vars=False) -> dict[str, Tensor]:

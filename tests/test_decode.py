@@ -45,12 +45,16 @@ def prefilled(llm, B, T=7, dtype=torch.float32):
 def steps_of(llm, cache, tokens):
     """Logits [steps, B, V] by the C++ and by PyTorch, from two copies of one cache."""
     step, other = Step.of(llm, cache), copy.deepcopy(cache)
-    fast = torch.stack([step(llm.embed(ids)).clone() for ids in tokens])
+    fast = []
+    for ids in tokens:
+        fast.append(step(llm.embed(ids)).clone())
+        high, likeliest = fast[-1].max(-1)
+        assert torch.equal(step.greatest[0], high) and torch.equal(step.greatest[1], likeliest)
     slow = [llm.logits(llm.hidden(llm.embed(ids), cache=other)[0])[:, 0] for ids in tokens]
     assert cache.seen == other.seen and torch.equal(cache.next, other.next)
     assert torch.equal(cache.places, other.places)
     torch.testing.assert_close(cache.keys, other.keys, atol=2e-5, rtol=2e-2)
-    return fast, torch.stack(slow)
+    return torch.stack(fast), torch.stack(slow)
 
 
 @pytest.mark.parametrize("B", [1, 3, 4, 9])
@@ -157,6 +161,26 @@ def test_a_row_is_the_same_on_any_number_of_threads_and_nearly_so_alone():
     single = torch.stack([step(llm.embed(ids[4:5])).clone() for ids in tokens])
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     torch.testing.assert_close(found[0][:, 4:5], single, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("C", [1, 3])
+@pytest.mark.parametrize("words, first", [([96, 50, 8], 8), ([96, 49], 49), ([0, 96], 0), ([], 0)])
+def test_of_equal_logits_the_first_is_the_greatest(C, words, first):
+    """On one thread and on three, which have some of the words each."""
+    llm = made("odd")
+    llm.lm_head.weight[:] = -1 if words else 0
+    llm.lm_head.weight[words] = 1  # times x, whose features are all above 0
+    for block in llm.model.layers:
+        block.self_attn.o_proj.weight[:] = block.mlp.down_proj.weight[:] = 0
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            step = Step.of(llm, Cache(llm.cfg, C, 4))
+            logits = step(torch.ones(C, 1, 42))
+            assert torch.equal(step.greatest[0], logits.max(-1).values)
+            assert step.greatest[1].tolist() == [first] * C
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_generate_takes_it_and_goes_on_over_turns(monkeypatch):
@@ -284,7 +308,8 @@ def test_a_nan_is_named():
     llm.model.layers[1].mlp.down_proj.weight[3, 5] = float("nan")
     llm.model.layers[1].mlp.down_proj.weight[:3] = 0
     cache, tokens = prefilled(llm, 1)
-    assert Step.of(llm, cache)(llm.embed(tokens[0])).isnan().any()
+    step = Step.of(llm, cache)
+    assert step(llm.embed(tokens[0])).isnan().any() and step.greatest[0].isinf()
     for bad in (float("nan"), float("inf"), -float("inf")):
         x = torch.ones(1, 1, 42)
         x[..., 5] = bad
