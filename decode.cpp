@@ -333,7 +333,7 @@ struct Step {
     const Layer *layer;
     Matrix embedding, head;
     float *q, *logits, *score;      // [B, H, A], [C, V], [threads, N]
-    float *high;                    // [C] the greatest logit, infinity if one is not finite
+    float *high;                    // [C] the greatest logit; infinity if one is not finite
     int64_t *likeliest;             // [C] its word, the first of several
     float *x, *cos, *sin;           // [B, D]; [B, A / 2] of the angles
     input *a, *u;                   // [B, H A], [B, F]: these five lie as in `at`
@@ -560,11 +560,12 @@ static void write_logits(const Step &s, Ready h, int first, int last, const WEIG
     }
 }
 
-// 0, or 1 and nothing done if one of the tokens is none
+enum { DONE, NO_TOKEN, NOT_FINITE };  // of a token that is none, nothing has been done
+
 extern "C" int step(const Step *step) {
     const Step &s = *step;
     for (int b = 0; b < s.B && s.tokens; b++)
-        if (s.tokens[b] < 0 || s.tokens[b] >= s.V) return 1;
+        if (s.tokens[b] < 0 || s.tokens[b] >= s.V) return NO_TOKEN;
     begin(s);
 #pragma omp parallel num_threads(s.threads)
     {
@@ -590,5 +591,6 @@ extern "C" int step(const Step *step) {
                 s.high[c] = best[c].logit, s.likeliest[c] = best[c].word;
     }
     for (int c = 0; c < s.C; c++) s.position[c] += s.T;
-    return 0;
+    return std::all_of(s.high, s.high + s.C, [](float y) { return std::isfinite(y); })
+               ? DONE : NOT_FINITE;
 }

@@ -41,6 +41,7 @@ FLAGS = "-O3 -march=native -fno-math-errno -std=gnu++17 -fopenmp -shared -fPIC".
 TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.int8: "int8_t"}
 WIDEST = 2**15  # features of a matrix; decode.cpp keeps some rows of them on its stack
 MOVING = threading.Lock()  # one thread at a time moves weights
+DONE, NO_TOKEN, NOT_FINITE = range(3)  # as in decode.cpp
 MOST_ROWS = 64  # with more of them PyTorch's products are as fast
 
 
@@ -173,7 +174,7 @@ class Step:
                                 keys.data_ptr(), values.data_ptr()))  # fmt: skip
         H, A, N = cfg.n_heads, cfg.head_dim, cache.size
         self.logits = torch.empty(C, cfg.vocab_size)
-        self.greatest = torch.empty(C), torch.empty(C, dtype=torch.int64)
+        self.high, self.likeliest = torch.empty(C), torch.empty(C, dtype=torch.int64)
         inputs = H * A, cfg.hidden_dim  # may be pairs, of an even number then
         a, u = (self.at(torch.zeros(B, features + 1)) for features in inputs)
         x, cos, sin = (self.at(torch.zeros(B, n)) for n in (cfg.dim, A // 2, A // 2))
@@ -185,7 +186,7 @@ class Step:
             norm=self.at(llm.model.norm.weight), places=cache.places.data_ptr(),
             layer=(Layer * len(layers))(*layers), x=x, cos=cos, sin=sin,
             q=q, logits=self.logits.data_ptr(), score=score, a=a, u=u,
-            high=self.greatest[0].data_ptr(), likeliest=self.greatest[1].data_ptr(),
+            high=self.high.data_ptr(), likeliest=self.likeliest.data_ptr(),
             embedding=self.matrix(llm.model.embed_tokens), head=self.matrix(head),
         )  # fmt: skip
 
@@ -210,8 +211,8 @@ class Step:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Tokens [C, T] or their embeddings [C, T, D] -> logits [C, V] of the last, which the next
-        call overwrites; so does it `greatest`: the greatest logit [C], infinity if one is not
-        finite, and its token [C]. ValueError if they do not fit the cache, or are no tokens."""
+        call overwrites; so does it `greatest`, the greatest logit [C] and its token [C], or None
+        if a logit is not finite. ValueError if they do not fit the cache, or are no tokens."""
         cache, now, tokens = self.cache, self.arguments, not x.is_floating_point()
         wanted = (now.C,) if tokens else (now.C, now.D)
         if (len(x), *x.shape[2:]) != wanted or x.dim() < 2 or not self.takes(x, None):
@@ -219,13 +220,15 @@ class Step:
                 f"x {[*x.shape]} does not fit a cache of {now.C} rows, {now.D} features"
             )
         cache.check(x.shape[1])
-        x = x.long().contiguous() if tokens else x.float().contiguous()
+        x = x.to(torch.int64 if tokens else torch.float32).contiguous()
         T = now.T = x.shape[1]
         now.B = len(x) * T
         now.tokens, now.embeddings = (x.data_ptr(), None) if tokens else (None, x.data_ptr())
         now.position = cache.next.data_ptr()
         now.slot, now.used = cache.seen % cache.size, min(cache.seen + T, cache.size)
-        if self.step(ctypes.byref(now)):
+        outcome = self.step(ctypes.byref(now))
+        if outcome == NO_TOKEN:
             raise ValueError(f"tokens {x.min()} to {x.max()} must be 0 to {now.V - 1}")
         cache.seen += T
+        self.greatest = (self.high, self.likeliest) if outcome == DONE else None
         return self.logits

@@ -321,10 +321,10 @@ def product_dtype(x: Tensor) -> torch.dtype:
 def choose(logits_BV: Tensor, temperature: float, top_p=1.0, top_k=None, generator=None,
            greatest=None) -> Tensor:  # fmt: skip
     """The next token of each row, see `LLM.generate`; `greatest` as of `decode.Step`, if known."""
-    high_B, token_B = greatest or logits_BV.max(-1)
-    if not math.isfinite(sum(high_B.tolist()) if greatest else logits_BV.sum()):
+    if not greatest and not math.isfinite(logits_BV.sum()):
         raise ValueError("a logit is not a finite number: the weights are damaged, or float16 or "
                          "bfloat16 is too small for this model; try --dtype float32")  # fmt: skip
+    high_B, token_B = greatest or logits_BV.max(-1)
     if temperature < 1e-6:  # below it float32 can overflow
         return token_B.clone()
     logits_BV = logits_BV - high_B[:, None]  # however small the temperature
