@@ -350,13 +350,13 @@ struct Share {
 
 // What each thread has for itself
 struct Own {
-    Share heads, queries, features, hidden, words;
+    Share heads, values, queries, features, hidden, words;
     float *score;                // [N]
     std::vector<input> h;        // [B, D], lies as in `at`
     std::vector<int8_t> digits;  // of the widest x
     Own(const Step &s)
-        : heads(s.H + 2 * s.G), queries(s.B * s.H), features(s.D, ROWS), hidden(s.F, ROWS),
-          words(s.V, ROWS), score(s.score + (size_t)omp_get_thread_num() * s.N),
+        : heads(s.H + s.G), values(s.G * s.A, ROWS), queries(s.B * s.H), features(s.D, ROWS),
+          hidden(s.F, ROWS), words(s.V, ROWS), score(s.score + (size_t)omp_get_thread_num() * s.N),
           h((size_t)(s.B + WIDTH) * (s.D + 1)),
           digits(std::max({s.D, s.H * s.A, s.F}) * 3 + 6 * 64) {}
     Ready ready(const input *x, int B, int D) {
@@ -405,31 +405,36 @@ template <class V> static void rotate(float *x, const float *cos, const float *s
     }
 }
 
-// Head n of q, k and v together, counted in this order
+// Where row b's key or value of a head goes, [A]
+static inline CACHE *slot(const Step &s, CACHE *slots, int b, int head) {
+    return slots + ((size_t)(b / s.T * s.G + head) * s.N + s.slot + b % s.T) * s.A;
+}
+
+// Head n of q and k together, counted in this order
 static void project(const Step &s, const Layer &l, int n, Ready h, const WEIGHT *then) {
-    bool is_q = n < s.H, is_k = !is_q && n < s.H + s.G;
-    int head = is_q ? n : is_k ? n - s.H : n - s.H - s.G, A = s.A, B = s.B;
+    int A = s.A, B = s.B, head = n < s.H ? n : n - s.H;
     float room[(B + WIDTH) * A], *y = room;  // lambdas cannot name such an array itself
-    CACHE *slots = is_k ? l.keys : l.values;
-    auto slot = [&](int b) {
-        return slots + ((size_t)(b / s.T * s.G + head) * s.N + s.slot + b % s.T) * A;
-    };
-    for (int b = 0; b < B && !is_q; b++)  // meanwhile the slots come, to be written
-        for (size_t i = 0; i < A * sizeof(CACHE); i += 64) fetch((char *)slot(b) + i);
-    product(is_q ? l.q : is_k ? l.k : l.v, h, B, s.D, head * A, (head + 1) * A, then,
+    product(n < s.H ? l.q : l.k, h, B, s.D, head * A, (head + 1) * A, then,
             [&](int b, int f, auto sum) { put(at(y, B, A, b, f - head * A), sum); });
-    for (int b = 0; b < B && (is_q || is_k); b += WIDTH)
+    for (int b = 0; b < B; b += WIDTH)
         (B == 1 ? rotate<float> : rotate<floats>)(
             at(y, B, A, b, 0), at(s.cos, B, A / 2, b, 0), at(s.sin, B, A / 2, b, 0), A);
     float scale = 1 / std::sqrt((float)A);
     for (int b = 0; b < B; b++) {
-        float *from = at(y, B, A, b, 0), out[A];
-        for (int i = 0; i < A; i++) out[i] = from[B == 1 ? i : i * WIDTH];
-        if (is_q)
-            for (int i = 0; i < A; i++) s.q[(size_t)(b * s.H + head) * A + i] = out[i] * scale;
-        else
-            for (int i = 0; i < A; i++) put(slot(b) + i, out[i]);
+        float *from = at(y, B, A, b, 0), *q = s.q + (size_t)(b * s.H + head) * A;
+        CACHE *key = slot(s, l.keys, b, head);
+        for (int i = 0; i < A; i++, from += B == 1 ? 1 : WIDTH)
+            n < s.H ? put(q + i, *from * scale) : put(key + i, *from);
     }
+}
+
+// Features first up to last of v, of all heads
+static void remember(const Step &s, const Layer &l, int first, int last, Ready h,
+                     const WEIGHT *then) {
+    product(l.v, h, s.B, s.D, first, last, then, [&](int b, int f, auto y) {
+        for (int i = 0; i < std::min<int>(sizeof y / sizeof(float), s.B - b); i++)
+            put(slot(s, l.values, b + i, f / s.A) + f % s.A, ((float *)&y)[i]);
+    });
 }
 
 // out = the sum of n values [A], weighted by their scores: of U features, or U registers of them
@@ -515,10 +520,12 @@ static void block(const Step &s, const Layer &l, Own &own, const WEIGHT *next) {
         float *x = at(s.x, B, D, b, f);
         put(x, read<decltype(y)>(x) + y);
     };
-    const WEIGHT *o = l.o.row(first, s.H * A), *gate = l.gate.row(own.hidden.first, D);
+    const WEIGHT *v = l.v.row(own.values.first, D), *o = l.o.row(first, s.H * A);
+    const WEIGHT *gate = l.gate.row(own.hidden.first, D), *down = l.down.row(first, s.F);
     Ready h = norm(s, l.norm1, B, own);
     for (int n = own.heads.first, end = own.heads.last; n < end; n++)
-        project(s, l, n, h, n + 1 < end ? l.q.row((n + 1) * A, D) : o);  // k and v follow q
+        project(s, l, n, h, n + 1 < end ? l.q.row((n + 1) * A, D) : v);  // k follows q
+    remember(s, l, own.values.first, own.values.last, h, o);
 #pragma omp barrier
     for (int n = own.queries.first; n < own.queries.last; n++)
         attend(s, l, n / s.H, n % s.H, own.score);
@@ -526,7 +533,6 @@ static void block(const Step &s, const Layer &l, Own &own, const WEIGHT *next) {
     product(l.o, own.ready(s.a, B, s.H * A), B, s.H * A, first, last, gate, add);
 #pragma omp barrier
     h = norm(s, l.norm2, B, own);
-    const WEIGHT *down = l.down.row(first, s.F);
     int some = B == 1 ? s.F : 2 * ROWS;  // of each matrix in turn
     for (int f = own.hidden.first; f < own.hidden.last; f += some)
         mlp(s, l, f, std::min(f + some, own.hidden.last), h, down);
