@@ -348,19 +348,24 @@ struct Share {
     }
 };
 
+struct alignas(64) Line {  // of the cache: a register that is read from two takes twice as long
+    char bytes[64];
+};
+
 // What each thread has for itself
 struct Own {
     Share heads, values, queries, features, hidden, words;
     float *score;                // [N]
-    std::vector<input> h;        // [B, D], lies as in `at`
-    std::vector<int8_t> digits;  // of the widest x
+    std::vector<Line> room, digits;  // of the widest x
+    input *h;                        // [B, D], lies as in `at`
     Own(const Step &s)
         : heads(s.H + s.G), values(s.G * s.A, ROWS), queries(s.B * s.H), features(s.D, ROWS),
           hidden(s.F, ROWS), words(s.V, ROWS), score(s.score + (size_t)omp_get_thread_num() * s.N),
-          h((size_t)(s.B + WIDTH) * (s.D + 1)),
-          digits(std::max({s.D, s.H * s.A, s.F}) * 3 + 6 * 64) {}
+          room((size_t)(s.B + WIDTH) * (s.D + 1) * sizeof(input) / sizeof(Line) + 1),
+          digits(std::max({s.D, s.H * s.A, s.F}) * 3 / sizeof(Line) + 6),
+          h((input *)room.data()) {}
     Ready ready(const input *x, int B, int D) {
-        return ::ready((const WEIGHT *)0, x, B, D, digits.data());
+        return ::ready((const WEIGHT *)0, x, B, D, (int8_t *)digits.data());
     }
 };
 
@@ -389,9 +394,9 @@ template <class V> static void norm(const Step &s, const float *weight, int B, i
 
 static Ready norm(const Step &s, const float *weight, int B, Own &own) {
     for (int b = 0; b < B; b += WIDTH)
-        B == 1 ? norm<float>(s, weight, B, b, own.h.data())
-               : norm<floats>(s, weight, B, b, at(own.h.data(), B, s.D, b, 0));
-    return own.ready(own.h.data(), B, s.D);
+        B == 1 ? norm<float>(s, weight, B, b, own.h)
+               : norm<floats>(s, weight, B, b, at(own.h, B, s.D, b, 0));
+    return own.ready(own.h, B, s.D);
 }
 
 // RoPE of a head of one row, or of WIDTH, as in llm.rotate
