@@ -5,7 +5,7 @@
 // nothing else takes time. Here little else does: there is one parallel region, in which each
 // thread takes its share of the rows of every matrix, and five places a layer where all wait:
 //
-//     q, k, v = W norm(x), rotated; k and v into the cache      | wait
+//     q, k, v = W norm(x); q, k rotated; k, v into the cache    | wait
 //     a = softmax(q k / sqrt(A)) v, a head at a time            | wait
 //     x = x + W_o a                                             | wait
 //     u = silu(W_gate norm(x)) * W_up norm(x)                   | wait
@@ -356,7 +356,7 @@ struct alignas(64) Line {  // of the cache: a register that is read from two tak
 struct Own {
     Share heads, values, queries, features, hidden, words;
     float *score;                // [N]
-    std::vector<Line> room, digits;  // of the widest x
+    std::vector<Line> room, digits;  // for h; of the widest x
     input *h;                        // [B, D], lies as in `at`
     Own(const Step &s)
         : heads(s.H + s.G), values(s.G * s.A, ROWS), queries(s.B * s.H), features(s.D, ROWS),
@@ -427,7 +427,7 @@ static void project(const Step &s, const Layer &l, int n, Ready h, const WEIGHT 
     float scale = 1 / std::sqrt((float)A);
     for (int b = 0; b < B; b++) {
         float *from = at(y, B, A, b, 0), *q = s.q + (size_t)(b * s.H + head) * A;
-        CACHE *key = slot(s, l.keys, b, head);
+        CACHE *key = n < s.H ? nullptr : slot(s, l.keys, b, head);
         for (int i = 0; i < A; i++, from += B == 1 ? 1 : WIDTH)
             n < s.H ? put(q + i, *from * scale) : put(key + i, *from);
     }
