@@ -212,7 +212,8 @@ class Step:
     def __call__(self, x: Tensor) -> Tensor:
         """Tokens [C, T] or their embeddings [C, T, D] -> logits [C, V] of the last, which the next
         call overwrites. `greatest`, overwritten as well, is the greatest logit [C] and its token
-        [C], or None if a logit is not finite. ValueError if they do not fit the cache, or are no tokens."""
+        [C], or None if a logit is not finite. ValueError if x does not fit the cache, or holds
+        what is no token."""
         cache, now, tokens = self.cache, self.arguments, not x.is_floating_point()
         wanted = (now.C,) if tokens else (now.C, now.D)
         if (len(x), *x.shape[2:]) != wanted or x.dim() < 2 or not self.takes(x, None):
