@@ -307,13 +307,17 @@ def took_in_words(seconds):
 
 
 def read_in_words(rows):
-    """At which share of the memory's speed weights were read, a token at a time."""
-    said = [
-        f"{100 * row['share_of_bandwidth']:.0f} % ({row['case'].split(', ')[1]}, memory at "
-        f"{row['gb_s']:.0f} GB/s)"
-        for row in rows
-        if "share_of_bandwidth" in row
-    ]
+    """At which share of the memory's speed weights were read, a token at a time: the median of the
+    run, and its turns from least to most, since the memory's own speed changes meanwhile."""
+    said = []
+    for row in rows:
+        if "share_of_bandwidth" in row:
+            shares, speeds = sorted(row["shares"]), sorted(row["speeds"])
+            said.append(
+                f"{100 * row['share_of_bandwidth']:.0f} % ({row['case'].split(', ')[1]}; turns of "
+                f"{100 * shares[0]:.0f} to {100 * shares[-1]:.0f} %, memory at "
+                f"{speeds[0] / 1e9:.0f} to {speeds[-1] / 1e9:.0f} GB/s)"
+            )
     return f"Weights are read at {', '.join(said)} of the memory's speed."
 
 
