@@ -17,9 +17,11 @@
 // and in one order for any number of threads.
 //
 // Letters as in llm.py: D features, H query heads, G key/value heads, A features a head, F hidden
-// features, V words. C answers, T tokens of each, B = C T rows; N slots of the cache.
+// features, V words. C answers, T tokens of each, B = C T rows; N slots of the cache, M = N rounded
+// up to sixteens.
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -48,6 +50,7 @@ constexpr int WIDTH = 4;
 #endif
 #define VECTOR(type) __attribute__((vector_size(WIDTH * sizeof(type)))) type
 typedef VECTOR(float) floats;
+typedef VECTOR(int32_t) wholes;
 
 template <class V> static inline V read(const void *from) {
     V v;
@@ -124,6 +127,7 @@ typedef float input;
 #endif
 constexpr int ROWS = 8;     // of a matrix at once, where x has its rows in lanes
 constexpr int WORDS = 256;  // of the head at once
+constexpr int HEADS = WIDTH / 4;  // that read the same keys and values at once
 template <class T> static inline floats add_product(floats sum, const T *w, const float *x) {
     return sum + load(w) * load(x);
 }
@@ -147,6 +151,24 @@ static inline float total(floats v) {
     for (int n = WIDTH / 2; n; n /= 2)
         for (int i = 0; i < n; i++) v[i] += v[i + n];
     return v[0];
+#endif
+}
+static inline float greatest(floats v) {  // but no NaN
+    float most = v[0];
+    for (int i = 1; i < WIDTH; i++) most = v[i] > most ? v[i] : most;
+    return most;
+}
+
+static inline void put_totals(float *p, const floats *v) {  // of four registers
+#ifdef __AVX512F__  // all at once, halves being added to halves
+    auto low = [](floats a, floats b) { return (floats)_mm512_unpacklo_ps((__m512)a, (__m512)b); };
+    auto high = [](floats a, floats b) { return (floats)_mm512_unpackhi_ps((__m512)a, (__m512)b); };
+    floats a = low(v[0], v[2]) + high(v[0], v[2]), b = low(v[1], v[3]) + high(v[1], v[3]);
+    __m512 sum = (__m512)(low(a, b) + high(a, b));  // of each, in every fourth lane
+    __m256 half = _mm512_castps512_ps256(sum) + _mm512_extractf32x8_ps(sum, 1);
+    _mm_storeu_ps(p, _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
+#else
+    for (int i = 0; i < 4; i++) p[i] = total(v[i]);
 #endif
 }
 
@@ -244,18 +266,17 @@ template <class T> static inline float dot(const T *w, Ready x, int D, const T *
     return dot(w, x.x, D, next);
 }
 
-// y[r] = row r of w times x, for R rows of w, and a row of x in each lane. Meanwhile the rows that
-// are 2 R further are fetched, unless w is a converted copy: short rows end before the processor
-// guesses that others follow. As a function of its own it has registers for the addresses of its
-// rows.
+// y[r] = row r of w times x, for R rows of w, and a row of x in each lane. Meanwhile as many weights
+// from `next` on are fetched: rows end before the processor guesses that others follow. As a
+// function of its own it has registers for the addresses of its rows.
 template <int R, class T>
-static __attribute__((noinline)) void lanes(const T *w, const input *x, int D, floats *y) {
-    constexpr int line = 64 / sizeof(T);
+static __attribute__((noinline)) void lanes(const T *w, const input *x, int D, const WEIGHT *next,
+                                            floats *y) {
+    constexpr int line = 64 / sizeof(WEIGHT);
     floats sum[R] = {};
     int d = 0;
     for (; d + PAIR <= D; d += PAIR) {
-        if (std::is_same_v<T, WEIGHT> && d * R % line == 0)  // not rows that were converted
-            fetch(w + (size_t)2 * R * D + d * R);
+        if (d * R % line == 0) fetch(next + d * R);
         for (int r = 0; r < R; r++)
             sum[r] = add_to_lanes(sum[r], w + (size_t)r * D + d, x + (size_t)d * WIDTH);
     }
@@ -284,16 +305,16 @@ template <class T> static inline void convert(const T *w, int n, float *out) {
 
 // done(b, f, y) for y = row f of the matrix times row b of x, for f from first up to last. y is
 // a float if there is one row, else floats, of the WIDTH rows from b on. `then` is what this thread
-// reads afterwards; a single row fetches it.
+// reads afterwards, and fetches already.
 template <class Done>
 static void product(Matrix m, Ready x, int B, int D, int first, int last, const WEIGHT *then,
                     Done done) {
+    auto later = [&](int f) { return f < last ? m.row(f, D) : then + (size_t)(f - last) * D; };
     if (B == 1) {
         int ahead = AHEAD<WEIGHT> / (D * sizeof(WEIGHT)) + 1;
         for (int f = first; f < last; f++) {
-            bool here = f + ahead < last;
-            const WEIGHT *next = here ? m.row(f + ahead, D) : then + (size_t)(f + ahead - last) * D;
-            done(0, f, dot(m.row(f, D), x, D, next) * (m.scale ? m.scale[f] : 1));
+            float y = dot(m.row(f, D), x, D, later(f + ahead));
+            done(0, f, m.scale ? y * m.scale[f] : y);
         }
         return;
     }
@@ -303,12 +324,13 @@ static void product(Matrix m, Ready x, int B, int D, int first, int last, const 
     for (int f = first, rows; f < last; f += rows) {
         rows = f + ROWS <= last ? ROWS : 1;
         const ready *w = buffer;
+        const WEIGHT *next = later(f + 2 * ROWS);
         if constexpr (is_ready) w = m.row(f, D);
         else convert(m.row(f, D), rows * D, buffer);
         for (int b = 0; b < B; b += WIDTH) {
             const input *x_b = at(x.x, B, D, b, 0);
             floats y[ROWS];
-            rows == 1 ? lanes<1>(w, x_b, D, y) : lanes<ROWS>(w, x_b, D, y);
+            rows == 1 ? lanes<1>(w, x_b, D, next, y) : lanes<ROWS>(w, x_b, D, next, y);
             for (int r = 0; r < rows; r++)
                 done(b, f + r, m.scale ? y[r] * m.scale[f + r] : y[r]);
         }
@@ -322,7 +344,7 @@ struct Layer {
 };
 
 struct Step {
-    int C, T, B, D, H, G, A, F, V, N, layers, threads;
+    int C, T, B, D, H, G, A, F, V, N, M, layers, threads;
     int window, used, slot;  // 0: none; slots in use, those of these tokens too; that of the first
     float eps;
     const float *frequency, *norm;  // [A / 2] of RoPE; [D]
@@ -332,7 +354,8 @@ struct Step {
     const float *embeddings;        // [B, D]
     const Layer *layer;
     Matrix embedding, head;
-    float *q, *logits, *score;      // [B, H, A], [C, V], [threads, N]
+    float *q, *logits;              // [B, H, A], [C, V]
+    float *mask, *score;            // [B, M], 0 or -infinity as llm.sees says; [threads, 4, M]
     float *high;                    // [C] the greatest logit; infinity if one is not finite
     int64_t *likeliest;             // [C] its word, the first of several
     float *x, *cos, *sin;           // [B, D]; [B, A / 2] of the angles
@@ -355,12 +378,12 @@ struct alignas(64) Line {  // of the cache: a register that is read from two tak
 // What each thread has for itself
 struct Own {
     Share heads, values, queries, features, hidden, words;
-    float *score;                // [N]
+    float *score;                // [HEADS, M]
     std::vector<Line> room, digits;  // for h; of the widest x
     input *h;                        // [B, D], lies as in `at`
     Own(const Step &s)
         : heads(s.H + s.G), values(s.G * s.A, ROWS), queries(s.B * s.H), features(s.D, ROWS),
-          hidden(s.F, ROWS), words(s.V, ROWS), score(s.score + (size_t)omp_get_thread_num() * s.N),
+          hidden(s.F, ROWS), words(s.V, ROWS), score(s.score + (size_t)omp_get_thread_num() * 4 * s.M),
           room((size_t)(s.B + WIDTH) * (s.D + 1) * sizeof(input) / sizeof(Line) + 1),
           digits(std::max({s.D, s.H * s.A, s.F}) * 3 / sizeof(Line) + 6),
           h((input *)room.data()) {}
@@ -442,45 +465,94 @@ static void remember(const Step &s, const Layer &l, int first, int last, Ready h
     });
 }
 
-// out = the sum of n values [A], weighted by their scores: of U features, or U registers of them
-template <int U, class V>
-static inline void weigh(const float *score, const CACHE *values, int n, int A, float *out) {
-    V sum[U] = {};
-    for (int i = 0; i < n; i++, values += A)
-        if (score[i] != 0)
-            for (int u = 0; u < U; u++)
-                if constexpr (sizeof(V) > sizeof(float))
-                    sum[u] += score[i] * load(values + u * WIDTH);
-                else
-                    sum[u] += score[i] * value(values[u]);
-    for (int u = 0; u < U; u++) put(out + u * sizeof(V) / sizeof(float), sum[u]);
+// Scores of R queries [R, A] in the slots in use, four slots at a time. Their values are fetched.
+template <int R>
+static void scores(const Step &s, const float *q, const CACHE *keys, const CACHE *values,
+                   float *score) {
+    int A = s.A, i = 0;
+    for (; i + 4 <= s.used; i += 4, keys += 4 * A, values += 4 * A) {
+        for (int a = 0; a < 4 * A; a += 64 / sizeof(CACHE)) fetch(values + a);
+        floats sum[R][4] = {};
+        int a = 0;
+        for (; a + WIDTH <= A; a += WIDTH)
+            for (int j = 0; j < 4; j++)
+                for (int r = 0; r < R; r++)
+                    sum[r][j] += load(keys + j * A + a) * load(q + r * A + a);
+        for (; a < A; a++)
+            for (int j = 0; j < 4; j++)
+                for (int r = 0; r < R; r++) sum[r][j][0] += value(keys[j * A + a]) * q[r * A + a];
+        for (int r = 0; r < R; r++) put_totals(score + (size_t)r * s.M + i, sum[r]);
+    }
+    for (; i < s.used; i++, keys += A)
+        for (int r = 0; r < R; r++) score[(size_t)r * s.M + i] = dot(keys, q + r * A, A);
 }
 
-// Head n of row b: what its query finds in the cache, as in llm.sees
-static void attend(const Step &s, const Layer &l, int b, int n, float *score) {
-    size_t start = (size_t)(b / s.T * s.G + n / (s.H / s.G)) * s.N * s.A;
-    const float *q = s.q + ((size_t)b * s.H + n) * s.A;
-    const int64_t *position = s.places + (size_t)b / s.T * 2 * s.N, *segment = position + s.N;
-    int64_t here = s.position[b / s.T] + b % s.T;
-    const CACHE *values = l.values + start;
-    float most = -INFINITY, total = 0, out[s.A];
-    for (int i = 0; i < s.used; i++) {
-        bool near = position[i] <= here && (!s.window || here - position[i] < s.window);
-        score[i] = -INFINITY;
-        fetch(values + (size_t)i * s.A);
-        if (segment[i] == 1 && near)
-            score[i] = dot(l.keys + start + (size_t)i * s.A, q, s.A);
-        if (score[i] > most) most = score[i];
+// softmax of the scores of a query, without its division by their sum, which is returned
+static float soften(const Step &s, const float *mask, float *score) {
+    floats most = floats{} - INFINITY, sum = {};
+    for (int i = 0; i < s.used; i += WIDTH) {
+        floats hidden = load(mask + i), y = hidden == 0 ? load(score + i) : hidden;
+        most = y > most ? y : most;
+        put(score + i, y);
     }
-    for (int i = 0; i < s.used; i++)
-        score[i] = score[i] == -INFINITY ? 0 : exponential(score[i] - most);
-    for (int i = 0; i < s.used; i++) total += score[i];
-    int j = 0;
-    for (; j + 4 * WIDTH <= s.A; j += 4 * WIDTH)
-        weigh<4, floats>(score, values + j, s.used, s.A, out + j);
-    for (; j < s.A; j++) weigh<1, float>(score, values + j, s.used, s.A, out + j);
-    for (j = 0; j < s.A; j++)
-        put(at(s.a, s.B, s.H * s.A, b, n * s.A + j), out[j] / total);
+    float high = greatest(most);
+    for (int i = 0; i < s.used; i += WIDTH) {
+        for (int j = i; j < i + WIDTH; j++)
+            score[j] = score[j] == -INFINITY ? 0 : exponential(score[j] - high);
+        sum += load(score + i);
+    }
+    return total(sum);
+}
+
+// out [R, A] = the sums of the values seen, weighted by the scores: of U features, or U registers
+// of them. As much is fetched from `next` on.
+template <int R, int U, class V>
+static inline void weigh(const Step &s, const float *mask, const float *score,
+                         const CACHE *values, const CACHE *next, float *out) {
+    constexpr int width = sizeof(V) / sizeof(float);
+    V sum[R][U] = {};
+    for (int i = 0; i < s.used; i++, values += s.A, next += s.A)
+        if (mask[i] == 0)
+            for (int u = 0; u < U; u++) {
+                V v;
+                if constexpr (width > 1) v = load(values + u * width), fetch(next + u * width);
+                else v = value(values[u]);
+                for (int r = 0; r < R; r++) sum[r][u] += score[(size_t)r * s.M + i] * v;
+            }
+    for (int r = 0; r < R; r++)
+        for (int u = 0; u < U; u++) put(out + r * s.A + u * width, sum[r][u]);
+}
+
+// What R heads of row b from n on find in the cache, which all read the same keys and values, for
+// `count` of at most R. From the keys that are `ahead` as many are fetched.
+template <int R>
+static void attend(const Step &s, const Layer &l, int b, int n, int count, size_t ahead,
+                   float *score) {
+    if constexpr (R > 1)
+        if (count < R) return attend<R - 1>(s, l, b, n, count, ahead, score);
+    size_t start = (size_t)(b / s.T * s.G + n / (s.H / s.G)) * s.N * s.A;
+    const CACHE *keys = l.keys + start, *values = l.values + start;
+    const float *mask = s.mask + (size_t)b * s.M;
+    float sum[R], room[R * s.A], *out = room;
+    scores<R>(s, s.q + ((size_t)b * s.H + n) * s.A, keys, values, score);
+    for (int r = 0; r < R; r++) sum[r] = soften(s, mask, score + (size_t)r * s.M);
+    int a = 0;
+    for (; a + 4 * WIDTH <= s.A; a += 4 * WIDTH)
+        weigh<R, 4, floats>(s, mask, score, values + a, keys + ahead + a, out + a);
+    for (; a < s.A; a++) weigh<R, 1, float>(s, mask, score, values + a, keys + ahead, out + a);
+    for (int r = 0; r < R; r++)
+        for (a = 0; a < s.A; a++)
+            put(at(s.a, s.B, s.H * s.A, b, (n + r) * s.A + a), out[r * s.A + a] / sum[r]);
+}
+
+// Queries first up to last of those of all rows: those of the same keys and values together
+static void attend(const Step &s, const Layer &l, int first, int last, float *score) {
+    int group = s.H / s.G;
+    for (int n = first, count; n < last; n += count) {
+        count = std::min({HEADS, last - n, group - n % group});
+        size_t ahead = n + count < last ? (size_t)s.N * s.A : 0;  // of the next head, or answer
+        attend<HEADS>(s, l, n / s.H, n % s.H, count, ahead, score);
+    }
 }
 
 static void mlp(const Step &s, const Layer &l, int first, int last, Ready h,
@@ -494,6 +566,18 @@ static void mlp(const Step &s, const Layer &l, int first, int last, Ready h,
         auto gated = read<decltype(y)>(at(gate, B, last - first, b, i - first));
         put(at(s.u, B, s.F, b, i), gated * y);
     });
+}
+
+// What row b sees of the cache
+static void look(const Step &s, int b) {
+    const int64_t *position = s.places + (size_t)b / s.T * 2 * s.N, *segment = position + s.N;
+    int64_t here = s.position[b / s.T] + b % s.T, window = s.window ? s.window : here + 1;
+    float *mask = s.mask + (size_t)b * s.M;
+    for (int i = 0; i < s.used; i++) {
+        int64_t ago = here - position[i];
+        mask[i] = segment[i] == 1 && ago >= 0 && ago < window ? 0 : -INFINITY;
+    }
+    for (int i = s.used; i % WIDTH; i++) mask[i] = -INFINITY;
 }
 
 // Places, angles and embeddings of the tokens
@@ -516,6 +600,7 @@ static void begin(const Step &s) {
                 *x = s.embeddings[(size_t)b * s.D + d];
         }
     }
+    for (int b = 0; b < s.B; b++) look(s, b);  // after all have their places
 }
 
 // `next` is what this thread reads after this layer
@@ -532,42 +617,51 @@ static void block(const Step &s, const Layer &l, Own &own, const WEIGHT *next) {
         project(s, l, n, h, n + 1 < end ? l.q.row((n + 1) * A, D) : v);  // k follows q
     remember(s, l, own.values.first, own.values.last, h, o);
 #pragma omp barrier
-    for (int n = own.queries.first; n < own.queries.last; n++)
-        attend(s, l, n / s.H, n % s.H, own.score);
+    attend(s, l, own.queries.first, own.queries.last, own.score);
 #pragma omp barrier
     product(l.o, own.ready(s.a, B, s.H * A), B, s.H * A, first, last, gate, add);
 #pragma omp barrier
     h = norm(s, l.norm2, B, own);
     int some = B == 1 ? s.F : 2 * ROWS;  // of each matrix in turn
-    for (int f = own.hidden.first; f < own.hidden.last; f += some)
-        mlp(s, l, f, std::min(f + some, own.hidden.last), h, down);
+    for (int f = own.hidden.first, end; f < own.hidden.last; f = end) {
+        end = std::min(f + some, own.hidden.last);
+        mlp(s, l, f, end, h, end < own.hidden.last ? l.gate.row(end, D) : down);
+    }
 #pragma omp barrier
     product(l.down, own.ready(s.u, B, s.F), B, s.F, first, last, next, add);
 #pragma omp barrier
 }
 
+// The greatest logit so far, and its word: of each lane
 struct Best {
-    float logit;
-    int64_t word;
-    bool operator>(Best b) const { return logit > b.logit || (logit == b.logit && word < b.word); }
+    floats logit = floats{} - INFINITY;
+    wholes word = {};
+    void meet(floats y, wholes its) {
+        y = y - y == 0 ? y : floats{} + INFINITY;  // infinite, or NaN
+        wholes more = y > logit;
+        logit = more ? y : logit, word = more ? its : word;
+    }
 };
 
-// From the rows that lie in lanes into rows one after the other, some words at a time; `best` [C]
-// is the likeliest word so far.
+// From the rows that lie in lanes into rows one after the other, some words at a time. `best` is of
+// an answer in each lane; or, if there is but one answer, of every sixteenth word.
 static void write_logits(const Step &s, Ready h, int first, int last, const WEIGHT *then,
                          Best *best) {
-    float room[(s.C + WIDTH) * (last - first)], *y = room;
     int n = last - first;
+    float room[(s.C + WIDTH) * n + WIDTH], *y = room;
     product(s.head, h, s.C, s.D, first, last, then,
             [&](int b, int f, auto logit) { put(at(y, s.C, n, b, f - first), logit); });
+    bool one = s.C == 1;
+    wholes word;
+    for (int i = 0; i < WIDTH; i++) word[i] = first + (one ? i : 0);
+    if (one) std::fill_n(y + n, WIDTH, -FLT_MAX);
+    for (int b = 0; b < s.C; b += WIDTH)
+        for (int i = 0; i < n; i += one ? WIDTH : 1)
+            best[b / WIDTH].meet(load(at(y, s.C, n, b, i)), word + i);
     for (int c = 0; c < s.C; c++) {
         const float *from = at(y, s.C, n, c, 0);
         float *to = s.logits + (size_t)c * s.V + first;
-        for (int i = 0; i < n; i++) {
-            to[i] = from[s.C == 1 ? i : i * WIDTH];
-            Best it = {std::isfinite(to[i]) ? to[i] : INFINITY, first + i};
-            if (it > best[c]) best[c] = it;
-        }
+        for (int i = 0; i < n; i++) to[i] = from[one ? i : i * WIDTH];
     }
 }
 
@@ -590,16 +684,19 @@ extern "C" int step(const Step *step) {
             for (int d = 0; d < s.D; d++)
                 *at(s.x, s.C, s.D, c, d) = *at(s.x, s.B, s.D, (c + 1) * s.T - 1, d);
         Ready h = norm(s, s.norm, s.C, own);
-        std::vector<Best> best(s.C, {-INFINITY, s.V});
+        std::vector<Best> best((s.C + WIDTH - 1) / WIDTH);
         for (int f = own.words.first, end; f < own.words.last; f = end) {
             end = std::min(f + WORDS, own.words.last);
             const WEIGHT *then = end < own.words.last ? s.head.row(end, s.D) : start(0);
             write_logits(s, h, f, end, then, best.data());
         }
 #pragma omp critical
-        for (int c = 0; c < s.C; c++)
-            if (best[c] > Best{s.high[c], s.likeliest[c]})
-                s.high[c] = best[c].logit, s.likeliest[c] = best[c].word;
+        for (int i = 0, lanes = s.C == 1 ? WIDTH : s.C; i < lanes; i++) {
+            float y = best[i / WIDTH].logit[i % WIDTH], &high = s.high[s.C == 1 ? 0 : i];
+            int64_t word = best[i / WIDTH].word[i % WIDTH];
+            int64_t &likeliest = s.likeliest[s.C == 1 ? 0 : i];
+            if (y > high || (y == high && word < likeliest)) high = y, likeliest = word;
+        }
     }
     for (int c = 0; c < s.C; c++) s.position[c] += s.T;
     return std::all_of(s.high, s.high + s.C, [](float y) { return std::isfinite(y); })

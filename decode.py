@@ -57,13 +57,13 @@ class Layer(Structure):
 
 class Arguments(Structure):  # `Step` of decode.cpp
     _fields_ = [
-        (name, c_int) for name in "C T B D H G A F V N layers threads window used slot".split()
+        (name, c_int) for name in "C T B D H G A F V N M layers threads window used slot".split()
     ]
     _fields_ += [("eps", c_float)]
     _fields_ += [(name, c_void_p) for name in "frequency norm places position".split()]
     _fields_ += [(name, c_void_p) for name in ("tokens", "embeddings")]
     _fields_ += [("layer", POINTER(Layer)), ("embedding", Matrix), ("head", Matrix)]
-    _fields_ += [(name, c_void_p) for name in "q logits score high likeliest x cos sin a u".split()]
+    _fields_ += [(name, c_void_p) for name in "q logits mask score high likeliest x cos sin a u".split()]
 
 
 @functools.cache
@@ -178,14 +178,16 @@ class Step:
         inputs = H * A, cfg.hidden_dim  # may be pairs, of an even number then
         a, u = (self.at(torch.zeros(B, features + 1)) for features in inputs)
         x, cos, sin = (self.at(torch.zeros(B, n)) for n in (cfg.dim, A // 2, A // 2))
-        q, score = self.at(torch.zeros(B, H, A)), self.at(torch.zeros(threads, N))
+        M = -(-N // 16) * 16
+        mask, score = self.at(torch.zeros(B, M)), self.at(torch.zeros(threads, 4, M))
         self.arguments = Arguments(
-            C=C, D=cfg.dim, H=H, G=cfg.n_kv_heads, A=A, F=cfg.hidden_dim, V=cfg.vocab_size, N=N,
+            C=C, D=cfg.dim, H=H, G=cfg.n_kv_heads, A=A, F=cfg.hidden_dim, V=cfg.vocab_size, N=N, M=M,
             layers=len(layers), threads=threads, window=cfg.sliding_window or 0,
             eps=cfg.rms_norm_eps, frequency=self.at(1 / cfg.rope_theta ** (pair / A)),
             norm=self.at(llm.model.norm.weight), places=cache.places.data_ptr(),
             layer=(Layer * len(layers))(*layers), x=x, cos=cos, sin=sin,
-            q=q, logits=self.logits.data_ptr(), score=score, a=a, u=u,
+            q=self.at(torch.zeros(B, H, A)), logits=self.logits.data_ptr(), mask=mask, score=score,
+            a=a, u=u,
             high=self.high.data_ptr(), likeliest=self.likeliest.data_ptr(),
             embedding=self.matrix(llm.model.embed_tokens), head=self.matrix(head),
         )  # fmt: skip
