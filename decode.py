@@ -223,7 +223,9 @@ class Step:
                 f"x {[*x.shape]} does not fit a cache of {now.C} rows, {now.D} features"
             )
         cache.check(x.shape[1])
-        x = x.to(torch.int64 if tokens else torch.float32).contiguous()
+        dtype = torch.int64 if tokens else torch.float32
+        if x.dtype != dtype or not x.is_contiguous():
+            x = x.to(dtype).contiguous()
         T = now.T = x.shape[1]
         now.B = len(x) * T
         now.tokens, now.embeddings = (x.data_ptr(), None) if tokens else (None, x.data_ptr())
