@@ -92,6 +92,10 @@ static inline void put(bfloat16 *p, float x) {  // the nearest, ties to even; Na
     p->bits = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
+template <class T> static inline void put(T *p, const float *x, int n) {
+    for (int i = 0; i < n; i++) put(p + i, x[i]);
+}
+
 // e^x to two units in the last place, without a branch, so that loops of it use whole registers
 static inline float exponential(float x) {
     x = x < -87 ? -87 : x > 88 ? 88 : x;
@@ -447,21 +451,26 @@ static void project(const Step &s, const Layer &l, int n, Ready h, const WEIGHT 
     for (int b = 0; b < B; b += WIDTH)
         (B == 1 ? rotate<float> : rotate<floats>)(
             at(y, B, A, b, 0), at(s.cos, B, A / 2, b, 0), at(s.sin, B, A / 2, b, 0), A);
-    float scale = 1 / std::sqrt((float)A);
+    float scale = 1 / std::sqrt((float)A), row[A];
     for (int b = 0; b < B; b++) {
-        float *from = at(y, B, A, b, 0), *q = s.q + (size_t)(b * s.H + head) * A;
-        CACHE *key = n < s.H ? nullptr : slot(s, l.keys, b, head);
-        for (int i = 0; i < A; i++, from += B == 1 ? 1 : WIDTH)
-            n < s.H ? put(q + i, *from * scale) : put(key + i, *from);
+        for (int i = 0; i < A; i++) row[i] = *at(y, B, A, b, i);
+        float *q = s.q + (size_t)(b * s.H + head) * A;
+        if (n < s.H)
+            for (int i = 0; i < A; i++) q[i] = row[i] * scale;
+        else
+            put(slot(s, l.keys, b, head), row, A);
     }
 }
 
 // Features first up to last of v, of all heads
 static void remember(const Step &s, const Layer &l, int first, int last, Ready h,
                      const WEIGHT *then) {
+    CACHE *room[s.B], **row = room;
+    for (int b = 0; b < s.B; b++) row[b] = slot(s, l.values, b, 0);
     product(l.v, h, s.B, s.D, first, last, then, [&](int b, int f, auto y) {
+        size_t place = (size_t)(f / s.A) * s.N * s.A + f % s.A;
         for (int i = 0; i < std::min<int>(sizeof y / sizeof(float), s.B - b); i++)
-            put(slot(s, l.values, b + i, f / s.A) + f % s.A, ((float *)&y)[i]);
+            put(row[b + i] + place, ((float *)&y)[i]);
     });
 }
 
@@ -540,9 +549,12 @@ static void attend(const Step &s, const Layer &l, int b, int n, int count, size_
     for (; a + 4 * WIDTH <= s.A; a += 4 * WIDTH)
         weigh<R, 4, floats>(s, mask, score, values + a, keys + ahead + a, out + a);
     for (; a < s.A; a++) weigh<R, 1, float>(s, mask, score, values + a, keys + ahead, out + a);
-    for (int r = 0; r < R; r++)
-        for (a = 0; a < s.A; a++)
-            put(at(s.a, s.B, s.H * s.A, b, (n + r) * s.A + a), out[r * s.A + a] / sum[r]);
+    input ready[s.A];
+    for (int r = 0; r < R; r++) {
+        for (a = 0; a < s.A; a++) out[r * s.A + a] /= sum[r];
+        put(ready, out + r * s.A, s.A);
+        for (a = 0; a < s.A; a++) *at(s.a, s.B, s.H * s.A, b, (n + r) * s.A + a) = ready[a];
+    }
 }
 
 // Queries first up to last of those of all rows: those of the same keys and values together
