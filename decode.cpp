@@ -129,9 +129,9 @@ static inline void put(bfloat16 *p, floats x) {  // to every second place from p
 constexpr int PAIR = 1;
 typedef float input;
 #endif
-constexpr int ROWS = 8;     // of a matrix at once, where x has its rows in lanes
-constexpr int WORDS = 256;  // of the head at once
-constexpr int HEADS = WIDTH / 4;  // that read the same keys and values at once
+constexpr int ROWS = 8;           // of a matrix at once, where x has its rows in lanes
+constexpr int HEADS = WIDTH / 4;  // at once, that read the same keys and values
+constexpr int WORDS = 256;        // of the head at once
 template <class T> static inline floats add_product(floats sum, const T *w, const float *x) {
     return sum + load(w) * load(x);
 }
@@ -270,9 +270,9 @@ template <class T> static inline float dot(const T *w, Ready x, int D, const T *
     return dot(w, x.x, D, next);
 }
 
-// y[r] = row r of w times x, for R rows of w, and a row of x in each lane. Meanwhile as many weights
-// from `next` on are fetched: rows end before the processor guesses that others follow. As a
-// function of its own it has registers for the addresses of its rows.
+// y[r] = row r of w times x, for R rows of w, and a row of x in each lane. As many weights are
+// fetched from `next` on: rows end before the processor guesses that others follow. As a function
+// of its own it has registers for the addresses of its rows.
 template <int R, class T>
 static __attribute__((noinline)) void lanes(const T *w, const input *x, int D, const WEIGHT *next,
                                             floats *y) {
@@ -387,7 +387,8 @@ struct Own {
     input *h;                        // [B, D], lies as in `at`
     Own(const Step &s)
         : heads(s.H + s.G), values(s.G * s.A, ROWS), queries(s.B * s.H), features(s.D, ROWS),
-          hidden(s.F, ROWS), words(s.V, ROWS), score(s.score + (size_t)omp_get_thread_num() * 4 * s.M),
+          hidden(s.F, ROWS), words(s.V, ROWS),
+          score(s.score + (size_t)omp_get_thread_num() * 4 * s.M),
           room((size_t)(s.B + WIDTH) * (s.D + 1) * sizeof(input) / sizeof(Line) + 1),
           digits(std::max({s.D, s.H * s.A, s.F}) * 3 / sizeof(Line) + 6),
           h((input *)room.data()) {}

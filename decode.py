@@ -63,7 +63,8 @@ class Arguments(Structure):  # `Step` of decode.cpp
     _fields_ += [(name, c_void_p) for name in "frequency norm places position".split()]
     _fields_ += [(name, c_void_p) for name in ("tokens", "embeddings")]
     _fields_ += [("layer", POINTER(Layer)), ("embedding", Matrix), ("head", Matrix)]
-    _fields_ += [(name, c_void_p) for name in "q logits mask score high likeliest x cos sin a u".split()]
+    _fields_ += [(name, c_void_p) for name in "q logits mask score high likeliest".split()]
+    _fields_ += [(name, c_void_p) for name in "x cos sin a u".split()]
 
 
 @functools.cache
@@ -181,8 +182,8 @@ class Step:
         M = -(-N // 16) * 16
         mask, score = self.at(torch.zeros(B, M)), self.at(torch.zeros(threads, 4, M))
         self.arguments = Arguments(
-            C=C, D=cfg.dim, H=H, G=cfg.n_kv_heads, A=A, F=cfg.hidden_dim, V=cfg.vocab_size, N=N, M=M,
-            layers=len(layers), threads=threads, window=cfg.sliding_window or 0,
+            C=C, D=cfg.dim, H=H, G=cfg.n_kv_heads, A=A, F=cfg.hidden_dim, V=cfg.vocab_size, N=N,
+            M=M, layers=len(layers), threads=threads, window=cfg.sliding_window or 0,
             eps=cfg.rms_norm_eps, frequency=self.at(1 / cfg.rope_theta ** (pair / A)),
             norm=self.at(llm.model.norm.weight), places=cache.places.data_ptr(),
             layer=(Layer * len(layers))(*layers), x=x, cos=cos, sin=sin,
