@@ -6,14 +6,14 @@
 // thread takes its share of the rows of every matrix, and five places a layer where all wait:
 //
 //     q, k, v = W norm(x); q, k rotated; k, v into the cache    | wait
-//     a = softmax(q k / sqrt(A)) v, a head at a time            | wait
+//     a = softmax(q k / sqrt(A)) v, heads of the same k at once | wait
 //     x = x + W_o a                                             | wait
 //     u = silu(W_gate norm(x)) * W_up norm(x)                   | wait
 //     x = x + W_down u                                          | wait
 //
 // One row's x is multiplied a register of features at a time. Of several rows each has a lane of
 // the registers instead, and a weight is multiplied with all of them at once: sixteen answers take
-// little more than twice as long as one. Sums are in float32, or in whole numbers (see `Ready`),
+// 1.6 to 2.8 times as long as one. Sums are in float32, or in whole numbers (see `Ready`),
 // and in one order for any number of threads.
 //
 // Letters as in llm.py: D features, H query heads, G key/value heads, A features a head, F hidden
@@ -69,12 +69,11 @@ static inline floats load(const int8_t *p) {
 #else
 static inline floats load(const bfloat16 *p) {
     typedef VECTOR(uint16_t) halves;
-    typedef VECTOR(uint32_t) wholes;
-    return (floats)(__builtin_convertvector(read<halves>(p), wholes) << 16);
+    typedef VECTOR(uint32_t) bits;
+    return (floats)(__builtin_convertvector(read<halves>(p), bits) << 16);
 }
 static inline floats load(const int8_t *p) {
     typedef VECTOR(int8_t) bytes;
-    typedef VECTOR(int32_t) wholes;
     return __builtin_convertvector(__builtin_convertvector(read<bytes>(p), wholes), floats);
 }
 #endif
@@ -157,7 +156,7 @@ static inline float total(floats v) {
     return v[0];
 #endif
 }
-static inline float greatest(floats v) {  // but no NaN
+static inline float greatest(floats v) {  // none of them NaN
     float most = v[0];
     for (int i = 1; i < WIDTH; i++) most = v[i] > most ? v[i] : most;
     return most;
@@ -169,7 +168,7 @@ static inline void put_totals(float *p, const floats *v) {  // of four registers
     auto high = [](floats a, floats b) { return (floats)_mm512_unpackhi_ps((__m512)a, (__m512)b); };
     floats a = low(v[0], v[2]) + high(v[0], v[2]), b = low(v[1], v[3]) + high(v[1], v[3]);
     __m512 sum = (__m512)(low(a, b) + high(a, b));  // of each, in every fourth lane
-    __m256 half = _mm512_castps512_ps256(sum) + _mm512_extractf32x8_ps(sum, 1);
+    __m256 half = _mm512_castps512_ps256(sum) + (__m256)_mm512_extractf64x4_pd((__m512d)sum, 1);
     _mm_storeu_ps(p, _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
 #else
     for (int i = 0; i < 4; i++) p[i] = total(v[i]);
@@ -475,7 +474,8 @@ static void remember(const Step &s, const Layer &l, int first, int last, Ready h
     });
 }
 
-// Scores of R queries [R, A] in the slots in use, four slots at a time. Their values are fetched.
+// Scores of R queries [R, A] in the slots in use, four slots at a time. Meanwhile the values of
+// these slots are fetched.
 template <int R>
 static void scores(const Step &s, const float *q, const CACHE *keys, const CACHE *values,
                    float *score) {
@@ -497,7 +497,7 @@ static void scores(const Step &s, const float *q, const CACHE *keys, const CACHE
         for (int r = 0; r < R; r++) score[(size_t)r * s.M + i] = dot(keys, q + r * A, A);
 }
 
-// softmax of the scores of a query, without its division by their sum, which is returned
+// score = exp(score - the greatest), 0 where the mask hides; returns the sum of these
 static float soften(const Step &s, const float *mask, float *score) {
     floats most = floats{} - INFINITY, sum = {};
     for (int i = 0; i < s.used; i += WIDTH) {
@@ -515,7 +515,7 @@ static float soften(const Step &s, const float *mask, float *score) {
 }
 
 // out [R, A] = the sums of the values seen, weighted by the scores: of U features, or U registers
-// of them. As much is fetched from `next` on.
+// of them. Whole registers fetch as much from `next` on.
 template <int R, int U, class V>
 static inline void weigh(const Step &s, const float *mask, const float *score,
                          const CACHE *values, const CACHE *next, float *out) {
@@ -533,8 +533,9 @@ static inline void weigh(const Step &s, const float *mask, const float *score,
         for (int u = 0; u < U; u++) put(out + r * s.A + u * width, sum[r][u]);
 }
 
-// What R heads of row b from n on find in the cache, which all read the same keys and values, for
-// `count` of at most R. From the keys that are `ahead` as many are fetched.
+// What heads n up to n + R of row b, which share keys and values, find in the cache. Called with
+// the greatest R; fewer heads (`count`) go to the instance for as many. Meanwhile keys are fetched
+// that lie `ahead` further on: those of the next head.
 template <int R>
 static void attend(const Step &s, const Layer &l, int b, int n, int count, size_t ahead,
                    float *score) {
@@ -550,11 +551,11 @@ static void attend(const Step &s, const Layer &l, int b, int n, int count, size_
     for (; a + 4 * WIDTH <= s.A; a += 4 * WIDTH)
         weigh<R, 4, floats>(s, mask, score, values + a, keys + ahead + a, out + a);
     for (; a < s.A; a++) weigh<R, 1, float>(s, mask, score, values + a, keys + ahead, out + a);
-    input ready[s.A];
+    input found[s.A];
     for (int r = 0; r < R; r++) {
         for (a = 0; a < s.A; a++) out[r * s.A + a] /= sum[r];
-        put(ready, out + r * s.A, s.A);
-        for (a = 0; a < s.A; a++) *at(s.a, s.B, s.H * s.A, b, (n + r) * s.A + a) = ready[a];
+        put(found, out + r * s.A, s.A);
+        for (a = 0; a < s.A; a++) *at(s.a, s.B, s.H * s.A, b, (n + r) * s.A + a) = found[a];
     }
 }
 
@@ -590,7 +591,7 @@ static void look(const Step &s, int b) {
         int64_t ago = here - position[i];
         mask[i] = segment[i] == 1 && ago >= 0 && ago < window ? 0 : -INFINITY;
     }
-    for (int i = s.used; i % WIDTH; i++) mask[i] = -INFINITY;
+    for (int i = s.used; i % WIDTH; i++) mask[i] = -INFINITY;  // the rest of the last register
 }
 
 // Places, angles and embeddings of the tokens
@@ -650,14 +651,14 @@ struct Best {
     floats logit = floats{} - INFINITY;
     wholes word = {};
     void meet(floats y, wholes its) {
-        y = y - y == 0 ? y : floats{} + INFINITY;  // infinite, or NaN
+        y = y - y == 0 ? y : floats{} + INFINITY;  // infinite or NaN: counts as the greatest
         wholes more = y > logit;
         logit = more ? y : logit, word = more ? its : word;
     }
 };
 
-// From the rows that lie in lanes into rows one after the other, some words at a time. `best` is of
-// an answer in each lane; or, if there is but one answer, of every sixteenth word.
+// From the rows that lie in lanes into rows one after the other, some words at a time. `best` has
+// an answer in each lane; or every WIDTH-th word, if there is but one answer.
 static void write_logits(const Step &s, Ready h, int first, int last, const WEIGHT *then,
                          Best *best) {
     int n = last - first;
@@ -667,7 +668,7 @@ static void write_logits(const Step &s, Ready h, int first, int last, const WEIG
     bool one = s.C == 1;
     wholes word;
     for (int i = 0; i < WIDTH; i++) word[i] = first + (one ? i : 0);
-    if (one) std::fill_n(y + n, WIDTH, -FLT_MAX);
+    if (one) std::fill_n(y + n, WIDTH, -FLT_MAX);  // fills the last register; no logit is less
     for (int b = 0; b < s.C; b += WIDTH)
         for (int i = 0; i < n; i += one ? WIDTH : 1)
             best[b / WIDTH].meet(load(at(y, s.C, n, b, i)), word + i);

@@ -14,7 +14,7 @@ compares it with (tests/test_decode.py).
 The compiler runs at the first use, for seconds; what it made is kept in ~/.cache/nanocumo.
 
 Letters: C answers, T tokens of each, B = C T rows, D features, H query heads, A features a head,
-F hidden features, V words, N slots of the cache.
+F hidden features, V words, N slots of the cache, M = N rounded up to sixteens.
 """
 
 import contextlib
@@ -179,7 +179,7 @@ class Step:
         inputs = H * A, cfg.hidden_dim  # may be pairs, of an even number then
         a, u = (self.at(torch.zeros(B, features + 1)) for features in inputs)
         x, cos, sin = (self.at(torch.zeros(B, n)) for n in (cfg.dim, A // 2, A // 2))
-        M = -(-N // 16) * 16
+        M = -(-N // 16) * 16  # and 4 below: the most WIDTH and HEADS of decode.cpp can be
         mask, score = self.at(torch.zeros(B, M)), self.at(torch.zeros(threads, 4, M))
         self.arguments = Arguments(
             C=C, D=cfg.dim, H=H, G=cfg.n_kv_heads, A=A, F=cfg.hidden_dim, V=cfg.vocab_size, N=N,

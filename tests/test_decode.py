@@ -1,6 +1,7 @@
 """The step in C++ says what PyTorch says, at odd sizes, in every type, whoever else is there."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ SIZES = {
     "odd": LLMConfig(97, 42, 59, 2, 3, 1, head_dim=14),
     "wide": LLMConfig(97, 200, 331, 2, 4, 2, head_dim=38, tie_embeddings=True),
     "tiny": LLMConfig(97, 6, 5, 1, 3, 3, head_dim=2),
+    "many heads": LLMConfig(97, 42, 59, 2, 9, 1, head_dim=70),
     "window": LLMConfig(97, 42, 59, 2, 4, 2, head_dim=10, sliding_window=5),
 }
 
@@ -57,10 +59,11 @@ def steps_of(llm, cache, tokens):
     return torch.stack(fast), torch.stack(slow)
 
 
-@pytest.mark.parametrize("B", [1, 3, 4, 9])
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name, B", [*itertools.product(SIZES, (1, 3, 4, 9)), ("odd", 19),
+                                     ("many heads", 19)])  # fmt: skip
 def test_logits_are_those_of_pytorch(name, B):
-    """Unequal prompts, odd sizes, grouped heads, a ring that turns over twice, a tied head."""
+    """Unequal prompts, odd sizes, grouped heads, a ring that turns over twice, a tied head; 19 rows
+    are more than a register has lanes."""
     llm = made(name)
     fast, slow = steps_of(llm, *prefilled(llm, B))
     torch.testing.assert_close(fast, slow, atol=2e-5 * slow.abs().max().item(), rtol=0)
@@ -139,8 +142,10 @@ def test_tokens_or_their_embeddings(dtype, C, T):
     assert steps[0].cache.seen == T, "refused tokens leave the cache alone"
 
 
-def test_a_row_is_the_same_on_any_number_of_threads_and_nearly_so_alone():
-    llm = made("wide")
+@pytest.mark.parametrize("name", ["wide", "odd", "many heads"])
+def test_a_row_is_the_same_on_any_number_of_threads_and_nearly_so_alone(name):
+    """Also where a thread has but some of the heads that share their keys."""
+    llm = made(name)
     cache, tokens = prefilled(llm, 9)
     alone = Cache(llm.cfg, 1, cache.size)
     alone.keys, alone.values, alone.places, alone.next = (
@@ -150,7 +155,7 @@ def test_a_row_is_the_same_on_any_number_of_threads_and_nearly_so_alone():
     alone.seen = cache.seen
     found = []
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
             together = copy.deepcopy(cache)
             step = Step.of(llm, together)
@@ -159,7 +164,7 @@ def test_a_row_is_the_same_on_any_number_of_threads_and_nearly_so_alone():
         torch.set_num_threads(1)
     step = Step.of(llm, alone)
     single = torch.stack([step(llm.embed(ids[4:5])).clone() for ids in tokens])
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert all(torch.equal(found[0], other) for other in found[1:])
     torch.testing.assert_close(found[0][:, 4:5], single, atol=2e-4, rtol=0)
 
 
