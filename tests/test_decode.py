@@ -69,6 +69,23 @@ def test_logits_are_those_of_pytorch(name, B):
     torch.testing.assert_close(fast, slow, atol=2e-5 * slow.abs().max().item(), rtol=0)
 
 
+@pytest.mark.parametrize("name", SIZES)
+def test_more_rows_than_a_register_has_lanes_are_near_the_truth(name):
+    """That in float64: at most 2.5 times PyTorch's own error, since sums are in another order."""
+    llm = made(name)
+    cache, tokens = prefilled(llm, 19)
+    exact, truth, other = copy.deepcopy(llm).double(), copy.deepcopy(cache), copy.deepcopy(cache)
+    truth.keys, truth.values = truth.keys.double(), truth.values.double()
+    step, errors = Step.of(llm, cache), []
+    for ids in tokens:
+        right = exact.logits(exact.hidden(exact.embed(ids), cache=truth)[0])[:, 0]
+        slow = llm.logits(llm.hidden(llm.embed(ids), cache=other)[0])[:, 0]
+        fast = step(llm.embed(ids))
+        errors.append(torch.stack([(y - right).square().mean() for y in (fast, slow)]))
+    ours, theirs = torch.stack(errors).mean(0).sqrt()
+    assert 0 < ours < 2.5 * theirs
+
+
 @pytest.mark.parametrize("C, T", [(1, 9), (1, 64), (3, 5)])
 @pytest.mark.parametrize("name", ["odd", "wide", "tiny"])
 def test_short_prompts_at_once(name, C, T):
