@@ -38,9 +38,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.hub import resolve
+from data.hub import local_folder
 from data.weights import check_fields, load_into, read_config, read_tensors
-from mlp_moe import ACTIVATIONS, Aux, SparseMoE, recomputed
+from mlp_moe import ACTIVATIONS, Aux, SparseMoE, checkpointed
 
 # our field: the name in public configs (the last three are ours; transformers ignores them)
 HF_NAMES = {"image_size": "image_size", "patch_size": "patch_size", "dim": "hidden_size",
@@ -213,7 +213,7 @@ class CLIPVision(nn.Module):
         """Tokens [n, 1 + P, D] of one scale after so many layers (default: all but the last)."""
         x, auxes = self.pre_layrnorm(self.embeddings(images)), []
         for layer in self.layers[: self.cfg.n_layers - 1 if layers is None else layers]:
-            x, aux = recomputed(layer, x) if self.checkpoint and self.training else layer(x)
+            x, aux = checkpointed(layer, x) if self.checkpoint and self.training else layer(x)
             auxes += [aux] if aux else []
         return x, auxes
 
@@ -234,7 +234,7 @@ class CLIPVision(nn.Module):
             auxes.append(layer_auxes)
         return torch.cat(features, dim=-1), mean_aux(auxes)
 
-    def original_state_dict(self, keep_vars: bool = False) -> dict[str, Tensor]:
+    def public_state_dict(self, keep_vars: bool = False) -> dict[str, Tensor]:
         """Views of all weights under the names of the public checkpoints; `keep_vars` as in
         `state_dict`: the parameters themselves, where they are whole."""
         views = {}
@@ -244,7 +244,7 @@ class CLIPVision(nn.Module):
         for i, layer in enumerate(self.layers):
             if layer.sparse:
                 prefix = f"vision_model.encoder.layers.{i}."
-                views |= layer.moe.original_state_dict(("fc1", "fc2"), prefix)
+                views |= layer.moe.public_state_dict(("fc1", "fc2"), prefix)
         return views
 
     def load_original(self, tensors: dict | Iterable[tuple[str, Tensor]],
@@ -254,7 +254,7 @@ class CLIPVision(nn.Module):
         # transformers 5 saves a tower alone without the prefix "vision_model."
         bare = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")
         pairs = (("vision_model." * name.startswith(bare) + name, tensor) for name, tensor in pairs)
-        load_into(self.original_state_dict(keep_vars=mapped), pairs, is_unused, source, mapped)
+        load_into(self.public_state_dict(keep_vars=mapped), pairs, is_unused, source, mapped)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, scales: tuple[int, ...] | None = None,
@@ -264,7 +264,7 @@ class CLIPVision(nn.Module):
 
         `scales` None means what the config says, (1,) in public ones; `dtype` None means float32.
         """
-        path = resolve(path)
+        path = local_folder(path)
         cfg = CLIPVisionConfig.from_hf(read_config(path))
         cfg = replace(cfg, scales=scales or cfg.scales)
         with torch.device("meta"):

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from clip_moe import CLIPVision, CLIPVisionConfig
 from data.chat import IGNORE, IMAGE_TOKEN
-from data.hub import resolve
+from data.hub import local_folder
 from data.weights import (
     check_fields,
     load_into,
@@ -96,7 +96,7 @@ class CuMoConfig:
         if "vision_config" in config:
             vision = CLIPVisionConfig.from_hf(config)
         elif isinstance(config.get("mm_vision_tower"), str):  # the original only names its CLIP
-            tower = read_config(resolve(config["mm_vision_tower"], "config"))
+            tower = read_config(local_folder(config["mm_vision_tower"], "config"))
             vision = replace(
                 CLIPVisionConfig.from_hf(tower),
                 scales=config.get("scales") or (1,),
@@ -155,7 +155,7 @@ class CuMo(nn.Module):
         features = cfg.vision.dim * len(cfg.vision.scales)
         self.connector = Connector(features, cfg.llm.dim, cfg.mlp_experts, cfg.mlp_top_k)
         self.llm = LLM(cfg.llm)
-        self.whole_batch = None  # other processes have rows too: from means to theirs (parallel.py)
+        self.reduce_losses = None  # set by engine/fsdp.py: averages the losses over all ranks
 
     @property
     def image_tokens(self):
@@ -193,7 +193,7 @@ class CuMo(nn.Module):
             raise ValueError(f"{int(is_image.sum())} IMAGE_TOKENs for {n_images} images; each "
                              f"takes a run of {self.image_tokens}")  # fmt: skip
         x = self.llm.embed(tokens.masked_fill(is_image, 0))
-        if images is None or not n_images and not self.whole_batch:
+        if images is None or not n_images and not self.reduce_losses:
             return x, {"clip": None, "mlp": None}
         if not n_images:  # a blank one, for no text: others have some, so this process must join in
             images = images.new_zeros(1, *images.shape[1:])
@@ -209,9 +209,9 @@ class CuMo(nn.Module):
         loss = lm_loss = None
         if labels is not None:
             lm_loss = self.llm.loss(x, labels)
-            if self.whole_batch:
+            if self.reduce_losses:
                 n_images = 0 if images is None else len(images)
-                lm_loss, aux = self.whole_batch(lm_loss, aux, n_images, labels, segments)
+                lm_loss, aux = self.reduce_losses(lm_loss, aux, n_images, labels, segments)
             loss = lm_loss
             for part in filter(None, aux.values()):
                 loss = loss + self.cfg.balance_coef * part.balance + self.cfg.z_coef * part.z
@@ -230,19 +230,19 @@ class CuMo(nn.Module):
 
     # ------------------------------------------------------------------------- checkpoints
 
-    def original_state_dict(self, keep_vars=False):
+    def public_state_dict(self, keep_vars=False):
         """Views of all parameters under the names of the released checkpoints; `keep_vars` as in
         `state_dict`: the parameters themselves, where they are whole."""
-        views = dict(self.llm.original_state_dict(keep_vars))
-        vision = self.vision.original_state_dict(keep_vars)
+        views = dict(self.llm.public_state_dict(keep_vars))
+        vision = self.vision.public_state_dict(keep_vars)
         views |= {"model.vision_tower." + k: v for k, v in vision.items()}
         return views | {
-            "model.mm_projector." + k: v for k, v in self.connector.original_state_dict().items()
+            "model.mm_projector." + k: v for k, v in self.connector.public_state_dict().items()
         }
 
     def save_pretrained(self, path, dtype=None):
         """Write config.json and safetensors under the original's names, cast to `dtype`."""
-        views = self.original_state_dict()
+        views = self.public_state_dict()
         write_tensors(path, {k: v.to(dtype) for k, v in views.items()} if dtype else views)
         write_json(Path(path) / "config.json", self.cfg.to_original())
 
@@ -251,14 +251,14 @@ class CuMo(nn.Module):
         """Load a checkpoint, a directory or its name on the hub, ours or in the original's layout;
         its stages' mm_projector.bin and clip.bin go before the shards. Every missing, unexpected or
         wrongly shaped weight is named in one ValueError."""
-        path = resolve(path)
+        path = local_folder(path)
         cfg = CuMoConfig.from_original(read_config(path), path)
         with torch.device("meta"):
             model = cls(cfg).to(dtype or torch.float32)
         for rehearsal in (True, False):  # on the meta device it only tells whether everything fits
             model = model if rehearsal else model.to_empty(device=device or "cpu")
             weights = chain(read_tensors(path), read_stage_files(path))
-            targets = model.original_state_dict(keep_vars=True)
+            targets = model.public_state_dict(keep_vars=True)
             load_into(targets, weights, source=str(path), mapped=True)
         return model
 

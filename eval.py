@@ -2,7 +2,7 @@
 
     python eval.py                       # the furthest stage in out/, all splits
     python eval.py --model DIR --n 1000
-    python eval.py --model DIR --benchmark pope --folder eval/pope     # data/benchmarks.py
+    python eval.py --model DIR --benchmark pope --folder eval/pope     # extras/benchmarks.py
     python eval.py --experts load.png --data mine.json --image-folder pics
 
 Three splits (data/world.py): `seen` (fresh scenes), `pairs` (pairs of things that never met in
@@ -25,18 +25,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from conversation import prompt
 from cumo import CuMo, check_device, has_fast_bf16
-from data import benchmarks, world
+from data import world
 from data.exam import SPLITS, exam, fixed_answers, question_form
 from data.flags import parse, run
-from data.hub import resolve
+from data.hub import local_folder
 from data.images import preprocess
 from data.llava import LlavaData
 from data.tokenizer import Tokenizer
 from data.weights import fingerprint, make_folder, write_json
+from engine.conversation import prompt
+from extras import benchmarks
+from extras.plots import check_target, draw_answers, draw_load
 from mlp_moe import SparseMoE
-from plots import check_target, draw_answers, draw_load
 from sample import DTYPES, find_model
 
 
@@ -45,7 +46,7 @@ class EvalConfig:
     model: str = ""  # a checkpoint; empty: the furthest stage in out/
     out: str = "out"  # folder for eval.json and experts.png
     n: int = 1600  # questions a split; of a benchmark: the first so many, not given: all
-    benchmark: str = ""  # a public one instead of the scenes: pope, gqa, ... (data/benchmarks.py)
+    benchmark: str = ""  # a public one instead of the scenes: pope, gqa, ... (extras/benchmarks.py)
     folder: str = ""  # where the benchmark's files are
     experts: str = ""  # draw the experts' load into this file; empty: experts.png in --out
     data: str = ""  # draw it for the pictures of this LLaVA file, and do nothing else
@@ -177,7 +178,7 @@ def main():
         questions = benchmarks.load(cfg.benchmark, cfg.folder, cfg.n if "n" in given else 0)
     elif cfg.data:
         data = LlavaData(cfg.data, cfg.image_folder, cfg.n if "n" in given else 400)
-    path = resolve(cfg.model) if cfg.model else find_model(cfg.out)
+    path = local_folder(cfg.model) if cfg.model else find_model(cfg.out)
     model = CuMo.from_pretrained(path, device=cfg.device, dtype=DTYPES[cfg.dtype]).eval()
     tokenizer = Tokenizer.from_pretrained(path)
     if cfg.benchmark:

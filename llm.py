@@ -45,7 +45,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from data.hub import resolve
+from data.hub import local_folder
 from data.weights import (
     check_fields,
     load_into,
@@ -54,9 +54,9 @@ from data.weights import (
     write_json,
     write_tensors,
 )
-from decode import Step
+from engine.decode import Step
 from loss import mean_cross_entropy
-from mlp_moe import Aux, SparseMoE, recomputed
+from mlp_moe import Aux, SparseMoE, checkpointed
 
 HF_NAMES = {  # our name of a field -> its name in a public config.json
     "vocab_size": "vocab_size", "dim": "hidden_size", "hidden_dim": "intermediate_size",
@@ -368,7 +368,7 @@ class LLM(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         head = self.model.embed_tokens if self.cfg.tie_embeddings else self.lm_head
-        return product(x, head.weight, getattr(head, "scale", None))  # int8: quant.py
+        return product(x, head.weight, getattr(head, "scale", None))  # int8: engine/quant.py
 
     def hidden(self, x: Tensor, segments: Tensor | None = None,
                cache: Cache | None = None) -> tuple[Tensor, Aux | None]:  # fmt: skip
@@ -396,7 +396,7 @@ class LLM(nn.Module):
         rope = rope_tables(pos, self.cfg.head_dim, self.cfg.rope_theta)
         run, memory, auxes = Block.__call__, (), []
         if self.checkpoint and self.training:
-            run = recomputed
+            run = checkpointed
         elif cache is not None and cache.compile and x.shape[1] == 1:
             run = compiled(Block.forward)
         for layer, block in enumerate(self.model.layers):
@@ -440,7 +440,7 @@ class LLM(nn.Module):
         A row past its end token is filled up with it. `stream` gets the ids [B] of each step, and
         ends the answer if it returns True. A `cache` holds what came before the prompt, which is
         not computed again; the prompt and all of the answer but its last token are added to it.
-        `compile` the steps: some seconds at first, then several times as fast (bench.py decode).
+        `compile` the steps: some seconds at first, then several times as fast (bench/speed.py).
         """
         if (tokens is None) == (embeds is None):
             raise ValueError("generate continues either tokens or embeds: give exactly one of them")
@@ -456,7 +456,7 @@ class LLM(nn.Module):
         if cache is None:
             room = x.shape[1] + max_new_tokens
             cache = Cache(self.cfg, len(x), room, product_dtype(x), x.device, compile)
-        step = Step.of(self, cache) if cache.compile else None  # on a CPU: decode.py
+        step = Step.of(self, cache) if cache.compile else None  # on a CPU: engine/decode.py
         logits = compiled(LLM.logits) if cache.compile and not step else LLM.logits
         going_on = isinstance(seed, torch.Generator | None)
         generator = seed if going_on else torch.Generator(x.device).manual_seed(seed)
@@ -480,7 +480,7 @@ class LLM(nn.Module):
             x, segments = ids.unsqueeze(1), None
         return torch.stack(out, dim=1)
 
-    def original_state_dict(self, keep_vars=False) -> dict[str, Tensor]:
+    def public_state_dict(self, keep_vars=False) -> dict[str, Tensor]:
         """Views of all weights under their public names, those of Mistral or Mixtral; `keep_vars`
         as in `state_dict`: the parameters themselves, where they are whole."""
         views = self.state_dict(keep_vars=keep_vars)
@@ -488,7 +488,7 @@ class LLM(nn.Module):
             if block.sparse:
                 prefix = f"model.layers.{i}.block_sparse_moe."
                 views = {name: w for name, w in views.items() if not name.startswith(prefix)}
-                views |= block.block_sparse_moe.original_state_dict(("w1", "w2", "w3"), prefix)
+                views |= block.block_sparse_moe.public_state_dict(("w1", "w2", "w3"), prefix)
         return views
 
     def load_original(self, tensors: Iterable[tuple[str, Tensor]], source="checkpoint",
@@ -498,13 +498,13 @@ class LLM(nn.Module):
         # old files store the angles of RoPE, some a tied head a second time
         needless = "rotary_emb.inv_freq", *(["lm_head.weight"] if self.cfg.tie_embeddings else [])
         skip = lambda name: name.endswith(needless)
-        load_into(self.original_state_dict(keep_vars=mapped), tensors, skip, source, mapped)
+        load_into(self.public_state_dict(keep_vars=mapped), tensors, skip, source, mapped)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype=None, device=None) -> "LLM":
         """From a directory in Hugging Face's layout or its name on the hub, a tensor at a time;
         None: float32, CPU."""
-        path = resolve(path)
+        path = local_folder(path)
         with torch.device("meta"):
             llm = cls(LLMConfig.from_hf(read_config(path))).to(dtype or torch.float32)
         llm.load_original(read_tensors(path), str(path))  # a rehearsal: does everything fit?
@@ -514,7 +514,7 @@ class LLM(nn.Module):
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write a directory that `from_pretrained`, and transformers, can read."""
-        write_tensors(path, self.original_state_dict())
+        write_tensors(path, self.public_state_dict())
         write_json(Path(path) / "config.json", self.cfg.to_hf())
 
 

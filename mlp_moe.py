@@ -30,7 +30,7 @@ Python wait, one compiled graph for every routing. An expert without tokens gets
 zeros. The original loops over the samples and over the experts: 960 calls per image in CLIP alone.
 
 On disk each expert keeps the original's names and orientation (`experts.3.fc1.weight` [F, D]).
-`original_state_dict` hands out *views* of the stacked parameters under those names; saving reads
+`public_state_dict` hands out *views* of the stacked parameters under those names; saving reads
 them, loading and upcycling write through them, and no second copy of a weight ever exists.
 
 Letters: B samples, T tokens, D features, F hidden features, E experts, K experts a token, N tokens
@@ -60,9 +60,9 @@ def tanh_gelu(x: Tensor) -> Tensor:
 ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu, "silu": F.silu,
                "gelu_pytorch_tanh": tanh_gelu}  # fmt: skip
 
-# recomputed(block, x): run it again in the backward pass instead of keeping its activations. Its
+# checkpointed(block, x): run it again in the backward pass instead of keeping its activations. Its
 # sorts are kept: they are the routing, and a token must not meet another expert the second time.
-recomputed = partial(
+checkpointed = partial(
     checkpoint,
     use_reentrant=False,
     context_fn=partial(create_selective_checkpoint_contexts, [torch.ops.aten.sort.stable]),
@@ -201,7 +201,7 @@ class Experts(nn.Module):
             hidden_MF = hidden_MF * linear(x_MD, self.w3, None)
         return linear(hidden_MF, self.w2, self.b2)
 
-    def original_state_dict(self, names: tuple[str, ...], prefix: str = "") -> dict[str, Tensor]:
+    def public_state_dict(self, names: tuple[str, ...], prefix: str = "") -> dict[str, Tensor]:
         """Views of each expert's weights under public names, e.g. names=("fc1", "fc2")."""
         layers = [(self.w1, self.b1), (self.w2, self.b2), (self.w3, None)]
         views = {}
@@ -260,10 +260,10 @@ class SparseMoE(nn.Module):
         y_BTKD = y_BTKD.view(*weights_BTK.shape, y_MD.shape[-1])
         return (weights_BTK[..., None] * y_BTKD).sum(-2).to(y_MD.dtype), aux
 
-    def original_state_dict(self, names: tuple[str, ...], prefix: str = "") -> dict[str, Tensor]:
+    def public_state_dict(self, names: tuple[str, ...], prefix: str = "") -> dict[str, Tensor]:
         """Views of all weights under public names: gate.weight, experts.0.<name>.weight, ..."""
         views = {f"{prefix}gate.weight": self.gate.weight.detach()}
-        return views | self.experts.original_state_dict(names, f"{prefix}experts.")
+        return views | self.experts.public_state_dict(names, f"{prefix}experts.")
 
 
 class Connector(nn.Module):
@@ -285,15 +285,15 @@ class Connector(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Aux | None]:
         return self.moe(x) if self.sparse else (self.mlp(x), None)
 
-    def original_state_dict(self) -> dict[str, Tensor]:
+    def public_state_dict(self) -> dict[str, Tensor]:
         """Views under the public names: {0,2}.{weight,bias} or gate.weight, experts.e.{0,2}.*"""
-        return self.moe.original_state_dict(("0", "2")) if self.sparse else self.mlp.state_dict()
+        return self.moe.public_state_dict(("0", "2")) if self.sparse else self.mlp.state_dict()
 
     def load_original(self, state_dict: dict[str, Tensor]) -> None:
         if self.sparse and "0.weight" in state_dict:
             raise ValueError("a dense connector's weights cannot fill a sparse one: "
                              "load a dense model and upcycle it (upcycle.py)")  # fmt: skip
-        load_into(self.original_state_dict(), state_dict, source="the connector's state dict")
+        load_into(self.public_state_dict(), state_dict, source="the connector's state dict")
 
 
 if __name__ == "__main__":  # a worked example: ten tokens, four experts, two for each token

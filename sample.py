@@ -23,17 +23,17 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from conversation import Conversation, check_options
 from cumo import CuMo, check_device
 from data.flags import parse, run
-from data.hub import resolve
+from data.hub import local_folder
 from data.images import open_image
 from data.tokenizer import Tokenizer
 from data.weights import read_config
 from data.world import DESCRIBE
+from engine.conversation import Conversation, check_options
+from engine.quant import quantize
+from extras.plots import check_target, draw_routing
 from llm import LLM
-from plots import check_target, draw_routing
-from quant import quantize
 
 DTYPES = {"": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 COMMANDS = "/image FILE adds a picture to the next question, /reset forgets all, /quit leaves"
@@ -55,7 +55,7 @@ class SampleConfig:
     context: int = 4096  # tokens of a conversation that are kept, if the model has no window
     experts: str = ""  # draw which expert saw which patch into this file
     dtype: str = ""  # of the weights: float32 or bfloat16; empty: float32
-    quant: str = ""  # int8: the language model's matrices in one byte a weight (quant.py)
+    quant: str = ""  # int8: the language model's matrices in one byte a weight (engine/quant.py)
     compile: bool = False  # the steps: some seconds at first (C++ on a CPU, torch.compile on a GPU)
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to run
 
@@ -172,7 +172,7 @@ def main():
     if not (cfg.chat or images or "ask" in given or question):
         raise ValueError("nothing to do; give --image FILE, --ask QUESTION, or both")
     check_device(cfg.device)
-    path = resolve(cfg.model) if cfg.model else find_model()
+    path = local_folder(cfg.model) if cfg.model else find_model()
     model = load(path, cfg.device, DTYPES[cfg.dtype], cfg.quant)
     if cfg.experts:
         draw_routing(model, images[0], cfg.experts)

@@ -4,7 +4,7 @@
 
 is the order in which a setting gets its value (`resolve`). The table stands here as the paper's
 does (Table 6); so does the question of memory, which is answered before a weight is loaded
-(`settle`): how exact can the training be on this machine? train.py does the rest.
+(`choose_precision`): how exact can the training be on this machine? train.py does the rest.
 """
 
 import dataclasses
@@ -18,17 +18,16 @@ from dataclasses import dataclass
 
 import torch
 
-import budget
-import parallel
 from clip_moe import CLIPVisionConfig
 from cumo import CuMoConfig, has_fast_bf16
 from data.chat import TEMPLATES
-from data.hub import resolve as local_folder
+from data.hub import local_folder
 from data.images import MODES
 from data.loader import default_workers
 from data.weights import read_config
+from engine import fsdp, memory
+from engine.optim import MOMENTS, WEIGHTS
 from llm import LLMConfig
-from optim import MOMENTS, WEIGHTS
 from upcycle import PARTS, sparse_config
 
 
@@ -86,7 +85,7 @@ PRESETS = {
     "mixtral-8x7b": dict(clip=CLIP_L, llm="mistralai/Mixtral-8x7B-Instruct-v0.1", scales=(1, 3)),
 }
 # Learning rates and lengths as in the paper's Table 6; a step sees about as many samples (256, 128,
-# 128). The miniature's were found by trying (LOG.md).
+# 128). The miniature's were found by trying (docs/LOG.md).
 PAPER = {
     1: dict(template="plain", lr=1e-3, rows=4, accumulate=20, row_tokens=2048, image_mode="square"),
     2: dict(template="mistral_instruct_system", lr=2e-6, rows=1, accumulate=28, row_tokens=4096),
@@ -141,9 +140,9 @@ def resolve(given, stage, target=True):
     check_choice("weights", cfg.weights, ["", *WEIGHTS])
     check_choice("moments", cfg.moments, ["", *MOMENTS])
     for name, choices in (("scratch", cfg.upcycle.split(",")), ("freeze", PARTS)):
-        for part in listed(getattr(cfg, name)):
+        for part in split_parts(getattr(cfg, name)):
             check_choice(name, part, choices)
-    if set(listed(cfg.freeze)) == set(PARTS):
+    if set(split_parts(cfg.freeze)) == set(PARTS):
         raise ValueError(f"--freeze {cfg.freeze} leaves nothing to learn; freeze at most two parts")
     for name in ("lr", "clip_grad", "weight_decay", "balance_coef", "z_coef"):
         value, flag = getattr(cfg, name), "--" + name.replace("_", "-")
@@ -174,7 +173,7 @@ def check_choice(flag, value, choices):
         )
 
 
-def listed(text):
+def split_parts(text):
     """The parts in a flag such as "clip,mlp"."""
     return text.split(",") if text else []
 
@@ -184,7 +183,7 @@ def learning(cfg):
     if cfg.stage == 1:
         return ["connector"]
     modules = dict(zip(PARTS, ("vision", "connector", "llm")))
-    return [name for part, name in modules.items() if part not in listed(cfg.freeze)]
+    return [name for part, name in modules.items() if part not in split_parts(cfg.freeze)]
 
 
 def lr_at(done, cfg):
@@ -288,7 +287,7 @@ def model_config(cfg):
         if cfg.llm == PRESETS["smol-mini"]["llm"] and not pathlib.Path(cfg.llm).is_dir():
             raise ValueError(f"--llm: {cfg.llm!r} is not there; runs/smollm2.sh makes it")
         vision, llm = (
-            budget.KNOWN.get(name) or kind.from_hf(read_config(local_folder(name, "config")))
+            memory.KNOWN.get(name) or kind.from_hf(read_config(local_folder(name, "config")))
             for name, kind in ((cfg.clip, CLIPVisionConfig), (cfg.llm, LLMConfig))
         )
         model = CuMoConfig(dataclasses.replace(vision, scales=cfg.scales), llm)
@@ -298,10 +297,10 @@ def model_config(cfg):
 
 
 def plan_of(cfg):
-    """What a batch of this stage takes: a budget.Plan."""
-    _, processes = parallel.world()
+    """What a batch of this stage takes: a memory.Plan."""
+    _, processes = fsdp.world()
     tokens = cfg.rows * cfg.row_tokens // processes
-    return budget.plan_of(model_config(cfg), cfg.stage, tokens, learning(cfg), bf16=cfg.bf16,
+    return memory.plan_of(model_config(cfg), cfg.stage, tokens, learning(cfg), bf16=cfg.bf16,
                           processes=processes)  # fmt: skip
 
 
@@ -311,11 +310,11 @@ def fixed(cfg):
     return {name: value for name, value in given.items() if value not in ("", None)}
 
 
-def settle(cfg):
+def choose_precision(cfg):
     """Fill in the choices of precision and memory that the flags leave open: the most exact way
-    that this machine has room for. Returns its budget.Plan."""
-    best = budget.first_that_fits(plan_of(cfg), budget.available_memory(cfg.device), **fixed(cfg))
-    needs, there = budget.total(best) / budget.GB, budget.available_memory(cfg.device) / budget.GB
+    that this machine has room for. Returns its memory.Plan."""
+    best = memory.first_that_fits(plan_of(cfg), memory.available_memory(cfg.device), **fixed(cfg))
+    needs, there = memory.total(best) / memory.GB, memory.available_memory(cfg.device) / memory.GB
     if needs > 2 * there:
         raise ValueError(
             f"stage {cfg.stage} takes about {needs:.0f} GB, and this machine has {there:.0f}: "
@@ -329,4 +328,4 @@ def print_estimate(cfg):
     """What this stage would take on each size of card, with the flags that are given fixed."""
     batch = f"{cfg.rows} rows of {cfg.row_tokens} tokens"
     print(f"stage {cfg.stage} of {cfg.preset}, {batch} a batch:")
-    print(budget.table(plan_of(cfg), **fixed(cfg)))
+    print(memory.table(plan_of(cfg), **fixed(cfg)))

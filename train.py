@@ -38,23 +38,22 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import budget
-import parallel
 from clip_moe import CLIPVision
 from cumo import CuMo, CuMoConfig, check_device
 from data.chat import template_of
 from data.flags import parse, run
-from data.hub import resolve as local_folder
+from data.hub import local_folder
 from data.llava import LlavaData, check_row, encode
-from data.loader import KINDS, Loader, data_order, told
+from data.loader import KINDS, Loader, data_order, summary
 from data.packing import pack
 from data.tokenizer import Tokenizer
 from data.weights import check_zip, copy_into, publish, sync, write_json
 from data.world import World
+from engine import fsdp, memory
+from engine.optim import AdamW
+from extras.plots import draw_metrics
 from llm import LLM
 from mlp_moe import Connector
-from optim import AdamW
-from plots import draw_metrics
 from stages import (
     SHARED,
     WORLD_TASK,
@@ -62,14 +61,14 @@ from stages import (
     begin,
     check_sums,
     checksums,
+    choose_precision,
     learning,
-    listed,
     lr_at,
     print_estimate,
     read_state,
     refuse_difference,
     resolve,
-    settle,
+    split_parts,
     stage_dir,
 )
 from upcycle import upcycle
@@ -88,9 +87,9 @@ def param_groups(model, cfg):
 
 
 def make_optimizer(model, cfg):
-    """PyTorch's own AdamW in float32, ours (optim.py) for all else."""
+    """PyTorch's own AdamW in float32, ours (engine/optim.py) for all else."""
     groups = param_groups(model, cfg)
-    if cfg.moments == "int8" and parallel.world()[1] > 1:
+    if cfg.moments == "int8" and fsdp.world()[1] > 1:
         raise ValueError("--moments int8 is for one process; take bf16, which many have room for")
     if (cfg.weights, cfg.moments) == ("fp32", "fp32"):
         return torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
@@ -116,7 +115,7 @@ def build(cfg):
         check_sums(source)
         model = CuMo.from_pretrained(source, dtype=dtype)
     if cfg.stage == 3 and cfg.upcycle != "none":
-        parts, scratch = cfg.upcycle.split(","), listed(cfg.scratch)
+        parts, scratch = cfg.upcycle.split(","), split_parts(cfg.scratch)
         model = upcycle(model, parts, cfg.num_experts, cfg.top_k, cfg.seed, scratch)
     model.vision.checkpoint = model.llm.checkpoint = bool(cfg.recompute)
     for name, module in model.named_children():  # vision, connector, llm
@@ -156,20 +155,20 @@ class Trainer:
 
     def __init__(self, cfg):
         check_device(cfg.device)
-        parallel.check_rows(cfg.rows)
+        fsdp.check_rows(cfg.rows)
         torch.manual_seed(cfg.seed)
         self.cfg, self.folder = cfg, stage_dir(cfg, cfg.stage)
         self.data = open_data(cfg)
-        with parallel.in_turn():
+        with fsdp.in_turn():
             self.model, source = build(cfg)
-            parallel.shard(self.model, cfg.device, cfg.bf16)
+            fsdp.shard(self.model, cfg.device, cfg.bf16)
         self.tokenizer = Tokenizer.from_pretrained(source)
         check_row(cfg.row_tokens, self.tokenizer, cfg.template, self.model.image_tokens)
         self.optimizer = make_optimizer(self.model, cfg)
         self.order = data_order(len(self.data), cfg.samples or len(self.data), cfg.seed)
         self.step, self.used, self.seconds, self.stop = 0, 0, 0.0, False
         self.counts = dict.fromkeys(KINDS, 0)
-        self.rate = budget.product_rate(cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32)
+        self.rate = memory.product_rate(cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32)
         if cfg.compile:  # rows have one length; the number of images differs from batch to batch
             for block in self.model.llm.model.layers:
                 block.compile(dynamic=False)
@@ -183,7 +182,7 @@ class Trainer:
             encode, tokenizer=self.tokenizer, template=cfg.template, max_tokens=cfg.row_tokens,
             image_tokens=model.image_tokens, image_size=model.cfg.vision.image_size,
             image_mode=cfg.image_mode)  # fmt: skip
-        skipped = self.folder / "skipped.jsonl" if parallel.first() else None
+        skipped = self.folder / "skipped.jsonl" if fsdp.first() else None
         loader = Loader(self.data, self.order, code, cfg.workers, self.counts, skipped)
         return pack(loader.samples(self.used), cfg.rows, cfg.row_tokens)
 
@@ -195,7 +194,7 @@ class Trainer:
             return None
         tokens, images_seen, metrics = 0, 0, []
         for batch in taken:
-            mine = parallel.own_rows(batch, self.model.image_tokens)
+            mine = fsdp.collate(batch, self.model.image_tokens)
             with torch.autocast(cfg.device, torch.bfloat16, cfg.bf16 and cfg.weights == "fp32"):
                 out = self.model(**{name: x.to(cfg.device) for name, x in mine.items()})
             if out.loss.requires_grad:  # else the connector alone learns, and there is no image
@@ -205,7 +204,7 @@ class Trainer:
             images_seen += len(batch["images"])
             self.used += batch["samples"]
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.clip_grad)
-        norm = parallel.full(norm).item()
+        norm = fsdp.full(norm).item()
         if not math.isfinite(norm):
             names = [self.data.name(i) for i in self.order[before : self.used].tolist()]
             good = any((self.folder / name).is_file() for name in RESUME)
@@ -223,19 +222,19 @@ class Trainer:
         self.step += 1
         took = time.perf_counter() - start
         self.seconds += took
-        work = budget.operations(self.model.cfg, cfg.stage, tokens, images_seen, cfg.row_tokens)
+        work = memory.operations(self.model.cfg, cfg.stage, tokens, images_seen, cfg.row_tokens)
         return {"step": self.step, "samples": self.used, **mean(metrics), "lr": lr,
                 "grad_norm": norm, "tokens_per_s": round(tokens / took),
                 "samples_per_s": round((self.used - before) / took, 2),
-                "mfu": round(work / took / self.rate / parallel.world()[1], 4),
-                "memory_gb": round(budget.peak_memory(cfg.device) / budget.GB, 2)}  # fmt: skip
+                "mfu": round(work / took / self.rate / fsdp.world()[1], 4),
+                "memory_gb": round(memory.peak_memory(cfg.device) / memory.GB, 2)}  # fmt: skip
 
     def save_resume(self):
         """Write resume.pt aside, then put it in place; the one before stays as resume.old.pt."""
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                  "rng": torch.get_rng_state(), **{k: getattr(self, k) for k in PLACE}}  # fmt: skip
-        state = parallel.gather(state)
-        if not parallel.first():
+        state = fsdp.gather(state)
+        if not fsdp.first():
             return
         newest, older = (self.folder / name for name in RESUME)
         aside = self.folder / (newest.name + ".partial")
@@ -258,7 +257,7 @@ class Trainer:
             file = self.folder / name
             try:
                 check_zip(file)
-                mmap = parallel.world()[1] > 1  # each process reads its share alone
+                mmap = fsdp.world()[1] > 1  # each process reads its share alone
                 state = torch.load(file, weights_only=True, map_location="cpu", mmap=mmap)
                 break
             except FileNotFoundError:  # the machine stopped between two renames
@@ -268,11 +267,11 @@ class Trainer:
         else:
             raise ValueError(f"no resume point in {self.folder} can be read; --overwrite begins "
                              "the stage again")  # fmt: skip
-        parallel.load(self.model, self.optimizer, state)
+        fsdp.load(self.model, self.optimizer, state)
         for name in PLACE:
             setattr(self, name, state[name])
         torch.set_rng_state(state["rng"])
-        if not parallel.first():
+        if not fsdp.first():
             return
         log = self.folder / "metrics.jsonl"
         lines = log.read_bytes().splitlines(keepends=True)[: self.step]
@@ -280,13 +279,13 @@ class Trainer:
 
     def loop(self, wandb=None):
         """Train to the end of the data -> True, or until Ctrl-C -> False."""
-        first, device = parallel.first(), self.cfg.device
+        first, device = fsdp.first(), self.cfg.device
         bar = tqdm(total=len(self.order), initial=self.used, unit="sample",
                    desc=f"stage {self.cfg.stage}", disable=not first)  # fmt: skip
         self.model.train()
         log = open(self.folder / "metrics.jsonl" if first else os.devnull, "a", buffering=1)
         with log, bar, closing(self.batches()) as batches:  # closing ends the workers
-            while not parallel.anyone(self.stop, device):
+            while not fsdp.anyone(self.stop, device):
                 metrics = self.train_step(batches)
                 if metrics is None:
                     return True
@@ -336,11 +335,11 @@ def mean(rows):
 def announced(cfg, name):
     """Say what is about to be trained, with which memory; returns the plan (`budget`)."""
     check_device(cfg.device)
-    plan = settle(cfg)
+    plan = choose_precision(cfg)
     shown = {k: v for k, v in dataclasses.asdict(cfg).items() if v != ""}
     print(f"{name}: " + " ".join(f"{k}={v}" for k, v in shown.items()))
-    print(f"{name}: takes about {budget.describe(plan)}; "
-          f"the machine has {budget.available_memory(cfg.device) / budget.GB:.0f} GB")  # fmt: skip
+    print(f"{name}: takes about {memory.describe(plan)}; "
+          f"the machine has {memory.available_memory(cfg.device) / memory.GB:.0f} GB")  # fmt: skip
     return plan
 
 
@@ -359,7 +358,7 @@ def train_stage(cfg):
             print(f"{name}: finished in {folder}")
             return True
     plan = announced(cfg, name)
-    wandb = open_wandb(cfg) if parallel.first() else None
+    wandb = open_wandb(cfg) if fsdp.first() else None
     trainer = Trainer(cfg)
     every = sum(p.numel() for p in trainer.model.parameters())
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
@@ -367,9 +366,9 @@ def train_stage(cfg):
     if state and begun:
         trainer.load_resume()
         print(f"{name}: resumed after {trainer.used:,} samples")
-    elif parallel.first():
+    elif fsdp.first():
         begin(folder)
-    if parallel.first():
+    if fsdp.first():
         write_json(folder / "train.json", {"finished": False, "config": dataclasses.asdict(cfg)})
 
     def stop(*_):
@@ -383,8 +382,8 @@ def train_stage(cfg):
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
             raise
-        saving = "; ".join(budget.remedies(plan)) or "a smaller model"
-        raise ValueError(f"out of memory on {cfg.device}, where {budget.describe(plan)} were "
+        saving = "; ".join(memory.remedies(plan)) or "a smaller model"
+        raise ValueError(f"out of memory on {cfg.device}, where {memory.describe(plan)} were "
                          f"expected. What would help: {saving}") from None  # fmt: skip
     finally:
         for number, handler in handlers.items():
@@ -393,13 +392,13 @@ def train_stage(cfg):
         again = shlex.join(["python", *(word for word in sys.argv if word != "--overwrite")])
         print(f"stopped after {trainer.used:,} samples; the same command continues: {again}")
         return False
-    lines = told(trainer.counts, getattr(trainer.data, "rejected", []), cfg.row_tokens)
-    model = parallel.whole_model(trainer.model)
-    if parallel.first():
+    lines = summary(trainer.counts, getattr(trainer.data, "rejected", []), cfg.row_tokens)
+    model = fsdp.whole_model(trainer.model)
+    if fsdp.first():
         finish(trainer, model)
         for line in lines:
             print(f"{name}: {line}")
-    parallel.wait()
+    fsdp.wait()
     return True
 
 
@@ -411,7 +410,7 @@ def finish(trainer, model):
         copy_into(folder, file)
     seconds = round(trainer.seconds, 1)
     state = {"finished": True, "seconds": seconds, "samples": trainer.used}
-    state["peak_memory_gb"] = round(budget.peak_memory(cfg.device) / budget.GB, 2)
+    state["peak_memory_gb"] = round(memory.peak_memory(cfg.device) / memory.GB, 2)
     state["crc32"] = checksums(folder)
     write_json(folder / "train.json", state | {"config": dataclasses.asdict(cfg)})
     for file in folder.glob("resume*"):
@@ -425,7 +424,7 @@ def main():
     given = {name: getattr(cfg, name) for name in given}
     if cfg.stage not in (0, 1, 2, 3):
         raise ValueError(f"--stage {cfg.stage}: choose 1, 2, 3, or 0 for all three")
-    parallel.start(cfg.device)
+    fsdp.start(cfg.device)
     last = cfg.stage or 3
     first = last if cfg.init else 1
     cfgs = {k: resolve(given, k, cfg.stage in (0, k)) for k in range(first, last + 1)}

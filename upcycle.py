@@ -26,7 +26,7 @@ import torch
 
 from cumo import CuMo
 from data.flags import READ, Parser, run
-from data.hub import TOKENIZERS, resolve
+from data.hub import TOKENIZERS, local_folder
 from data.weights import load_into
 from mlp_moe import Experts, Router
 
@@ -103,8 +103,8 @@ def upcycle(model, parts=("clip", "mlp"), num_experts=4, top_k=2, seed=0, scratc
         for kind in (Router, Experts) if scratch else (Router,):  # routers first: the same for both
             for module in (m for m in sparse.modules() if isinstance(m, kind)):
                 module.reset_parameters()
-    dense = model.original_state_dict()
-    targets = sparse.original_state_dict()
+    dense = model.public_state_dict()
+    targets = sparse.public_state_dict()
     copied = {n: view for n, view in targets.items()
               if n in dense or (dense_source(n) and part_of(n) not in scratch)}  # fmt: skip
     source = {name: dense[name if name in dense else dense_source(name)] for name in copied}
@@ -123,7 +123,7 @@ def main():
     parser.add_argument("--seed", type=READ["seed"], default=0, help="draws the routers")
     parser.add_argument("--scratch", default="", help="of --parts, those with random experts")
     args = parser.parse_args()
-    src, dst = resolve(args.src), pathlib.Path(args.dst)
+    src, dst = local_folder(args.src), pathlib.Path(args.dst)
     if dst.exists():
         raise ValueError(f"{dst} exists already; name a new directory")
     dense = CuMo.from_pretrained(src)

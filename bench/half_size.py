@@ -1,6 +1,6 @@
-"""A training step of CuMo at half the size, as a contestant of bench.py, in a process of its own:
-CLIP-B/16's shape with sparse MLPs, a sparse connector, SmolLM2-135M's shape; forward, backward and
-AdamW, float32 weights under bf16 autocast where the processor has bf16.
+"""A training step of CuMo at half the size, as a contestant of bench/speed.py, in a process of
+its own: CLIP-B/16's shape with sparse MLPs, a sparse connector, SmolLM2-135M's shape; forward,
+backward and AdamW, float32 weights under bf16 autocast where the processor has bf16.
 
     python bench/half_size.py ours           # or: transformers
 
@@ -22,10 +22,10 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # and not this folder, whose tokenizers.py transformers would import
 
-import budget  # noqa: E402
-from bench import DEVICE, DTYPE, LoopMoE  # noqa: E402
+from bench.speed import DEVICE, DTYPE, LoopMoE  # noqa: E402
 from clip_moe import CLIPVisionConfig  # noqa: E402
 from cumo import IMAGE_TOKEN, CuMo, CuMoConfig  # noqa: E402
+from engine import memory  # noqa: E402
 from llm import LLMConfig  # noqa: E402
 
 VISION = CLIPVisionConfig(224, 16, 768, 3072, 12, 12, num_experts=4)
@@ -107,7 +107,7 @@ def main():
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         value.item()
-        print(time.perf_counter() - start, budget.peak_memory(DEVICE) / budget.GB, flush=True)
+        print(time.perf_counter() - start, memory.peak_memory(DEVICE) / memory.GB, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""llama.cpp as a contestant of bench.py, in a process of its own (two pools of threads in one would
-get in each other's way). Started with a .gguf file and a precision; then, for each line "N" on
-standard input, it reads 32 tokens, makes N more, and prints the seconds that took.
+"""llama.cpp as a contestant of bench/speed.py, in a process of its own (two pools of threads in one
+would get in each other's way). Started with a .gguf file and a precision; then, for each line "N"
+on standard input, it reads 32 tokens, makes N more, and prints the seconds that took.
 
     python bench/llama_peer.py weights/SmolLM2-135M-Instruct.gguf BF16 2     # threads
 """

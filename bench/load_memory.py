@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[0] = str(ROOT)
 from data.weights import read_tensors, write_json, write_tensors
 from llm import LLM, LLMConfig
 
@@ -30,7 +30,7 @@ def write(folder, form):
     """The model in `folder`, float32, in shards."""
     torch.manual_seed(0)
     llm = LLM(CONFIG)
-    write_tensors(folder, llm.original_state_dict(), max_shard_bytes=80e6)
+    write_tensors(folder, llm.public_state_dict(), max_shard_bytes=80e6)
     write_json(folder / "config.json", llm.cfg.to_hf())
     if form == "pickle":
         index = folder / "model.safetensors.index.json"

@@ -17,17 +17,17 @@ import sys
 import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[0] = str(ROOT)
 MINIATURE = str(ROOT / "out" / "stage3")
 
 from tqdm import tqdm  # noqa: E402
 
-from bench import machine  # noqa: E402
-from conversation import Conversation  # noqa: E402
+from bench.speed import machine  # noqa: E402
 from data import world  # noqa: E402
 from data.flags import run  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
-from plots import COLORS, pyplot, save  # noqa: E402
+from engine.conversation import Conversation  # noqa: E402
+from extras.plots import COLORS, pyplot, save  # noqa: E402
 from sample import load  # noqa: E402
 
 

@@ -1,4 +1,4 @@
-"""What int8 weights (quant.py) do to memory and to answers.
+"""What int8 weights (engine/quant.py) do to memory and to answers.
 
     python bench/quant.py                            # writes bench/quant.json
 
@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[0] = str(ROOT)
 
-from bench import machine  # noqa: E402
+from bench.speed import machine  # noqa: E402
 from data.flags import run  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
+from engine.quant import quantize  # noqa: E402
 from eval import SPLITS, accuracy, exam, means  # noqa: E402
 from llm import LLM  # noqa: E402
-from quant import quantize  # noqa: E402
 from sample import load  # noqa: E402
 
 PRECISIONS = {"float32": (torch.float32, ""), "bfloat16": (torch.bfloat16, ""),
@@ -39,7 +39,9 @@ def megabytes(module):
 def reading(folder, length=512):
     """Loss a token of our own documents, and the share of next tokens that are float32's."""
     tokenizer, likeliest, rows = Tokenizer.from_pretrained(folder), {}, {}
-    text = "".join((ROOT / name).read_text() for name in ("README.md", "LOG.md", "data/MIXTURE.md"))
+    text = "".join(
+        (ROOT / name).read_text() for name in ("README.md", "docs/LOG.md", "data/MIXTURE.md")
+    )
     ids = torch.tensor(tokenizer.encode(text))
     ids = ids[: len(ids) // length * length].view(-1, length)
     for name, (dtype, quant) in PRECISIONS.items():

@@ -6,8 +6,8 @@ A small language model guesses the next character from the 16 before it. It has 
 world's captions and very few of its questions; now it learns these, in 1,000 steps at 4e-6, the
 rate of CuMo's stage 3.
 Every run starts from the same weights, numbers that bf16 holds, and sees the same batches; what
-differs is how weights and moments are kept (optim.py). "nearest" is torch.optim.AdamW on bf16
-parameters. All arithmetic but the optimizer's is float32, so that nothing but rounding is compared.
+differs is how weights and moments are kept (engine/optim.py). "nearest" is torch.optim.AdamW on
+bf16 parameters. All arithmetic but the optimizer's is float32, so only rounding is compared.
 
 Writes bench/rounding.json: the loss of every run (means of 20 steps), its largest deviation from
 the float32 run's in any of them, that of the last 100 steps, and the bytes a parameter takes,
@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from torch import nn
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[0] = str(ROOT)
 from data import world
 from data.weights import write_json
-from optim import WEIGHTS, AdamW
-from plots import pyplot
+from engine.optim import WEIGHTS, AdamW
+from extras.plots import pyplot
 
 LR, STEPS, CONTEXT, SMOOTH = 4e-6, 1000, 16, 20
 NEAREST = ("nearest", "nearest")

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from data.chat import IGNORE, IMAGE_TOKEN, Rejected, check_template, render, template_of
 from data.flags import parse, run
-from data.hub import resolve
+from data.hub import local_folder
 from data.images import MODES
 from data.llava import Unreadable, check_record, check_row, encode, open_sample, read_records
 from data.loader import too_many
@@ -119,7 +119,8 @@ def painted(ids, labels, tokenizer, color):
 
 def main():
     cfg, _ = parse(CheckConfig, description=__doc__.split("\n")[0])
-    tokenizer, clip = Tokenizer.from_pretrained(cfg.llm), read_config(resolve(cfg.clip, "config"))
+    tokenizer = Tokenizer.from_pretrained(cfg.llm)
+    clip = read_config(local_folder(cfg.clip, "config"))
     clip = clip.get("vision_config", clip)
     if not {"image_size", "patch_size"} <= clip.keys():
         raise ValueError(f"--clip {cfg.clip}: its config.json has no image_size and patch_size; "

@@ -1,6 +1,6 @@
 """From the name of a model to the folder its files lie in.
 
-    resolve("mistralai/Mistral-7B-Instruct-v0.2")  ->  Path
+    local_folder("mistralai/Mistral-7B-Instruct-v0.2")  ->  Path
 
 tries, in this order, and takes the first that is complete:
 
@@ -37,7 +37,7 @@ FETCHED = {  # what is wanted -> the files to download, and those to take if the
 }  # fmt: skip
 
 
-def resolve(name: str | Path, want: str = "model") -> Path:
+def local_folder(name: str | Path, want: str = "model") -> Path:
     """The local folder of a model, fetched if need be; `want` is "model", "config" or "tokenizer".
 
     A `Path` is always a place on this machine, a `str` may also be a name such as "org/model".

@@ -57,7 +57,7 @@ def default_workers(device):
     return min(4, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def told(counts, rejected, row_tokens):
+def summary(counts, rejected, row_tokens):
     """What a training says of its samples at its end. ValueError if it could learn from none.
     rejected: the reasons of those that were left out before it began."""
     if not counts["used"] + counts["cut"]:

@@ -29,7 +29,7 @@ from itertools import chain
 
 import tiktoken
 
-from data.hub import resolve
+from data.hub import local_folder
 
 # GPT-2's pattern: words keep their leading space, numbers and punctuation stay apart.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -120,7 +120,7 @@ class Tokenizer:
         """Read a model directory's `tokenizer.model`, or else its `tekken.json`, or else its
         `tokenizer.json`; the names of the first and last token from `tokenizer_config.json`.
         ValueError for kinds unknown here."""
-        path = resolve(path, "tokenizer")
+        path = local_folder(path, "tokenizer")
         read = {"tokenizer.model": read_sentencepiece, "tekken.json": read_tekken,
                 "tokenizer.json": read_tokenizer_json}  # fmt: skip
         file = next((path / name for name in read if (path / name).is_file()), None)

@@ -12,11 +12,11 @@ tensors in one of three forms, looked for in this order:
 Nothing here holds a whole model: `read_tensors` yields one tensor at a time out of memory-mapped
 files (pickles older than torch 1.6 cannot be mapped, and are read whole). `load_into` lets a
 parameter of the file's own type be the map, which takes no time: a page is read when it is first
-used, shared between processes, and copied when training first writes to it, or when decode.py moves
-it. Whatever is cast, moved or stacked is copied straight into its place and forgotten; what has
-been read of a map stays in memory until it is closed, so files are mapped anew every 16 MiB. A
-47-billion-parameter model thus needs the memory of its parameters and of one tensor more
-(bench/load_memory.py).
+used, shared between processes, and copied when training first writes to it, or when
+engine/decode.py moves it. Whatever is cast, moved or stacked is copied straight into its place and
+forgotten; what has been read of a map stays in memory until it is closed, so files are mapped anew
+every 16 MiB. A 47-billion-parameter model thus needs the memory of its parameters and of one tensor
+more (bench/load_memory.py).
 
 `load_into` is also where every strict check of this project lives. A model describes itself as a
 dictionary {public name: view of a parameter} and the same dictionary serves both directions:

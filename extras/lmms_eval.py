@@ -25,13 +25,13 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(HERE.parent), *(p for p in sys.path if Path(p or ".").resolve() != HERE)]
-from conversation import Printer, prompt  # this file must not be found as lmms_eval
 from cumo import CuMo, check_device, has_fast_bf16
 from data.chat import IGNORE, IMAGE_TAG, render
 from data.flags import parse, run
-from data.hub import resolve
+from data.hub import local_folder
 from data.tokenizer import Tokenizer
 from data.weights import write_json
+from engine.conversation import Printer, prompt  # this file must not be found as lmms_eval
 from sample import DTYPES, find_model
 
 try:
@@ -154,7 +154,7 @@ def main():
         if name not in manager.all_tasks:
             near = ", ".join(difflib.get_close_matches(name, manager.all_tasks, 3)) or "pope, gqa"
             raise ValueError(f"--tasks: lmms-eval knows no {name!r}; it knows {near} and others")
-    path = resolve(cfg.model) if cfg.model else find_model()
+    path = local_folder(cfg.model) if cfg.model else find_model()
     model = CuMo.from_pretrained(path, device=cfg.device, dtype=DTYPES[cfg.dtype]).eval()
     examinee = Examinee(model, Tokenizer.from_pretrained(path), cfg.max_new_tokens)
     results = simple_evaluate(

@@ -40,14 +40,14 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from conversation import Conversation, check_options
 from cumo import check_device
 from data.flags import parse, run
 from data.images import open_image
 from data.tokenizer import Tokenizer
 from data.world import DESCRIBE
+from engine.conversation import Conversation, check_options
+from extras.plots import draw_routing, pyplot
 from llm import LLM
-from plots import draw_routing, pyplot
 from sample import DTYPES, find_model, load
 
 CSS = ".message img { max-height: 110px } .message-buttons { display: none }"

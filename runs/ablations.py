@@ -30,15 +30,14 @@ from tqdm import tqdm
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import results
-from pictures import draw_ablations
-
 from cumo import CuMo
 from data.flags import parse, run
 from data.tokenizer import Tokenizer
 from data.weights import write_json
 from eval import SPLITS, EvalConfig, accuracy, exam, means
 from mlp_moe import SparseMoE
+from runs import results
+from runs.pictures import draw_ablations
 from stages import read_state
 
 FROZEN = dict(freeze="clip")  # as in LLaVA

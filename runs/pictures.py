@@ -1,16 +1,16 @@
-"""The pictures of what was measured: bench.py's races, and the ablations.
+"""The pictures of what was measured: bench/speed.py's races, and the ablations.
 
 Both stand beside a table of the README, and show the rows of that table: `shown` picks those of
-bench.py for the two of them (runs/results.py writes the tables, and redraws all pictures).
+bench/speed.py for the two of them (runs/results.py writes the tables, and redraws all pictures).
 """
 
 import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-from plots import COLORS, pyplot, save
+from extras.plots import COLORS, pyplot, save
 
-SHOWN = (  # rows of bench.py that the README shows: (section, start of the case)
+SHOWN = (  # rows of bench/speed.py that the README shows: (section, start of the case)
     ("moe", "CLIP-L, 16"),
     ("moe", "miniature CLIP, 16"),
     ("moe", "Mixtral"),
@@ -26,7 +26,7 @@ SHOWN = (  # rows of bench.py that the README shows: (section, start of the case
     ("decode", "a token, int8"),
     ("decode", "a token of each"),
 )
-PEERS = {  # how the name of a peer in bench.py begins: its color and marker, and who that is
+PEERS = {  # how the name of a peer in bench/speed.py begins: its color and marker, and who that is
     "transformers": (COLORS[1], "s", "transformers"),
     "llama.cpp": (COLORS[2], "^", "llama.cpp"),
     "loop": (COLORS[5], "D", "the original's loop over experts"),
@@ -36,7 +36,7 @@ PEERS = {  # how the name of a peer in bench.py begins: its color and marker, an
 
 
 def shown(rows):
-    """Those of bench.py's `rows` that the README's table and picture show, in their order."""
+    """Those of bench/speed.py's `rows` that the README's table and picture show, in their order."""
     return [row for section, case in SHOWN for row in rows
             if row["section"] == section and row["case"].startswith(case)
             and len(row["ratios"]) > 1]  # fmt: skip
@@ -49,12 +49,12 @@ def done_how(row):
 
 
 def peer(name):
-    """Color, marker and legend of a contestant in bench.py."""
+    """Color, marker and legend of a contestant in bench/speed.py."""
     return next(who for start, who in PEERS.items() if name.startswith(start))
 
 
 def draw_ratios(run, file):
-    """A result of bench.py: how many times as long as we each peer takes."""
+    """A result of bench/speed.py: how many times as long as we each peer takes."""
     plt, rows = pyplot(), shown(run["rows"])
     if not plt or not rows:
         return

@@ -19,15 +19,14 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from pictures import done_how, draw_ablations, draw_ratios, shown
-
-import budget
 import stages
 from cumo import CuMo
 from data.images import open_image
 from data.tokenizer import Tokenizer
+from engine import memory
 from eval import shown_answers
-from plots import draw_answers, draw_load, draw_losses, draw_routing, read_metrics
+from extras.plots import draw_answers, draw_load, draw_losses, draw_routing, read_metrics
+from runs.pictures import done_how, draw_ablations, draw_ratios, shown
 
 TYPES = ("what", "existence", "count", "where", "kind", "background", "side", "list", "all")
 SPLITS = ("seen", "pairs", "style")
@@ -47,24 +46,27 @@ READING = [
     ("clip_moe.py", "CLIP's vision transformer, dense or sparse, at several scales"),
     ("llm.py", "a Mistral: RoPE, grouped queries, sliding window, cache, generation"),
     ("loss.py", "cross-entropy with its gradients, a chunk of logits at a time"),
-    ("decode.py", "one token on a CPU, by decode.cpp: as fast as memory gives out the weights"),
+    (
+        "engine/decode.py",
+        "CPU decoding in C++, near memory bandwidth",
+    ),
     ("cumo.py", "how a picture becomes words of a sentence; the losses; checkpoints"),
     ("upcycle.py", "dense to sparse without losing anything at step 0"),
     ("stages.py", "the table of the three stages, every setting, what fits in memory"),
     ("train.py", "building, stepping, resuming, finishing a stage"),
-    ("parallel.py", "one model on many GPUs, with the loss of one process"),
-    ("budget.py", "gigabytes and operations of a training, before it begins"),
-    ("optim.py", "AdamW on bf16 weights: rounding at random, or a float32 copy"),
-    ("conversation.py", "questions and answers of which nothing is computed twice"),
-    ("quant.py", "int8 weights: a byte each, and what that costs"),
+    ("engine/fsdp.py", "one model on many GPUs, with the loss of one process"),
+    ("engine/memory.py", "gigabytes and operations of a training, before it begins"),
+    ("engine/optim.py", "AdamW on bf16 weights: rounding at random, or a float32 copy"),
+    ("engine/conversation.py", "questions and answers of which nothing is computed twice"),
+    ("engine/quant.py", "int8 weights: a byte each, and what that costs"),
     ("sample.py", "asking about pictures: once, in a chat, with a map of the experts"),
     ("eval.py", "exact answers by type and split, and which expert does what; benchmarks"),
-    ("plots.py", "loss curves, expert loads and expert maps as pictures"),
+    ("extras/plots.py", "loss curves, expert loads and expert maps as pictures"),
     ("data/world.py", "pictures, captions and questions drawn from a seed"),
     ("data/chat.py", "conversations to ids and labels, segment by segment"),
     ("data/tokenizer.py", "SentencePiece and byte-level BPE, both on tiktoken"),
     ("data/weights.py", "reading, checking and writing checkpoints"),
-    ("data/benchmarks.py", "POPE, GQA, TextVQA, ScienceQA, MME and others, from local files"),
+    ("extras/benchmarks.py", "POPE, GQA, TextVQA, ScienceQA, MME and others, from local files"),
 ]
 
 
@@ -222,16 +224,16 @@ def memory_block():
     plan = stages.plan_of(cfg)
     lines = ["| card | flags | GB | weights | gradients | optimizer | activations |"]
     lines.append("|---|---|---|---|---|---|---|")
-    for card in budget.CARDS:
-        best = budget.first_that_fits(plan, card * budget.GB)
-        parts = " | ".join(f"{size / budget.GB:.1f}" for size in budget.estimate(best).values())
-        total = budget.total(best) / budget.GB
-        fits = "" if total <= budget.FREE * card else "too small even with "
-        lines.append(f"| {card} GB | {fits}`{budget.flags(best)}` | {total:.1f} | {parts} |")
+    for card in memory.CARDS:
+        best = memory.first_that_fits(plan, card * memory.GB)
+        parts = " | ".join(f"{size / memory.GB:.1f}" for size in memory.estimate(best).values())
+        total = memory.total(best) / memory.GB
+        fits = "" if total <= memory.FREE * card else "too small even with "
+        lines.append(f"| {card} GB | {fits}`{memory.flags(best)}` | {total:.1f} | {parts} |")
     return "\n".join(lines)
 
 
-FAULTS = {  # a row of the table -> kinds of tests/crash.py, in words
+FAULTS = {  # a row of the table -> kinds of tests/campaigns/crash.py, in words
     "a training is killed": {
         "killed": "at a random moment",
         "points": "before or after a flush, rename or removal, or with a file half written",
@@ -247,7 +249,7 @@ FAULTS = {  # a row of the table -> kinds of tests/crash.py, in words
         "finished stage": "the stage before",
     },
 }
-INPUTS = {  # a row of the table -> targets of tests/fuzz.py
+INPUTS = {  # a row of the table -> targets of tests/campaigns/fuzz.py
     "LLaVA JSON and JSONL, conversations": ["llava", "chat"],
     "`tokenizer.model`, `tokenizer.json`, `tekken.json`, and text": ["tokenizer-files", "text"],
     "pictures, of 10 formats": ["images"],
@@ -260,7 +262,7 @@ def total(rows):
 
 
 def faults_block():
-    """What tests/crash.py, fuzz.py, long_run.py, crowd.py and platforms.py have counted."""
+    """What crash.py, fuzz.py, long_run.py, crowd.py and platforms.py have counted."""
     content = json.loads((ROOT / "bench" / "faults.json").read_text())
     crash, inputs, long, web = (content[k] for k in ("crash", "inputs", "long", "web"))
     lines = ["| | tried | survived: goes on, or is refused in one line | lost |"]
@@ -323,7 +325,7 @@ def read_in_words(rows):
 
 def performance_block():
     run = json.loads((ROOT / "bench" / "amd-epyc-bfloat16.json").read_text())
-    lines = ["| `bench.py` | case | ours | beside it, as a multiple |", "|---|---|---|---|"]
+    lines = ["| `bench/speed.py` | case | ours | beside it, as a multiple |", "|---|---|---|---|"]
     for row in shown(run["rows"]):
         ours = took_in_words(next(iter(row["medians"].values()))) + done_how(row)
         others = ", ".join(f"{name} {x:.2f}" for name, x in [*row["ratios"].items()][1:])

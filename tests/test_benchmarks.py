@@ -12,10 +12,10 @@ from refused import knows_kinds, refusal
 from tiny import TOKENIZER, tiny_cumo
 
 import eval as evaluation
-from data import scores
-from data.benchmarks import LETTER, LETTER_CN, SHORT, Question, load, picture, read_scienceqa, run
-from data.scores import SCORES, agreement, letter, normalised, says_no, yes_or_no
 from data.weights import fingerprint
+from extras import scores
+from extras.benchmarks import LETTER, LETTER_CN, SHORT, Question, load, picture, read_scienceqa, run
+from extras.scores import SCORES, agreement, letter, normalised, says_no, yes_or_no
 
 
 def write(path, content):
@@ -676,7 +676,7 @@ def test_faulty_folder_is_one_line_that_names_the_place(name, file, content, com
         load(name, folder)
     assert complaint in str(error.value) and "\n" not in str(error.value)
     assert str(folder) in str(error.value) and (
-        "which files go where stands at the top of data/benchmarks.py" in str(error.value)
+        "which files go where stands at the top of extras/benchmarks.py" in str(error.value)
         or "not valid JSON" in str(error.value))  # fmt: skip
 
 
@@ -711,7 +711,7 @@ def command(monkeypatch, *flags):
 
 
 def test_command_writes_score_and_answers(model, made, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("data.benchmarks.BENCHMARKS", {"scienceqa": (read_scienceqa, 3)})
+    monkeypatch.setattr("extras.benchmarks.BENCHMARKS", {"scienceqa": (read_scienceqa, 3)})
     command(
         monkeypatch,
         "--model",

@@ -33,7 +33,7 @@ def hf_twin(cfg, seed=0):
 
 def save(path, vision):
     write_json(path / "config.json", vision.cfg.to_hf())
-    write_tensors(path, vision.original_state_dict())
+    write_tensors(path, vision.public_state_dict())
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
@@ -85,7 +85,7 @@ def test_transformers_loads_what_we_save(tmp_path):
 
 def test_old_pickled_checkpoint_with_position_ids_loads(tmp_path):
     vision, images = build(TINY), torch.randn(2, 3, 16, 16)
-    old = {name: view.clone() for name, view in vision.original_state_dict().items()}
+    old = {name: view.clone() for name, view in vision.public_state_dict().items()}
     old["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
     old["vision_model.post_layernorm.weight"] = torch.ones(16)
     old |= {"logit_scale": torch.tensor(1.0), "text_model.final_layer_norm.bias": torch.ones(3)}
@@ -109,7 +109,7 @@ def test_saved_and_loaded_is_the_same_tower(cfg, tmp_path):
 
 
 def test_sparse_names_on_disk_are_the_originals():
-    names = build(SPARSE).original_state_dict()
+    names = build(SPARSE).public_state_dict()
     layer = "vision_model.encoder.layers.2."
     assert names[layer + "gate.weight"].shape == (4, 16)
     assert names[layer + "experts.3.fc1.weight"].shape == (32, 16)
@@ -147,8 +147,8 @@ def test_identical_experts_equal_the_dense_tower():
     cfg = replace(TINY, scales=(1, 2))
     dense, sparse = build(cfg), build(replace(cfg, num_experts=4))
     images = torch.randn(2, 3, 16, 16)
-    state = dense.original_state_dict()
-    for name, view in sparse.original_state_dict().items():
+    state = dense.public_state_dict()
+    for name, view in sparse.public_state_dict().items():
         before, expert, after = name.partition(".experts.")
         if not name.endswith("gate.weight"):
             view.copy_(state[f"{before}.mlp.{after[2:]}" if expert else name])

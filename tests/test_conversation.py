@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from tiny import ROOT, tiny_cumo
 
-from conversation import Conversation, Printer, prompt
 from cumo import IMAGE_TOKEN
 from data.chat import TEMPLATES, render, render_next
 from data.images import preprocess
 from data.tokenizer import Tokenizer
+from engine.conversation import Conversation, Printer, prompt
 
 MINI = Tokenizer.from_pretrained(ROOT / "data" / "mini" / "llm")
 CAT, RED = Image.open(ROOT / "cat.jpg"), Image.new("RGB", (30, 20), "red")

@@ -166,7 +166,7 @@ def test_padded_batch_generates_what_each_prompt_does_alone():
 
 def stage_files(model, folder):
     """What the original's stages write beside the shards: mm_projector.bin and clip.bin."""
-    views = model.original_state_dict()
+    views = model.public_state_dict()
     clip = {k.removeprefix("model.vision_tower."): v for k, v in views.items() if ".vision_" in k}
     torch.save(
         {k: v for k, v in views.items() if ".mm_projector." in k}, folder / "mm_projector.bin"
@@ -191,7 +191,7 @@ def test_stage_files_go_before_the_shards(tmp_path):
 def test_stage_files_complete_shards_that_hold_only_the_language_model(tmp_path):
     model = tiny_cumo().eval()
     model.save_pretrained(tmp_path)
-    write_tensors(tmp_path, model.llm.original_state_dict())
+    write_tensors(tmp_path, model.llm.public_state_dict())
     with pytest.raises(ValueError, match=r"missing: model\.vision_tower"):
         CuMo.from_pretrained(tmp_path)
     stage_files(model, tmp_path)

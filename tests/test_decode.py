@@ -6,10 +6,10 @@ import itertools
 import pytest
 import torch
 
-import decode
-from decode import MOST_ROWS, Step
+from engine import decode
+from engine.decode import MOST_ROWS, Step
+from engine.quant import quantize
 from llm import LLM, Cache, LLMConfig
-from quant import quantize
 
 # 97 words; no size is a multiple of what a register holds, and some are less
 SIZES = {
@@ -342,7 +342,7 @@ def test_a_nan_is_named():
 
 
 @pytest.mark.parametrize("compiler, said", [
-    ("false", "false cannot compile decode.cpp: no reason given"),
+    ("false", "false cannot compile engine/decode.cpp: no reason given"),
     ("no-such-compiler", "no-such-compiler cannot make .*decode-.*No such file"),
 ])  # fmt: skip
 def test_a_compiler_that_fails_is_named(compiler, said, monkeypatch, tmp_path):

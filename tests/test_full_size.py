@@ -110,7 +110,7 @@ def test_language_models_have_the_public_names_and_shapes(name):
         ours = LLM(LLMConfig.from_hf({"model_type": family.lower()} | config))
         config = getattr(transformers, family + "Config")(**config)
         theirs = getattr(transformers, family + "ForCausalLM")(config)
-    table = shapes(ours.original_state_dict())
+    table = shapes(ours.public_state_dict())
     assert table == public_shapes(theirs)
     assert numbers(table) == count == sum(p.numel() for p in ours.parameters())
 
@@ -119,7 +119,7 @@ def test_mixtral_has_the_names_of_its_public_files():
     """What is above made from transformers' fused names, here spelled out."""
     with torch.device("meta"):
         llm = LLM(LLMConfig.from_hf({"model_type": "mixtral"} | MIXTRAL))
-    table = shapes(llm.original_state_dict())
+    table = shapes(llm.public_state_dict())
     layer = {
         "input_layernorm.weight": (4096,),
         "post_attention_layernorm.weight": (4096,),
@@ -146,7 +146,7 @@ def test_clip_l_has_the_public_names_and_shapes():
         name.removeprefix("vision_model."): s for name, s in shapes(theirs.state_dict()).items()
     }
     wanted = {"vision_model." + name: shape for name, shape in bare.items()}
-    table = shapes(ours.original_state_dict())
+    table = shapes(ours.public_state_dict())
     assert table == {name: shape for name, shape in wanted.items() if not is_unused(name)}
     assert numbers(table) == 303_505_408
 
@@ -173,7 +173,7 @@ def released(tmp_path, llm, **changes):
 def test_cumo_7b_has_the_released_names_shapes_and_size(tmp_path):
     mistral = MISTRAL | dict(model_type="llava_mistral", rope_theta=1e6, sliding_window=None)
     model = released(tmp_path, mistral)
-    table = shapes(model.original_state_dict())
+    table = shapes(model.public_state_dict())
     assert numbers(table) == 8_250_388_480 == sum(p.numel() for p in model.parameters())
     parts = [
         {name: shape for name, shape in table.items() if name.startswith(prefix)}
@@ -214,4 +214,4 @@ def test_dense_cumo_and_cumo_8x7b_have_the_papers_sizes(tmp_path):
     assert sum(p.numel() for p in dense.parameters()) == 7_241_732_096 + 303_505_408 + 25_174_016
     large = released(tmp_path, MIXTRAL | dict(model_type="llava_mixtral"))
     assert sum(p.numel() for p in large.parameters()) == 47_711_449_088
-    assert sum(view.numel() for view in large.original_state_dict().values()) == 47_711_449_088
+    assert sum(view.numel() for view in large.public_state_dict().values()) == 47_711_449_088

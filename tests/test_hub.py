@@ -8,7 +8,7 @@ from tiny import tiny_cumo
 
 from cumo import CuMo
 from data import hub
-from data.hub import resolve
+from data.hub import local_folder
 from data.weights import write_json, write_tensors
 from llm import LLM
 
@@ -35,7 +35,7 @@ def fill_cache(cache):
     folder = cache / "models--org--tiny-1.5"
     snapshot = folder / "snapshots" / COMMIT
     model = tiny_cumo().llm
-    write_tensors(snapshot, model.original_state_dict(), max_shard_bytes=30_000)
+    write_tensors(snapshot, model.public_state_dict(), max_shard_bytes=30_000)
     write_json(snapshot / "config.json", model.cfg.to_hf())
     (folder / "blobs").mkdir()
     for i, file in enumerate(sorted(snapshot.iterdir())):
@@ -77,13 +77,13 @@ def with_hub(tmp_path, monkeypatch):
 
 def test_a_local_folder_comes_first(snapshot, tmp_path):
     (tmp_path / NAME).mkdir(parents=True)
-    assert resolve(NAME).samefile(tmp_path / NAME)
+    assert local_folder(NAME).samefile(tmp_path / NAME)
 
 
 def test_the_folder_the_advice_names_is_found(snapshot, tmp_path):
     folder = tmp_path / "weights" / "tiny-1.5"
     tiny_cumo().llm.save_pretrained(folder)
-    assert resolve(NAME).samefile(folder)
+    assert local_folder(NAME).samefile(folder)
     assert LLM.from_pretrained(NAME).cfg == tiny_cumo().llm.cfg
 
 
@@ -95,7 +95,7 @@ def test_the_cache_is_where_hugging_face_has_it(variable, tmp_path, monkeypatch)
     below = {"HF_HUB_CACHE": ".", "HF_HOME": "hub", "XDG_CACHE_HOME": "huggingface/hub"}
     cache = tmp_path / "elsewhere" / below.get(variable, ".cache/huggingface/hub")
     snapshot = fill_cache(cache)
-    assert resolve(NAME).samefile(snapshot)
+    assert local_folder(NAME).samefile(snapshot)
     assert LLM.from_pretrained(NAME).cfg == tiny_cumo().llm.cfg
 
 
@@ -104,22 +104,22 @@ def test_a_cached_model_that_is_not_whole_is_not_used(snapshot, lost):
     (file,) = (file for file in snapshot.iterdir() if lost in file.name)
     file.resolve().unlink()  # the blob: its link leads nowhere, as after an interrupted download
     with pytest.raises(ValueError, match=r"not \(whole\) in .*`hf download org/tiny-1.5"):
-        resolve(NAME)
+        local_folder(NAME)
 
 
 def test_only_what_is_wanted_has_to_be_there(snapshot):
-    assert resolve(NAME, "config") == snapshot
+    assert local_folder(NAME, "config") == snapshot
     with pytest.raises(ValueError, match="not .whole. in"):
-        resolve(NAME, "tokenizer")
+        local_folder(NAME, "tokenizer")
     (snapshot / "tokenizer.model").write_text("")
-    assert resolve(NAME, "tokenizer") == snapshot
+    assert local_folder(NAME, "tokenizer") == snapshot
 
 
 def test_a_ref_cannot_lead_out_of_the_cache(snapshot, tmp_path):
     tiny_cumo().llm.save_pretrained(tmp_path / "secret")
     (snapshot.parents[1] / "refs" / "main").write_text("../../../secret")
     with pytest.raises(ValueError, match="hf download"):
-        resolve(NAME)
+        local_folder(NAME)
 
 
 def test_only_the_files_needed_are_fetched(with_hub):
@@ -127,34 +127,34 @@ def test_only_the_files_needed_are_fetched(with_hub):
     read += ["model-00001-of-00001.safetensors"]
     fake = with_hub(*read, "consolidated.safetensors", "pytorch_model.bin", "flax_model.msgpack",
                     "onnx/model.safetensors", "model.fp16.safetensors", "run.py")  # fmt: skip
-    assert resolve(NAME) == fake.folder
+    assert local_folder(NAME) == fake.folder
     assert sorted(fake.asked) == sorted(read)
 
 
 def test_a_pickle_is_fetched_only_where_there_are_no_safetensors(with_hub):
     fake = with_hub("config.json", "pytorch_model.bin", "tf_model.h5")
-    assert resolve(NAME) == fake.folder
+    assert local_folder(NAME) == fake.folder
     assert set(fake.asked) == {"config.json", "pytorch_model.bin"}
 
 
 @pytest.mark.parametrize("want", ["config", "tokenizer"])
 def test_a_config_or_tokenizer_comes_without_the_weights(with_hub, want):
     fake = with_hub("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
-    assert resolve(NAME, want) == fake.folder
+    assert local_folder(NAME, want) == fake.folder
     assert "model.safetensors" not in fake.asked and want in " ".join(fake.asked)
 
 
 def test_a_download_that_brings_no_model_is_told(with_hub):
     with_hub("config.json", "README.md")
     with pytest.raises(ValueError, match="holds no complete model"):
-        resolve(NAME)
+        local_folder(NAME)
 
 
 def test_offline_means_no_download(with_hub, monkeypatch):
     fake = with_hub("config.json", "model.safetensors")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match="HF_HUB_OFFLINE forbids the network"):
-        resolve(NAME)
+        local_folder(NAME)
     assert not fake.asked
 
 
@@ -177,7 +177,7 @@ def test_a_failed_download_is_one_line_with_the_way_out(with_hub, monkeypatch):
 def test_what_is_neither_a_folder_nor_a_name_is_refused(name, with_hub):
     fake = with_hub("config.json", "model.safetensors")
     with pytest.raises(ValueError, match="does not exist"):
-        resolve(name)
+        local_folder(name)
     assert not fake.asked
 
 
@@ -185,7 +185,7 @@ def test_a_path_is_never_taken_for_a_name(tmp_path, snapshot):
     from pathlib import Path
 
     with pytest.raises(ValueError, match="does not exist"):
-        resolve(Path(NAME))
+        local_folder(Path(NAME))
 
 
 def test_our_names_are_what_huggingface_hub_asks_for(monkeypatch):

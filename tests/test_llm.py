@@ -262,7 +262,7 @@ def test_router_losses_take_the_whole_batch_as_one_sample():
         block.post_attention_layernorm.register_forward_hook(lambda m, x, y: inputs.append(y))
     _, aux = llm.hidden(llm.embed(text(2, 5)))
     for block, x in zip(llm.model.layers, inputs):
-        weights = block.block_sparse_moe.original_state_dict(names)
+        weights = block.block_sparse_moe.public_state_dict(names)
         _, *two, _ = reference.sparse_moe(x.flatten(0, 1)[None], weights, 2, names, "silu")
         losses.append(two)
     balance, z = (sum(values) / 2 for values in zip(*losses))
@@ -506,7 +506,7 @@ def test_a_silent_config_means_what_transformers_takes_it_for(family):
 
 def test_loading_lists_all_that_does_not_fit():
     llm = build()
-    weights = dict(llm.original_state_dict())
+    weights = dict(llm.public_state_dict())
     del weights["model.norm.weight"]
     weights["lm_head.weight"] = torch.zeros(3, 3)
     weights["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(3)

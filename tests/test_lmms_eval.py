@@ -12,8 +12,8 @@ from refused import refusal
 from tiny import ROOT, TOKENIZER, tiny_cumo
 
 import eval as evaluation
-from conversation import Conversation
 from data.tokenizer import Tokenizer
+from engine.conversation import Conversation
 
 pytest.importorskip("lmms_eval.api")
 from lmms_eval.api.instance import Instance

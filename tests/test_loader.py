@@ -21,7 +21,7 @@ from tiny import command
 import train
 from data.chat import Rejected
 from data.llava import Encoded, LlavaData, Unreadable, encode
-from data.loader import KINDS, Loader, data_order, default_workers, told
+from data.loader import KINDS, Loader, data_order, default_workers, summary
 from data.packing import pack
 from data.tokenizer import Tokenizer
 
@@ -159,7 +159,9 @@ def test_broken_picture_is_skipped_counted_and_listed_with_id_path_and_reason(fo
     path = str(folder / "13.png")
     reason = f"{path}: is no image Pillow can read; make it a PNG or JPEG"
     assert line == {"place": at, "id": "n13", "path": path, "reason": reason}
-    assert told(served.counts, ["empty"], 96)[-1].startswith("1 samples had a picture that cannot")
+    assert summary(served.counts, ["empty"], 96)[-1].startswith(
+        "1 samples had a picture that cannot"
+    )
 
 
 def test_every_kind_of_broken_picture_is_skipped(folder):
@@ -232,7 +234,7 @@ def test_more_than_one_percent_of_broken_pictures_ends_the_run(n, broken, stops,
 
 def test_nothing_left_to_learn_from_is_said():
     with pytest.raises(ValueError, match="none of the 5 samples holds .*; 3 of them were skipped"):
-        told(dict(used=0, cut=0, rejected=2, skipped=3), [], 96)
+        summary(dict(used=0, cut=0, rejected=2, skipped=3), [], 96)
 
 
 # ------------------------------------------------------------------------------- faults, processes
@@ -364,7 +366,7 @@ def test_training_sees_the_same_batches_with_workers(weights, tmp_path):
     batches = []
     for workers in (0, 2):
         cfg = train.resolve(weights | dict(out=str(tmp_path), workers=workers), 1)
-        train.settle(cfg)
+        train.choose_precision(cfg)
         batches.append(list(train.Trainer(cfg).batches()))
     assert len(batches[0]) == len(batches[1]) > 1 and all(map(alike, *batches))
 

@@ -9,9 +9,9 @@ import torch
 from clip_moe import CLIPVision
 from data import world
 from data.images import preprocess
-from data.pretrain_mini import text_accuracy
 from data.tokenizer import Tokenizer
 from llm import LLM
+from runs.make.pretrain_mini import text_accuracy
 
 MINI = Path(__file__).resolve().parents[1] / "data" / "mini"
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mlp_moe import ACTIVATIONS, Connector, Experts, Router, SparseMoE, recomputed
+from mlp_moe import ACTIVATIONS, Connector, Experts, Router, SparseMoE, checkpointed
 
 NAMES = {False: ("fc1", "fc2"), True: ("w1", "w2", "w3")}
 
@@ -24,7 +24,7 @@ def gradients(moe, names):
     twin = copy.deepcopy(moe)
     for p, q in zip(twin.parameters(), moe.parameters()):
         p.data = q.grad
-    return twin.original_state_dict(names)
+    return twin.public_state_dict(names)
 
 
 def objective(y, balance, z):
@@ -61,7 +61,7 @@ def test_sparse_block_equals_token_by_token_reference(case, masked, dtype):
     objective(y, aux.balance, aux.z).backward()
 
     weights = {
-        name: view.clone().requires_grad_() for name, view in moe.original_state_dict(names).items()
+        name: view.clone().requires_grad_() for name, view in moe.public_state_dict(names).items()
     }
     x_ref = x.detach().clone().requires_grad_()
     y_ref, balance, z, load = reference.sparse_moe(
@@ -87,7 +87,7 @@ def test_identical_experts_equal_the_dense_mlp_for_any_gate():
     x = torch.randn(3, 7, 8)
     for seed in range(3):
         moe = build(8, 12, 4, 2, seed)
-        for name, view in moe.original_state_dict(("0", "2")).items():
+        for name, view in moe.public_state_dict(("0", "2")).items():
             if name != "gate.weight":
                 view.copy_(dense.state_dict()[name.split(".", 2)[2]])
         moe.gate.weight.data *= 10
@@ -295,7 +295,7 @@ def test_recomputing_keeps_routing_and_gradients():
     y, aux = moe(x)
     expected = torch.autograd.grad(objective(y, aux.balance, aux.z), [x, *moe.parameters()])
     with Count():
-        y, aux = recomputed(moe, x)
+        y, aux = checkpointed(moe, x)
         actual = torch.autograd.grad(objective(y, aux.balance, aux.z), [x, *moe.parameters()])
     torch.testing.assert_close(actual, expected)
     assert len(sorts) == 2  # the forward's; none in the backward pass
@@ -305,7 +305,7 @@ def test_views_write_through_and_round_trip():
     for names, kwargs in ((("fc1", "fc2"), {}), (("w1", "w2", "w3"), {"gated": True})):
         a, b = build(8, 12, 3, 2, 0, **kwargs), build(8, 12, 3, 2, 1, **kwargs)
         x = torch.randn(4, 8)
-        source, target = a.original_state_dict(names), b.original_state_dict(names)
+        source, target = a.public_state_dict(names), b.public_state_dict(names)
         assert source[f"experts.2.{names[0]}.weight"].shape == (12, 8)
         assert source.keys() == target.keys() and len(source) == 1 + 3 * (3 if kwargs else 4)
         for name, view in target.items():
@@ -315,22 +315,22 @@ def test_views_write_through_and_round_trip():
 
 def test_experts_stay_sorted_by_name_beyond_ten():
     moe = build(8, 4, 12, 2)
-    moe.original_state_dict(("fc1", "fc2"))["experts.11.fc1.bias"].fill_(7)
+    moe.public_state_dict(("fc1", "fc2"))["experts.11.fc1.bias"].fill_(7)
     assert (moe.experts.b1[11] == 7).all() and not (moe.experts.b1[:11] == 7).any()
 
 
 @pytest.mark.parametrize("num_experts", [0, 4])
 def test_connector_round_trips_through_public_names(num_experts):
     a, b, x = Connector(6, 10, num_experts), Connector(6, 10, num_experts), torch.randn(2, 5, 6)
-    b.load_original({name: tensor.clone() for name, tensor in a.original_state_dict().items()})
+    b.load_original({name: tensor.clone() for name, tensor in a.public_state_dict().items()})
     assert torch.equal(a(x)[0], b(x)[0]) and a(x)[0].shape == (2, 5, 10)
     assert (a(x)[1] is None) == (num_experts == 0)
     first = "experts.0.0.weight" if num_experts else "0.weight"
-    assert a.original_state_dict()[first].shape == (10, 6)
+    assert a.public_state_dict()[first].shape == (10, 6)
 
 
 def test_connector_names_what_does_not_fit():
-    state = Connector(6, 10, 2).original_state_dict()
+    state = Connector(6, 10, 2).public_state_dict()
     state["experts.1.2.surplus"] = state.pop("experts.1.2.bias")
     state["gate.weight"] = torch.zeros(3, 6)
     with pytest.raises(
@@ -343,7 +343,7 @@ def test_connector_names_what_does_not_fit():
 
 def test_sparse_connector_refuses_dense_weights_and_names_upcycle():
     with pytest.raises(ValueError, match="upcycle"):
-        Connector(6, 10, 4).load_original(Connector(6, 10).original_state_dict())
+        Connector(6, 10, 4).load_original(Connector(6, 10).public_state_dict())
 
 
 @pytest.mark.parametrize("top_k", [0, 5, -1])

@@ -25,7 +25,7 @@ def first_stages(weights, tmp_path_factory):
 def trainer_of(weights, first_stages, out, stage, **options):
     init = first_stages / f"stage{stage - 1}"
     cfg = train.resolve(weights | dict(out=str(out), init=str(init)) | options, stage)
-    train.settle(cfg)
+    train.choose_precision(cfg)
     trainer = train.Trainer(cfg)
     trainer.model.train()
     return trainer
@@ -169,7 +169,7 @@ def test_every_precision_learns(experts, dtype):
 def test_the_miniature_trains_in_every_precision(dtype, tmp_path):
     sizes = dict(samples=24, rows=1, row_tokens=280, bf16=False, out=str(tmp_path))
     cfg = train.resolve(sizes, 1)
-    train.settle(cfg)
+    train.choose_precision(cfg)
     trainer = train.Trainer(cfg)
     trainer.model.to(dtype).train()
     trainer.optimizer = torch.optim.SGD(trainer.model.connector.parameters(), lr=0.05)

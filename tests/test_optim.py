@@ -4,18 +4,15 @@ import copy
 import io
 import itertools
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-import optim
-from optim import MOMENTS, WEIGHTS, AdamW
-
-sys.path.append(str(Path(__file__).parents[1] / "bench"))  # last: tokenizers.py there is no library
-import rounding
+from bench import rounding
+from engine import optim
+from engine.optim import MOMENTS, WEIGHTS, AdamW
 
 SHAPES = [(1,), (7,), (3, 5), (2, 3, 4, 5), (), (300,), (32, 16), (2, 8, 33)]
 ALL = list(itertools.product(WEIGHTS, MOMENTS))

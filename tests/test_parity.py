@@ -37,7 +37,7 @@ def gradients(module):
     twin = copy.deepcopy(module)
     for p, q in zip(twin.parameters(), module.parameters()):
         p.data = torch.zeros_like(q) if q.grad is None else q.grad
-    return twin.original_state_dict()
+    return twin.public_state_dict()
 
 
 def assert_close(actual, expected, relative, floor=0.0, name=""):
@@ -132,7 +132,7 @@ def whole(name):
     llm = LLMConfig.from_hf(about["llm_config"] | {"model_type": about["kind"]})
     experts = about["num_experts"] if about["mlp_smoe"] else 0
     model = CuMo(CuMoConfig(vision, llm, mlp_experts=experts))
-    load_into(model.original_state_dict(), read_tensors(GOLDEN / f"{name}_weights.safetensors"))
+    load_into(model.public_state_dict(), read_tensors(GOLDEN / f"{name}_weights.safetensors"))
     model.parity = True
     return model, load_file(GOLDEN / f"{name}_io.safetensors"), about
 
@@ -198,10 +198,10 @@ def test_upcycled_weights_match_the_original():
     dense = CuMo(
         CuMoConfig(vision, LLMConfig.from_hf(about["llm_config"] | {"model_type": "mistral"}))
     )
-    load_into(dense.original_state_dict(), before)
+    load_into(dense.public_state_dict(), before)
     sparse = upcycle(
         dense, ("clip", "mlp"), about["num_experts"], about["num_selected"]
-    ).original_state_dict()
+    ).public_state_dict()
     assert sparse.keys() == after.keys()
     for name, tensor in sparse.items():
         if name.endswith("gate.weight"):  # fresh in both; nn.Linear's range

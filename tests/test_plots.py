@@ -12,14 +12,12 @@ import torch
 from PIL import Image, ImageColor
 from tiny import tiny_cumo
 
-import plots
 from cumo import CuMo
-from plots import COLORS, draw_experts, expert_map, routing
+from extras import plots
+from extras.plots import COLORS, draw_experts, expert_map, routing
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "runs"))
-import pictures
-import results
+from runs import pictures, results
 
 RGB = np.array([ImageColor.getrgb(color) for color in COLORS])
 PLAIN = Image.new("RGB", (48, 48), (200, 90, 30))

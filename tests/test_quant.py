@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from engine.quant import Int8Experts, quantize, to_int8
 from llm import LLM, LLMConfig
 from mlp_moe import Experts
-from quant import Int8Experts, quantize, to_int8
 from tests.tiny import tiny_cumo
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "runs"))
-import results
+from runs import results
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMPONENTS = "mlp_moe clip_moe llm cumo upcycle train sample eval".split()

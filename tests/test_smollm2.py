@@ -1,6 +1,6 @@
 """A real public language model, SmolLM2-135M-Instruct: our ids, logits and words are transformers'.
 
-It is not in the repository; data/convert_smollm2.py writes it, and without it this file is skipped.
+It is not in the repository; runs/smollm2.sh makes it, and without it this file is skipped.
 """
 
 import json
@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from data.chat import render
-from data.convert_smollm2 import half_split, hf_name
 from data.tokenizer import Tokenizer
 from llm import LLM
+from runs.make.convert_smollm2 import half_split, hf_name
 
 transformers = pytest.importorskip("transformers")
 
@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 SMOL = pathlib.Path(os.environ.get("SMOLLM2", ROOT / "weights" / "SmolLM2-135M-Instruct"))
 needs_weights = pytest.mark.skipif(
     not (SMOL / "model.safetensors").is_file(),
-    reason=f"no weights in {SMOL}; data/convert_smollm2.py says how to get them",
+    reason=f"no weights in {SMOL}; runs/make/convert_smollm2.py says how to get them",
 )
 PROMPTS = [
     "What is a cat?",

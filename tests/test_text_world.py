@@ -4,10 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data import text_world, world
+from data import world
 from data.chat import IGNORE
-from data.text_world import FOUND, PLACES, telegrams, text_batch, text_picture
 from data.tokenizer import Tokenizer
+from runs.make import text_world
+from runs.make.text_world import FOUND, PLACES, telegrams, text_batch, text_picture
 
 MINI = Path(__file__).resolve().parents[1] / "data" / "mini"
 TOKENIZER = Tokenizer.from_pretrained(MINI / "llm")

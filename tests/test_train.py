@@ -315,7 +315,7 @@ def test_any_bit_of_a_resume_point_is_told_or_is_not_read(weights, finished, tmp
     newest, older = (tmp_path / "stage2" / name for name in train.RESUME)
     whole, state = newest.read_bytes(), torch.load(newest)
     shutil.copy(newest, older)
-    train.settle(cfg)
+    train.choose_precision(cfg)
     trainer = train.Trainer(cfg)
     end = whole.rindex(b"PK\1\2")  # the directory's last entry: its 11th byte is the method
     for place in (end + 10, end + 12, end + 20, end + 46, end, len(whole) - 10, 100, 2000):
@@ -412,7 +412,7 @@ def test_compiled_blocks_are_not_compiled_again_after_two_steps(weights, finishe
         cfg = train.resolve(
             weights | dict(out=str(tmp_path), init=str(finished / "stage2"), compile=True), 3
         )
-        train.settle(cfg)
+        train.choose_precision(cfg)
         trainer = train.Trainer(cfg)
         trainer.model.train()
         batches = trainer.batches()
@@ -470,7 +470,7 @@ def test_a_gradient_that_is_not_finite_names_the_samples(weights, finished, tmp_
         return grad * torch.nan
 
     cfg = train.resolve(weights | dict(out=str(tmp_path), init=str(finished / "stage1")), 2)
-    train.settle(cfg)
+    train.choose_precision(cfg)
     trainer = train.Trainer(cfg)
     next(trainer.model.parameters()).register_hook(spoil)
     used = train.Trainer(cfg).train_step(trainer.batches())["samples"]
@@ -495,7 +495,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(weights, finished, tmp_path
     steps = len(losses_of(tmp_path / "stage1"))
     cfg = train.resolve(weights | dict(samples=4000, out=str(tmp_path)), 1)
     assert state["config"]["samples"] == 4000 and 0 < steps < 400
-    train.settle(cfg)
+    train.choose_precision(cfg)
     trainer = train.Trainer(cfg)
     trainer.load_resume()
     assert trainer.step == steps, "it goes on after the last step of the log"

@@ -25,11 +25,9 @@ from tiny import tiny_cumo
 gradio_client = pytest.importorskip("gradio_client")
 pytest.importorskip("gradio")
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "extras"))  # last: lmms_eval.py there is not the package
-import web
-
-from conversation import Conversation
 from data.tokenizer import Tokenizer
+from engine.conversation import Conversation
+from extras import web
 
 MINI, CAT = ROOT / "data" / "mini" / "llm", str(ROOT / "cat.jpg")
 TOKENIZER = Tokenizer.from_pretrained(MINI)

@@ -46,7 +46,7 @@ def tiny_weights(folder):
     )
     llm = LLM(LLMConfig(1024, dim=32, hidden_dim=48, n_layers=2, n_heads=2, n_kv_heads=1))
     for name, model, config in (("clip", clip, clip.cfg), ("llm", llm, llm.cfg)):
-        write_tensors(folder / name, model.original_state_dict())
+        write_tensors(folder / name, model.public_state_dict())
         write_json(folder / name / "config.json", config.to_hf())
     shutil.copy(TOKENIZER, folder / "llm")
     sizes = dict(samples=40, rows=2, row_tokens=256, accumulate=1, save_every=3)

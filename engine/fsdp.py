@@ -45,16 +45,16 @@ from torch import Tensor
 from cumo import IGNORE, IMAGE_TOKEN, CuMo
 
 
-def told(name, alone):
+def launched(name, alone):
     """A number that torchrun gives to each process it starts."""
     return int(os.environ.get(name, alone))
 
 
 def start(device):
     """Join the others if torchrun started several processes; only the first one prints."""
-    if told("WORLD_SIZE", 1) == 1:
+    if launched("WORLD_SIZE", 1) == 1:
         return
-    gpu, here = torch.device(device).type == "cuda", told("LOCAL_RANK", 0)
+    gpu, here = torch.device(device).type == "cuda", launched("LOCAL_RANK", 0)
     if gpu and here >= torch.cuda.device_count():
         raise ValueError(f"no GPU is left for process {here} of this machine: "
                          f"--nproc_per_node may be up to {torch.cuda.device_count()}")  # fmt: skip
@@ -96,8 +96,8 @@ def anyone(flag, device):
 @contextmanager
 def in_turn():
     """What the processes of a machine do one after the other, for want of memory."""
-    for turn in range(told("LOCAL_WORLD_SIZE", 1)):
-        if turn == told("LOCAL_RANK", 0):
+    for turn in range(launched("LOCAL_WORLD_SIZE", 1)):
+        if turn == launched("LOCAL_RANK", 0):
             yield
         wait()
 
@@ -131,11 +131,11 @@ def shard(model, device, bf16):
     options = dict(mesh=init_device_mesh(kind, (N,)), mp_policy=policy, shard_placement_fn=cut)
     for module in [*model.vision.layers, *model.llm.model.layers, model.connector, model]:
         fully_shard(module, **options)
-    model.whole_batch = whole_batch
+    model.reduce_losses = reduce_losses
     return model
 
 
-def own_rows(batch, image_tokens):
+def collate(batch, image_tokens):
     """A packed batch -> what the model needs of it, for this process's share of the rows.
 
     "images" is missing if the batch has none, and empty if only other rows have some.
@@ -172,7 +172,7 @@ def mean_of_all(x: Tensor, count: Tensor) -> Tensor:
     return sum_of_all(x * count) / sum_of_all(count).clamp(min=1)
 
 
-def whole_batch(lm_loss, aux, n_images, labels, segments):
+def reduce_losses(lm_loss, aux, n_images, labels, segments):
     """(lm loss, {part: Aux}) of this process's rows -> of all rows of the batch."""
     images = torch.full((), float(n_images), device=labels.device)  # no wait for the GPU
     tokens = (segments > 0).sum().float()

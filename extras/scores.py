@@ -12,7 +12,7 @@
     seed       the answer is the letter, of the questions about pictures
 
 The first number of each is the one in papers. A score takes [(question, answer), ...], where a
-question has `truth` and `group` (data/benchmarks.py), and gives {name: number}, in percent. How an
+question has `truth` and `group` (benchmarks.py), and gives {name: number}, in percent. How an
 answer is read is each benchmark's own scorer's, to its oddities, which are marked; numbers are only
 worth something beside those of others.
 """

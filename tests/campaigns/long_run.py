@@ -1,6 +1,6 @@
 """A long training: memory and open files stay flat, every epoch uses every sample once.
 
-    python tests/long_run.py --steps 50000 --out bench/faults.json
+    python tests/campaigns/long_run.py --steps 50000 --out bench/faults.json
 
 A tiny stage 2 takes one sample a step, text or a picture. Every 200 steps the memory of the process
 (RSS), its open files and the size of metrics.jsonl are written down. The slope of the memory is
@@ -18,17 +18,17 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "runs")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["OMP_NUM_THREADS"] = "1"
 import numpy as np
 import torch
 from PIL import Image
-from results import commit, machine
 from tiny import tiny_weights
 
 import train
 from data.weights import write_json
+from runs.results import commit, machine
 
 EVERY = 200
 SAMPLES = 500  # in the file; each step takes one of them
@@ -135,7 +135,10 @@ def main():
     if args.out:
         file = Path(args.out)
         there = json.loads(file.read_text()) if file.is_file() else {}
-        about = {"command": f"python tests/long_run.py --steps {args.steps}", "commit": commit()}
+        about = {
+            "command": f"python tests/campaigns/long_run.py --steps {args.steps}",
+            "commit": commit(),
+        }
         write_json(file, there | {"long": about | {"machine": machine()} | found})
     flat = found["rss_slope_kib_per_1000_steps"] < 100 and found["files"][-1] == found["files"][0]
     fresh = not found["repeated within an epoch"] and not found["epochs in one order"]

@@ -27,7 +27,7 @@ A question is a prompt and a picture, or none. LLaVA's files hold the whole prom
 LETTER at its end; for the others it is written here. `<image>` and a line break come before it.
 Answers are greedy, and go to `out/<benchmark>.jsonl` in LLaVA's format (question_id, prompt, text,
 model_id, metadata), which the benchmarks' own scorers read, too. How they are scored here is told
-in data/scores.py. Until all are there the file is called `<benchmark>.begun.jsonl`. The same
+in extras/scores.py. Until all are there the file is called `<benchmark>.begun.jsonl`. The same
 command goes on with it, if the model has the same path, weights and dtype.
 """
 
@@ -46,13 +46,13 @@ from tqdm import tqdm
 from data.chat import IMAGE_TAG
 from data.images import open_image
 from data.llava import parse
-from data.scores import OPTIONS, SCORES
+from extras.scores import OPTIONS, SCORES
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 LETTER_CN = "\n请直接回答选项字母。"
 YES_NO = ("yes", "no")
-LAYOUT = "which files go where stands at the top of data/benchmarks.py"
+LAYOUT = "which files go where stands at the top of extras/benchmarks.py"
 
 
 class Question(NamedTuple):

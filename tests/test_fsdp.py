@@ -18,9 +18,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import tiny_cumo
 
-import parallel
 import train
 from cumo import IGNORE, IMAGE_TOKEN, CuMo
+from engine import fsdp
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "data" / "mini" / "llm" / "tokenizer.json"
@@ -44,7 +44,7 @@ def enter(rank, n, port, work, args):
     where |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": n}
     os.environ |= {k: str(v) for k, v in where.items()}
     torch.set_num_threads(1)
-    parallel.start("cpu")
+    fsdp.start("cpu")
     work(*args)
 
 
@@ -100,7 +100,7 @@ def work(cfg, stop_at=None):
     step = train.Trainer.train_step
 
     def interrupted(self, batches):
-        rank, n = parallel.world()
+        rank, n = fsdp.world()
         if self.step + 1 == stop_at and rank == n - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, batches)
@@ -161,7 +161,7 @@ def test_two_processes_go_on_where_one_stopped_with_a_sparse_llm_too(flags, one,
 @pytest.mark.slow
 def test_four_processes_train_like_one_and_some_have_no_picture(flags, one, tmp_path):
     cfg = configured(flags, tmp_path, **SPARSE_LLM)
-    train.settle(cfg)
+    train.choose_precision(cfg)
     pictures = [(x["tokens"] == IMAGE_TOKEN).any(1) for x in train.Trainer(cfg).batches()]
     assert any(rows.any() and not rows.all() for rows in pictures)  # a row is a process's share
     end(begin(4, work, cfg))
@@ -193,21 +193,21 @@ def tiny_batch():
 def compare_steps(llm_experts, recompute):
     """In each process: losses and whole gradients of three steps, against those of one process."""
     alone, sharded = (tiny_cumo(8, llm_experts).train() for _ in range(2))
-    sharded = parallel.shard(sharded, "cpu", bf16=False)
+    sharded = fsdp.shard(sharded, "cpu", bf16=False)
     sharded.vision.checkpoint = sharded.llm.checkpoint = recompute
     batch, seen = tiny_batch(), []
     text = batch | {"tokens": batch["tokens"].clamp(min=0), "images": []}
 
     def watched(lm_loss, aux, *counts):
         seen.append((aux, counts[0]))
-        return parallel.whole_batch(lm_loss, aux, *counts)
+        return fsdp.reduce_losses(lm_loss, aux, *counts)
 
-    sharded.whole_batch = watched
+    sharded.reduce_losses = watched
     close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
     for given in (batch, text, batch):
         for model in (sharded, alone):
             model.zero_grad()
-        out = sharded(**parallel.own_rows(given, alone.image_tokens))
+        out = sharded(**fsdp.collate(given, alone.image_tokens))
         images = torch.stack(given["images"]) if given["images"] else None
         expected = alone(**given | {"images": images})
         for result in (out, expected):
@@ -221,7 +221,7 @@ def compare_steps(llm_experts, recompute):
                 close(p.grad.full_tensor(), q.grad, msg=name)
                 for weight in (p, q):
                     weight.data.add_(weight.grad, alpha=-0.1)
-    (rank, n), (aux, n_images) = parallel.world(), seen[-1]
+    (rank, n), (aux, n_images) = fsdp.world(), seen[-1]
     assert n_images == {2: [1, 2], 4: [1, 0, 0, 2]}[n][rank]
     if rank == 0:  # one picture's tokens do not visit every expert that others visit
         assert ((aux["clip"].load == 0) & (expected.load["clip"] > 0)).any()
@@ -239,15 +239,15 @@ def test_processes_share_the_rows_and_their_pictures(monkeypatch):
     for n in (1, 2, 4):
         shares = []
         for rank in range(n):
-            monkeypatch.setattr(parallel, "world", lambda r=rank, n=n: (r, n))
-            shares.append(parallel.own_rows(batch, image_tokens=9))
+            monkeypatch.setattr(fsdp, "world", lambda r=rank, n=n: (r, n))
+            shares.append(fsdp.collate(batch, image_tokens=9))
         for name, whole in (batch | {"images": torch.stack(batch["images"])}).items():
             assert torch.equal(torch.cat([share[name] for share in shares]), whole)
-    assert "images" not in parallel.own_rows(batch | {"images": []}, 9)
+    assert "images" not in fsdp.collate(batch | {"images": []}, 9)
 
 
 def test_rows_that_cannot_be_shared_evenly_are_refused(monkeypatch, flags, tmp_path):
-    monkeypatch.setattr(parallel, "world", lambda: (0, 3))
+    monkeypatch.setattr(fsdp, "world", lambda: (0, 3))
     with pytest.raises(ValueError, match="--rows 4 .* by 3 processes; use a multiple of 3.* 6"):
         train.train_stage(configured(flags, tmp_path))
 

@@ -3,9 +3,9 @@
 CuMo starts from a language model that can read and an image encoder that can see. This script makes
 both at the size of a laptop, from the emoji world alone:
 
-    python data/pretrain_mini.py tokenizer    # byte-level BPE, seconds
-    python data/pretrain_mini.py llm          # a language model that answers about text scenes
-    python data/pretrain_mini.py clip         # an image tower, trained against phrases
+    python runs/make/pretrain_mini.py tokenizer    # byte-level BPE, seconds
+    python runs/make/pretrain_mini.py llm          # a language model that answers about text scenes
+    python runs/make/pretrain_mini.py clip         # an image tower, trained against phrases
 
 The language model never sees a picture: it reads scenes as text (text_world.py), first with short
 questions, then mostly in conversations. Neither of the two ever meets a scene with a pair of
@@ -22,18 +22,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 from clip_moe import CLIPVision, CLIPVisionConfig
 from cumo import has_fast_bf16
 from data import world
 from data.chat import IGNORE
 from data.images import preprocess
-from data.text_world import FOUND, GRID, PATCH, PLACES, text_batch
 from data.tokenizer import Tokenizer, train_bpe
 from data.weights import write_json, write_tensors
 from llm import LLM, LLMConfig, positions
+from runs.make.text_world import FOUND, GRID, PATCH, PLACES, text_batch
 
-MINI = pathlib.Path(__file__).parent / "mini"
+MINI = ROOT / "data" / "mini"
 
 
 def corpus(n=6000):
@@ -81,7 +82,7 @@ def export(folder, tensors, config):
 
 def export_llm(llm):
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    export(MINI / "llm", llm.original_state_dict(), llm.cfg.to_hf() | special)
+    export(MINI / "llm", llm.public_state_dict(), llm.cfg.to_hf() | special)
 
 
 def export_clip(model):
@@ -90,7 +91,7 @@ def export_clip(model):
     architecture = {"architectures": ["CLIPVisionModel"]}
     export(
         MINI / "clip",
-        model.vision.original_state_dict() | norm,
+        model.vision.public_state_dict() | norm,
         architecture | model.vision.cfg.to_hf(),
     )
 
@@ -101,7 +102,7 @@ class Probes(torch.nn.Module):
     To look something up, a model must know at each token which tokens stood before it and its own
     place in the text (layer 1), and at a name in a question where the scene has it (layer 2);
     later layers then answer. Waiting until these pieces appear by chance takes thousands of steps
-    (LOG.md).
+    (docs/LOG.md).
     """
 
     def __init__(self, llm, offsets=4):

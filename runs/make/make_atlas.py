@@ -2,8 +2,8 @@
 
 The pictures come from three npm packages, fetched by `npm pack` or given as folders of .tgz files:
 
-    python data/make_atlas.py                 # fetch and rebuild data/emoji/*.webp
-    python data/make_atlas.py --packages DIR  # the same from .tgz files that are already in DIR
+    python runs/make/make_atlas.py                 # fetch and rebuild data/emoji/*.webp
+    python runs/make/make_atlas.py --packages DIR  # the same from .tgz files in DIR
 
 An atlas is a lossless WebP, 12 glyphs a row, in the order of `concepts.json`; `ATTRIBUTION.md`
 beside it names the authors and licences. `cat.jpg`, the README's picture, is drawn from them too.
@@ -20,7 +20,8 @@ import tempfile
 
 from PIL import Image
 
-HERE = pathlib.Path(__file__).parent / "emoji"
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+HERE = ROOT / "data" / "emoji"
 GLYPH, COLUMNS = 64, 12
 PACKAGES = {  # style -> (npm package, path of one glyph inside it)
     "noto": ("emoji-datasource-google@16.0.0", "package/img/google/64/{}.png"),
@@ -49,7 +50,7 @@ def read_glyph(tar, pattern, codepoint):
 
 def draw_cat():
     """cat.jpg at the root: a cat, a tree and a book, four times as large as the model sees."""
-    sys.path.insert(0, str(HERE.parents[1]))
+    sys.path.insert(0, str(ROOT))
     from data.world import Object, Scene, draw
 
     objects = (
@@ -58,7 +59,7 @@ def draw_cat():
         Object("book", "at the bottom right", (34, 34, 29), 0.0, False),
     )
     picture = draw(Scene("blue", objects, "noto"), scale=4)
-    picture.save(HERE.parents[1] / "cat.jpg", quality=92)
+    picture.save(ROOT / "cat.jpg", quality=92)
 
 
 def main():

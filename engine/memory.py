@@ -38,9 +38,9 @@ import torch
 
 from clip_moe import CLIPVisionConfig
 from cumo import CuMo, CuMoConfig
+from engine.optim import WEIGHTS, bytes_per_parameter
 from llm import LLMConfig
 from loss import LOGITS_AT_ONCE
-from optim import WEIGHTS, bytes_per_parameter
 
 try:
     import resource
@@ -82,7 +82,7 @@ class Plan:
     moments: str = "fp32"
     recompute: bool = False
     bf16: bool = True  # products in bf16, so that activations take 2 bytes
-    processes: int = 1  # that share weights, gradients and moments (parallel.py)
+    processes: int = 1  # that share weights, gradients and moments (engine/fsdp.py)
     n_images: int | None = None  # in a batch; None: as many as there is room for
 
     @property

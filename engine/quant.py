@@ -103,5 +103,5 @@ def quantize(llm: LLM) -> LLM:
                 setattr(module, name, Int8Embedding(child.weight))
             elif isinstance(child, Experts):
                 setattr(module, name, Int8Experts(child))
-    llm.original_state_dict = unsaved
+    llm.public_state_dict = unsaved
     return llm.requires_grad_(False)

@@ -1,6 +1,6 @@
 """Sixteen visitors at the web page for minutes: who asks is answered, whatever the others do.
 
-    python tests/crowd.py --minutes 5 --out bench/faults.json     # wants gradio, on this computer
+    python tests/campaigns/crowd.py --minutes 5 --out bench/faults.json   # wants gradio
 
 extras/web.py serves a tiny CuMo at 127.0.0.1. Each visitor is a thread that does one thing again
 and again, until the time is over:
@@ -31,17 +31,17 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "runs"), str(ROOT / "extras")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import gradio_client
 import numpy as np
 import torch
-from results import commit, machine
 from test_web import CAT, MINI, begun, get, served, talk
 from tiny import tiny_cumo
 
 from data.images import open_image
 from data.weights import write_json
+from runs.results import commit, machine
 
 TOKENS, UPLOAD_MB = 40, 1  # of an answer; largest upload
 SECRET = b"nobody may read this"
@@ -232,7 +232,7 @@ def main():
     if args.out:
         file = Path(args.out)
         there = json.loads(file.read_text()) if file.is_file() else {}
-        go = f"python tests/crowd.py --minutes {args.minutes:g}"
+        go = f"python tests/campaigns/crowd.py --minutes {args.minutes:g}"
         about = {"command": go, "commit": commit(), "machine": machine()}
         write_json(file, there | {"web": about | found})
     sys.exit(bool(found["lost"] or found["let through"]))

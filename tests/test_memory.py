@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import budget
 import stages
 import train
 from clip_moe import CLIPVisionConfig
 from cumo import IMAGE_TOKEN, CuMo, CuMoConfig
 from data.weights import write_json
+from engine import memory
 from llm import LLMConfig
 
-GB = budget.GB
+GB = memory.GB
 
 
 def small(clip_experts=0, mlp_experts=0, llm_experts=0, scales=(1,), **llm):
@@ -65,24 +65,24 @@ def test_activations_are_what_autograd_keeps(name):
     torch.manual_seed(0)
     model = CuMo(MODELS[name]).train()
     batch = a_batch(model)
-    plan = budget.plan_of(model.cfg, 3, batch[0].numel(), bf16=False)
+    plan = memory.plan_of(model.cfg, 3, batch[0].numel(), bf16=False)
     plan = replace(plan, n_images=len(batch[1]))
-    assert budget.activations(plan) == pytest.approx(kept(model, batch), rel=0.2)
+    assert memory.activations(plan) == pytest.approx(kept(model, batch), rel=0.2)
 
 
 def test_stage_1_keeps_nothing_of_clip():
     model = CuMo(small()).train().requires_grad_(False)
     model.connector.requires_grad_(True)
     batch = a_batch(model)
-    plan = budget.plan_of(model.cfg, 1, batch[0].numel(), bf16=False)
+    plan = memory.plan_of(model.cfg, 1, batch[0].numel(), bf16=False)
     plan = replace(plan, n_images=len(batch[1]))
-    assert budget.activations(plan) == pytest.approx(kept(model, batch), rel=0.25)
+    assert memory.activations(plan) == pytest.approx(kept(model, batch), rel=0.25)
 
 
 def test_recomputing_keeps_less_and_the_estimate_knows_it():
-    plan = budget.plan_of(small(4, 4), 3, 192, bf16=False)
+    plan = memory.plan_of(small(4, 4), 3, 192, bf16=False)
     less = replace(plan, recompute=True)
-    assert budget.activations(less) < 0.6 * budget.activations(plan)
+    assert memory.activations(less) < 0.6 * memory.activations(plan)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -96,7 +96,7 @@ def test_operations_are_those_that_pytorch_counts(name, stage):
     grouped = {torch.ops.aten._grouped_mm: lambda a, b, *_, **__: 2 * a[0] * a[1] * b[-1]}
     with FlopCounterMode(display=False, custom_mapping=grouped) as counter:
         model(tokens, images, labels).loss.backward()
-    work = budget.operations(model.cfg, stage, tokens.numel(), len(images), tokens.shape[1])
+    work = memory.operations(model.cfg, stage, tokens.numel(), len(images), tokens.shape[1])
     # ours leaves out what attention masks (half of a causal row), biases and the patch embedding
     assert work == pytest.approx(counter.get_total_flops(), rel=0.12)
 
@@ -109,10 +109,10 @@ def cumo_7b(stage, **choices):
 def test_cumo_7b_takes_8_or_12_bytes_a_parameter():
     plan = cumo_7b(3, weights="bf16-sr", moments="bf16")
     assert plan.parameters == plan.learning == 8_250_388_480
-    sizes = budget.estimate(plan)
+    sizes = memory.estimate(plan)
     fixed = sum(sizes.values()) - sizes["activations"]
     assert fixed == 8 * plan.parameters and 61 < fixed / GB < 62
-    sizes = budget.estimate(replace(plan, weights="bf16-master"))
+    sizes = memory.estimate(replace(plan, weights="bf16-master"))
     assert sum(sizes.values()) - sizes["activations"] == 12 * plan.parameters
 
 
@@ -125,27 +125,27 @@ def test_stages_of_another_model_do_not_enter_the_estimate(tmp_path):
     found = stages.plan_of(train.resolve(dict(preset="mistral-7b", out=str(tmp_path)), 3))
     assert found.parameters == expected.parameters
     mini = stages.plan_of(train.resolve({"out": str(tmp_path)}, 3))
-    assert mini.parameters == budget.plan_of(small(4, 4), 3, 1).parameters
+    assert mini.parameters == memory.plan_of(small(4, 4), 3, 1).parameters
 
 
 def test_stage_1_trains_the_connector_alone():
     plan = cumo_7b(1)
     assert plan.learning == 2 * 1024 * 4096 + 4096 + 4096 * 4096 + 4096
-    assert budget.estimate(plan)["optimizer"] == 8 * plan.learning
+    assert memory.estimate(plan)["optimizer"] == 8 * plan.learning
 
 
 def test_more_memory_buys_more_exact_training():
     plan = cumo_7b(3)
-    chosen = [budget.first_that_fits(plan, gb * GB) for gb in (80, 141, 400, 4000)]
+    chosen = [memory.first_that_fits(plan, gb * GB) for gb in (80, 141, 400, 4000)]
     assert [(p.weights, p.moments) for p in chosen][1:] == [
         ("bf16-master", "bf16"), ("fp32", "fp32"), ("fp32", "fp32")]  # fmt: skip
     assert chosen[0].weights == "bf16-sr" and not chosen[3].recompute
     for gb, best in zip((141, 400, 4000), chosen[1:]):
-        assert budget.total(best) <= budget.FREE * gb * GB
+        assert memory.total(best) <= memory.FREE * gb * GB
 
 
 def test_what_the_flags_say_stays():
-    best = budget.first_that_fits(cumo_7b(3), 24 * GB, weights="bf16-master", recompute=False)
+    best = memory.first_that_fits(cumo_7b(3), 24 * GB, weights="bf16-master", recompute=False)
     assert best.weights == "bf16-master" and best.recompute is False and best.moments == "int8"
 
 

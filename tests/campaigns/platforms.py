@@ -1,6 +1,6 @@
 """The tests in the environment of the Python that runs this, and what came of them.
 
-    PYTHON tests/platforms.py --out bench/faults.json     # once for each environment
+    PYTHON tests/campaigns/platforms.py --out bench/faults.json     # once for each environment
 
 What is written names the versions, and which packages of the extras were missing: the tests that
 need one must be skipped then, and not fail.
@@ -16,11 +16,10 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "runs")]
-from results import commit, machine
-
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT)]
 from data.weights import write_json
+from runs.results import commit, machine
 
 RUNTIME = ("torch", "numpy", "pillow", "tiktoken", "safetensors", "tqdm")
 EXTRAS = ("matplotlib", "huggingface_hub", "gguf", "gradio", "lmms-eval", "hypothesis",

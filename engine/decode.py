@@ -4,8 +4,8 @@
 With hundreds of tokens at once that is nothing; with one, it is most of the time, and what remains
 are matrix products that were made for many rows. decode.cpp does the same arithmetic in one call
 for all layers, with sums in float32, or in whole numbers for int8 weights; at nearly the speed at
-which the memory gives out the weights (bench.py decode). llm.py stays what one reads, trains, and
-compares it with (tests/test_decode.py).
+which the memory gives out the weights (bench/speed.py decode). llm.py stays what one reads,
+trains, and compares it with (tests/test_decode.py).
 
     step = Step.of(llm, cache)      # None where PyTorch must do it: experts, a GPU, float16
     if step.takes(x, None):         # x [C, T] tokens: the next of C answers, or a short question
@@ -122,10 +122,10 @@ def huge_pages(size: int) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-def together(modules: list[torch.nn.Module]) -> None:
+def pack_weights(modules: list[torch.nn.Module]) -> None:
     """Move their weights into one piece of memory, on huge pages.
 
-    SmolLM2's lie on 66,000 pages of 4 KiB, and to look those up takes time for each token: LOG.md.
+    SmolLM2's lie on 66,000 pages of 4 KiB, and looking those up costs time (docs/LOG.md).
     """
     scattered = len({module.weight.untyped_storage().data_ptr() for module in modules}) > 1
     if not scattered:
@@ -159,7 +159,7 @@ class Step:
             return None
         build(TYPES[head.weight.dtype], TYPES[keys.dtype])  # or nothing has been moved
         with MOVING, torch.inference_mode(False), torch.no_grad():
-            together(modules)
+            pack_weights(modules)
         return Step(llm, cache, head)
 
     def __init__(self, llm, cache, head):
@@ -199,7 +199,7 @@ class Step:
         return self.kept[-1].data_ptr()
 
     def matrix(self, module: torch.nn.Module) -> Matrix:
-        scale = getattr(module, "scale", None)  # int8: quant.py
+        scale = getattr(module, "scale", None)  # int8: engine/quant.py
         assert module.weight.is_contiguous()
         self.kept.append(module.weight.detach())  # stays, even if the model gets others meanwhile
         return Matrix(module.weight.data_ptr(), None if scale is None else self.at(scale))

@@ -1,6 +1,6 @@
 """Everything that can happen to a training's files, and what is left afterwards: nothing lost.
 
-    python tests/crash.py --kills 100 --seed 0 --out bench/faults.json     # 3 kills in CI
+    python tests/campaigns/crash.py --kills 100 --seed 0 --out bench/faults.json     # 3 kills in CI
 
 A tiny stage 2 meets one fault after another, and the same command goes on each time. In the end its
 weights must equal those of a run that nobody disturbed, bit for bit, and so must the loss of every
@@ -39,17 +39,17 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "runs")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["OMP_NUM_THREADS"] = "1"
 import torch
-from results import commit, machine
 from tiny import command, tiny_weights
 
 import data.weights
 import train
 from data.flags import run
 from data.weights import write_json
+from runs.results import commit, machine
 
 CALLS = [(os, "fsync"), (os, "replace"), (os, "rename"), (os, "truncate"), (os, "unlink"),
          (os, "mkdir")]  # fmt: skip
@@ -402,7 +402,7 @@ def main():
     def write(about, counts):
         if not args.out:
             return
-        go = f"python tests/crash.py --kills {args.kills} --seed {args.seed}"
+        go = f"python tests/campaigns/crash.py --kills {args.kills} --seed {args.seed}"
         about = {"command": go, "commit": commit(), "machine": machine()} | about
         file = Path(args.out)
         there = json.loads(file.read_text()) if file.is_file() else {}

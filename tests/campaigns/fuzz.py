@@ -1,8 +1,8 @@
 """Files from strangers, by the thousand: each is read, or refused by one clear line.
 
-    python tests/fuzz.py --seconds 600 images checkpoint     # these targets; none: all of them
-    python tests/fuzz.py --input 4711 images                 # once more, and show the error
-    python tests/fuzz.py --coverage --seconds 600 images     # led by coverage (pip install atheris)
+    python tests/campaigns/fuzz.py --seconds 600 images checkpoint   # these targets; none: all
+    python tests/campaigns/fuzz.py --input 4711 images               # again, and show the error
+    python tests/campaigns/fuzz.py --coverage --seconds 600 images  # led by coverage: atheris
 
 An input is one of a target's good files, damaged: bytes changed, cut, doubled; of JSON a value put
 in another's place, nested, left out. It depends on target, seed and number alone. A finding is
@@ -34,8 +34,8 @@ import warnings
 import zlib
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "runs")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 
@@ -47,7 +47,6 @@ if "--coverage" in sys.argv:
 with LED:
     import numpy as np
     from PIL import Image
-    from results import commit, machine
     from tiny import TOKENIZER, tiny_cumo, tiny_weights
 
     from clip_moe import CLIPVision
@@ -58,6 +57,7 @@ with LED:
     from data.tokenizer import Tokenizer, protobuf
     from data.weights import write_json, write_tensors
     from llm import LLM
+    from runs.results import commit, machine
 
 HOSTILE = [
     None, True, False, 0, -1, 1, 7, 2**31, 2**63, 10**30, 1.5, -0.0, 1e308, float("nan"),
@@ -270,7 +270,7 @@ class Checkpoint:
         tiny_cumo(experts=2).save_pretrained(place / "cumo")
         tiny_weights(place)
         sharded = place / "sharded"
-        tensors = tiny_cumo().original_state_dict()
+        tensors = tiny_cumo().public_state_dict()
         write_tensors(sharded, tensors, max_shard_bytes=40_000)
         write_json(sharded / "config.json", tiny_cumo().cfg.to_original())
         self.kinds["sharded"] = CuMo
@@ -475,7 +475,8 @@ def main():
         if args.out:
             file = Path(args.out)
             there = json.loads(file.read_text()) if file.is_file() else {}
-            go = f"python tests/fuzz.py --seconds {args.seconds:g} --seed {args.seed} {kind}"
+            flags = f"--seconds {args.seconds:g} --seed {args.seed} {kind}"
+            go = f"python tests/campaigns/fuzz.py {flags}"
             about = {"command": go, "commit": commit(), "machine": machine()}
             write_json(file, there | {"inputs": there.get("inputs", {}) | {kind: about | found}})
     sys.exit(lost > 0)

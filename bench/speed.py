@@ -1,8 +1,8 @@
 """How fast, how large, beside whom: every figure in one run, peers and us in turn.
 
-    python bench.py                  # all sections
-    python bench.py moe llm          # some of them
-    python bench.py moe --runs 9
+    python bench/speed.py                  # all sections
+    python bench/speed.py moe llm          # some of them
+    python bench/speed.py moe --runs 9
 
 "Fast" means nothing without the peer in the same run on the same machine. So each case is a race:
 after a warm-up the contestants take turns, run by run, and whatever slows the machine slows all of
@@ -19,7 +19,7 @@ them. What is printed is the median of each and its ratio to ours (2.0: ours tak
             miniature beside the machine's matrix product: MFU
     start   seconds from the command to the first word about a picture
     load    from_pretrained beside transformers: seconds, and the peak of memory
-    memory  the estimate (budget.py) beside the peak that a training really took
+    memory  the estimate (engine/memory.py) beside the peak that a training really took
     tokenizer   seconds a megabyte, beside the reference libraries
 
 All peers run at their best setting here: bfloat16 where the processor multiplies it in hardware,
@@ -43,19 +43,19 @@ import time
 import torch
 from torch import nn
 
-import budget
 import train
 from cumo import has_fast_bf16
 from data import flags
 from data.weights import write_json, write_tensors
-from decode import huge_pages
+from engine import memory
+from engine.decode import huge_pages
+from engine.quant import quantize
 from llm import LLM, LLMConfig, attend, attention_mask
 from mlp_moe import ACTIVATIONS, SparseMoE
-from quant import quantize
 from runs.pictures import draw_ratios
 from sample import find_model
 
-ROOT = pathlib.Path(__file__).resolve().parent
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if has_fast_bf16(DEVICE) else torch.float32
 
@@ -272,7 +272,7 @@ def training(stage=3, **options):
     place = tempfile.TemporaryDirectory()
     given = {"out": place.name, "init": str(ROOT / "out" / "stage2")} | options
     cfg = train.resolve(given, stage)
-    train.settle(cfg)
+    train.choose_precision(cfg)
     trainer = train.Trainer(cfg)
     trainer.model.train()
     return trainer, trainer.batches(), place
@@ -308,7 +308,7 @@ def miniature(runs):
     for _ in range(runs):
         before = trainer.seconds
         metrics = trainer.train_step(batches)
-        took, rate = trainer.seconds - before, budget.product_rate(DEVICE, dtype)
+        took, rate = trainer.seconds - before, memory.product_rate(DEVICE, dtype)
         work = metrics["mfu"] * trainer.rate * took
         seconds.append(took)
         products.append(work / rate)
@@ -330,7 +330,7 @@ def load(runs, layers=12):
     cfg = LLMConfig(32000, 1024, 4096, layers, 16, 4)
     with tempfile.TemporaryDirectory() as folder:
         model = LLM(cfg).to(torch.bfloat16)
-        write_tensors(folder, model.original_state_dict(), max_shard_bytes=2**27)
+        write_tensors(folder, model.public_state_dict(), max_shard_bytes=2**27)
         write_json(pathlib.Path(folder) / "config.json", cfg.to_hf())
         del model
         gc.collect()
@@ -349,7 +349,7 @@ def load(runs, layers=12):
         return [row("load", f"{layers} layers, bfloat16", race(contestants, runs))]
 
 
-def memory(runs):
+def peak_memory(runs):
     """Peak memory of a training in a process of its own, above what importing takes."""
     rows = []
     for name, options in {
@@ -358,12 +358,13 @@ def memory(runs):
         "bf16-sr, int8 moments": "--weights bf16-sr --moments int8",
     }.items():
         code = (
-            "import sys, torch, bench, budget, train;"
+            "import sys, torch, train; from bench import speed; from engine import memory;"
             "from data.flags import parse; cfg, given = parse(train.TrainConfig, sys.argv[1:]);"
-            "start = budget.peak_memory('cpu'); given = {k: getattr(cfg, k) for k in given};"
-            "trainer, batches, place = bench.training(**given); plan = train.settle(trainer.cfg);"
+            "start = memory.peak_memory('cpu'); given = {k: getattr(cfg, k) for k in given};"
+            "trainer, batches, place = speed.training(**given);"
+            "plan = train.choose_precision(trainer.cfg);"
             "[trainer.train_step(batches) for _ in range(3)];"
-            "print(budget.peak_memory(trainer.cfg.device) - start, budget.total(plan))"
+            "print(memory.peak_memory(trainer.cfg.device) - start, memory.total(plan))"
         )
         words = [sys.executable, "-c", code, "--rows", "16", *options.split()]
         said = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT).stdout
@@ -513,7 +514,7 @@ SECTIONS = {
     "llm": llm,
     "train": train_,
     "load": load,
-    "memory": memory,
+    "memory": peak_memory,
     "tokenizer": tokenizer,
 }
 
