@@ -214,7 +214,7 @@ def test_last_layer_is_computed_only_for_parity():
 def test_checkpointing_changes_no_gradient(cfg):
     vision, images = build(cfg), torch.randn(2, 3, 16, 16)
     grads = []
-    for vision.checkpoint in (False, True):
+    for vision.recompute in (False, True):
         vision.zero_grad()
         vision(images)[0].square().sum().backward()
         grads.append([p.grad for p in vision.parameters()])
