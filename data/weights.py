@@ -73,7 +73,7 @@ def fingerprint(path: str | Path) -> str:
 def read_tensors(path: str | Path, headers: bool = False) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) pairs of a model directory or of one weight file, a shard at a time.
 
-    With `headers` the tensors are on the meta device: they have a shape, and nothing else is read.
+    With `headers` no values are read: tensors of safetensors are then on the meta device.
     """
     path = _existing(path)
     if path.is_dir():
@@ -313,7 +313,6 @@ def _read_file(file: Path, headers: bool = False) -> Iterator[tuple[str, Tensor]
 
 def _map_file(file: Path, start: int, headers: bool) -> dict[str, Tensor]:
     """The next MAPPED_AT_ONCE bytes of tensors, from the `start`-th; none is read before use."""
-    device = "meta" if headers else "cpu"
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
@@ -324,7 +323,7 @@ def _map_file(file: Path, start: int, headers: bool) -> dict[str, Tensor]:
                 return _first_of((name, opened.get_tensor(name)) for name in names)
         # files older than torch 1.6 are no zip archives and cannot be mapped
         mapped = zipfile.is_zipfile(file)
-        content = torch.load(file, map_location=device, weights_only=True, mmap=mapped)
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged or incomplete ({error}); fetch it again") from None
     except Exception as error:  # a damaged pickle can raise anything
@@ -332,7 +331,7 @@ def _map_file(file: Path, start: int, headers: bool) -> dict[str, Tensor]:
         raise ValueError(f"{file} cannot be read as weights ({reason})") from None
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
-        and tensor.device.type == device for name, tensor in content.items()
+        and tensor.device.type == "cpu" for name, tensor in content.items()
     ):  # fmt: skip
         raise ValueError(f"{file} cannot be read as weights (it holds no tensors by name)")
     rest = list(content.items())[start:]

@@ -260,7 +260,7 @@ def test_impossible_scales_are_refused(scales):
 
 
 def test_images_of_another_size_are_refused():
-    with pytest.raises(ValueError, match=r"\[1, 3, 20, 20\].*wants \[n, 3, 16, 16\]"):
+    with pytest.raises(ValueError, match=r"\[1, 3, 20, 20\].*takes \[n, 3, 16, 16\]"):
         build(TINY)(torch.randn(1, 3, 20, 20))
 
 
