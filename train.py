@@ -39,9 +39,9 @@ import torch
 from tqdm import tqdm
 
 from clip_moe import CLIPVision
-from cumo import CuMo, CuMoConfig, check_device
+from cumo import CuMo, CuMoConfig
 from data.chat import template_of
-from data.flags import parse, run
+from data.flags import check_device, parse, run
 from data.hub import local_folder
 from data.llava import LlavaData, check_row, encode
 from data.loader import KINDS, Loader, data_order, summary
@@ -89,8 +89,6 @@ def param_groups(model, cfg):
 def make_optimizer(model, cfg):
     """PyTorch's own AdamW in float32, ours (engine/optim.py) for all else."""
     groups = param_groups(model, cfg)
-    if cfg.moments == "int8" and fsdp.world()[1] > 1:
-        raise ValueError("--moments int8 is for one process; take bf16, which many have room for")
     if (cfg.weights, cfg.moments) == ("fp32", "fp32"):
         return torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
     return AdamW(groups, lr=cfg.lr, weights=cfg.weights, moments=cfg.moments, seed=cfg.seed)
@@ -333,12 +331,12 @@ def mean(rows):
 
 
 def announced(cfg, name):
-    """Say what is about to be trained, with which memory; returns the plan (`budget`)."""
+    """Say what is about to be trained, with which memory; returns its memory.Plan."""
     check_device(cfg.device)
     plan = choose_precision(cfg)
     shown = {k: v for k, v in dataclasses.asdict(cfg).items() if v != ""}
     print(f"{name}: " + " ".join(f"{k}={v}" for k, v in shown.items()))
-    print(f"{name}: takes about {memory.describe(plan)}; "
+    print(f"{name}: takes about {memory.breakdown(plan)}; "
           f"the machine has {memory.available_memory(cfg.device) / memory.GB:.0f} GB")  # fmt: skip
     return plan
 
@@ -383,7 +381,7 @@ def train_stage(cfg):
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
             raise
         saving = "; ".join(memory.remedies(plan)) or "a smaller model"
-        raise ValueError(f"out of memory on {cfg.device}, where {memory.describe(plan)} were "
+        raise ValueError(f"out of memory on {cfg.device}, where {memory.breakdown(plan)} were "
                          f"expected. What would help: {saving}") from None  # fmt: skip
     finally:
         for number, handler in handlers.items():
