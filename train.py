@@ -45,7 +45,7 @@ from data.flags import check_device, parse, run
 from data.hub import local_folder
 from data.llava import LlavaData, check_row, encode
 from data.loader import KINDS, Loader, data_order, summary
-from data.packing import pack
+from data.packing import check_rows, collate, pack
 from data.tokenizer import Tokenizer
 from data.weights import check_zip, copy_into, publish, sync, write_json
 from data.world import World
@@ -153,7 +153,7 @@ class Trainer:
 
     def __init__(self, cfg):
         check_device(cfg.device)
-        fsdp.check_rows(cfg.rows)
+        check_rows(cfg.rows, fsdp.world()[1])
         torch.manual_seed(cfg.seed)
         self.cfg, self.folder = cfg, stage_dir(cfg, cfg.stage)
         self.data = open_data(cfg)
@@ -180,7 +180,7 @@ class Trainer:
             encode, tokenizer=self.tokenizer, template=cfg.template, max_tokens=cfg.row_tokens,
             image_tokens=model.image_tokens, image_size=model.cfg.vision.image_size,
             image_mode=cfg.image_mode)  # fmt: skip
-        skipped = self.folder / "skipped.jsonl" if fsdp.first() else None
+        skipped = self.folder / "skipped.jsonl" if fsdp.is_main() else None
         loader = Loader(self.data, self.order, code, cfg.workers, self.counts, skipped)
         return pack(loader.samples(self.used), cfg.rows, cfg.row_tokens)
 
@@ -192,7 +192,7 @@ class Trainer:
             return None
         tokens, images_seen, metrics = 0, 0, []
         for batch in taken:
-            mine = fsdp.collate(batch, self.model.image_tokens)
+            mine = collate(batch, self.model.image_tokens, *fsdp.world())
             with torch.autocast(cfg.device, torch.bfloat16, cfg.bf16 and cfg.weights == "fp32"):
                 out = self.model(**{name: x.to(cfg.device) for name, x in mine.items()})
             if out.loss.requires_grad:  # else the connector alone learns, and there is no image
@@ -232,7 +232,7 @@ class Trainer:
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                  "rng": torch.get_rng_state(), **{k: getattr(self, k) for k in PLACE}}  # fmt: skip
         state = fsdp.gather(state)
-        if not fsdp.first():
+        if not fsdp.is_main():
             return
         newest, older = (self.folder / name for name in RESUME)
         aside = self.folder / (newest.name + ".partial")
@@ -269,7 +269,7 @@ class Trainer:
         for name in PLACE:
             setattr(self, name, state[name])
         torch.set_rng_state(state["rng"])
-        if not fsdp.first():
+        if not fsdp.is_main():
             return
         log = self.folder / "metrics.jsonl"
         lines = log.read_bytes().splitlines(keepends=True)[: self.step]
@@ -277,13 +277,13 @@ class Trainer:
 
     def loop(self, wandb=None):
         """Train to the end of the data -> True, or until Ctrl-C -> False."""
-        first, device = fsdp.first(), self.cfg.device
+        first, device = fsdp.is_main(), self.cfg.device
         bar = tqdm(total=len(self.order), initial=self.used, unit="sample",
                    desc=f"stage {self.cfg.stage}", disable=not first)  # fmt: skip
         self.model.train()
         log = open(self.folder / "metrics.jsonl" if first else os.devnull, "a", buffering=1)
         with log, bar, closing(self.batches()) as batches:  # closing ends the workers
-            while not fsdp.anyone(self.stop, device):
+            while not fsdp.any_rank(self.stop, device):
                 metrics = self.train_step(batches)
                 if metrics is None:
                     return True
@@ -356,7 +356,7 @@ def train_stage(cfg):
             print(f"{name}: finished in {folder}")
             return True
     plan = announced(cfg, name)
-    wandb = open_wandb(cfg) if fsdp.first() else None
+    wandb = open_wandb(cfg) if fsdp.is_main() else None
     trainer = Trainer(cfg)
     every = sum(p.numel() for p in trainer.model.parameters())
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
@@ -364,9 +364,9 @@ def train_stage(cfg):
     if state and begun:
         trainer.load_resume()
         print(f"{name}: resumed after {trainer.used:,} samples")
-    elif fsdp.first():
+    elif fsdp.is_main():
         begin(folder)
-    if fsdp.first():
+    if fsdp.is_main():
         write_json(folder / "train.json", {"finished": False, "config": dataclasses.asdict(cfg)})
 
     def stop(*_):
@@ -391,12 +391,12 @@ def train_stage(cfg):
         print(f"stopped after {trainer.used:,} samples; the same command continues: {again}")
         return False
     lines = summary(trainer.counts, getattr(trainer.data, "rejected", []), cfg.row_tokens)
-    model = fsdp.whole_model(trainer.model)
-    if fsdp.first():
+    model = fsdp.gather_model(trainer.model)
+    if fsdp.is_main():
         finish(trainer, model)
         for line in lines:
             print(f"{name}: {line}")
-    fsdp.wait()
+    fsdp.barrier()
     return True
 
 
