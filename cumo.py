@@ -116,23 +116,6 @@ class CuMoConfig:
         )
 
 
-def check_device(name):
-    """ValueError unless this machine has the device called `name`."""
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {name}: this machine has no such device; try cpu") from None
-
-
-def has_fast_bf16(device) -> bool:
-    """Whether `device` multiplies bfloat16 in hardware. A CPU without the instructions emulates
-    them, 70 times slower than float32 (2 cores of an AMD EPYC with AVX2)."""
-    if not str(device).startswith("cpu"):
-        return True
-    abilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return any(abilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # x86, ARM
-
-
 class Output(NamedTuple):
     logits: Tensor | None  # [B, T, V]; None in training, where the loss is computed in chunks
     loss: Tensor | None  # lm_loss and the weighted auxiliary losses; None without labels

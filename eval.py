@@ -25,16 +25,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cumo import CuMo, check_device, has_fast_bf16
+from cumo import CuMo
 from data import world
 from data.exam import SPLITS, exam, fixed_answers, question_form
-from data.flags import parse, run
+from data.flags import check_device, parse, run
 from data.hub import local_folder
 from data.images import preprocess
 from data.llava import LlavaData
 from data.tokenizer import Tokenizer
 from data.weights import fingerprint, make_folder, write_json
 from engine.conversation import prompt
+from engine.memory import has_fast_bf16
 from extras import benchmarks
 from extras.plots import check_target, draw_answers, draw_load
 from mlp_moe import SparseMoE

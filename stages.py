@@ -19,13 +19,15 @@ from dataclasses import dataclass
 import torch
 
 from clip_moe import CLIPVisionConfig
-from cumo import CuMoConfig, has_fast_bf16
+from cumo import CuMoConfig
 from data.chat import TEMPLATES
+from data.flags import check_choice
 from data.hub import local_folder
 from data.images import MODES
 from data.loader import default_workers
 from data.weights import read_config
 from engine import fsdp, memory
+from engine.memory import has_fast_bf16
 from engine.optim import MOMENTS, WEIGHTS
 from llm import LLMConfig
 from upcycle import PARTS, sparse_config
@@ -44,7 +46,7 @@ class TrainConfig:
     bf16: bool = True  # bf16 products over float32 weights, where the hardware has them
     compile: bool = False  # torch.compile the blocks; on unless --no-compile on a GPU
     weights: str = ""  # fp32, bf16-master or bf16-sr; empty: what fits (--estimate)
-    moments: str = ""  # AdamW's: fp32, bf16 or int8; empty: what fits
+    moments: str = ""  # AdamW's: fp32 or bf16; empty: what fits
     recompute: bool | None = None  # activations, to save memory; None: if it takes that to fit
     estimate: bool = False  # print what the stage takes on each size of card, and stop
     wandb: bool = False  # log to Weights & Biases as well (pip install wandb)
@@ -164,13 +166,6 @@ def resolve(given, stage, target=True):
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} {value} is too small, take {least} or more")
     return cfg
-
-
-def check_choice(flag, value, choices):
-    if value not in choices:
-        raise ValueError(
-            f"--{flag} {value!r} is unknown; choose from {', '.join(filter(None, choices))}"
-        )
 
 
 def split_parts(text):
@@ -300,8 +295,8 @@ def plan_of(cfg):
     """What a batch of this stage takes: a memory.Plan."""
     _, processes = fsdp.world()
     tokens = cfg.rows * cfg.row_tokens // processes
-    return memory.plan_of(model_config(cfg), cfg.stage, tokens, learning(cfg), bf16=cfg.bf16,
-                          processes=processes)  # fmt: skip
+    return memory.make_plan(model_config(cfg), cfg.stage, tokens, learning(cfg), bf16=cfg.bf16,
+                            processes=processes)  # fmt: skip
 
 
 def fixed(cfg):
@@ -311,15 +306,8 @@ def fixed(cfg):
 
 
 def choose_precision(cfg):
-    """Fill in the choices of precision and memory that the flags leave open: the most exact way
-    that this machine has room for. Returns its memory.Plan."""
-    best = memory.first_that_fits(plan_of(cfg), memory.available_memory(cfg.device), **fixed(cfg))
-    needs, there = memory.total(best) / memory.GB, memory.available_memory(cfg.device) / memory.GB
-    if needs > 2 * there:
-        raise ValueError(
-            f"stage {cfg.stage} takes about {needs:.0f} GB, and this machine has {there:.0f}: "
-            "lower --rows or --row-tokens, or take a smaller --preset (--estimate shows the parts)"
-        )
+    """Fill in the precision and memory settings that the flags leave open. Returns the Plan."""
+    best = memory.choose_precision(plan_of(cfg), cfg.device, fixed(cfg))
     cfg.weights, cfg.moments, cfg.recompute = best.weights, best.moments, best.recompute
     return best
 

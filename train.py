@@ -39,13 +39,13 @@ import torch
 from tqdm import tqdm
 
 from clip_moe import CLIPVision
-from cumo import CuMo, CuMoConfig, check_device
+from cumo import CuMo, CuMoConfig
 from data.chat import template_of
-from data.flags import parse, run
+from data.flags import check_device, parse, run
 from data.hub import local_folder
 from data.llava import LlavaData, check_row, encode
 from data.loader import KINDS, Loader, data_order, summary
-from data.packing import pack
+from data.packing import check_rows, collate, pack
 from data.tokenizer import Tokenizer
 from data.weights import check_zip, copy_into, publish, sync, write_json
 from data.world import World
@@ -89,8 +89,6 @@ def param_groups(model, cfg):
 def make_optimizer(model, cfg):
     """PyTorch's own AdamW in float32, ours (engine/optim.py) for all else."""
     groups = param_groups(model, cfg)
-    if cfg.moments == "int8" and fsdp.world()[1] > 1:
-        raise ValueError("--moments int8 is for one process; take bf16, which many have room for")
     if (cfg.weights, cfg.moments) == ("fp32", "fp32"):
         return torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
     return AdamW(groups, lr=cfg.lr, weights=cfg.weights, moments=cfg.moments, seed=cfg.seed)
@@ -155,7 +153,7 @@ class Trainer:
 
     def __init__(self, cfg):
         check_device(cfg.device)
-        fsdp.check_rows(cfg.rows)
+        check_rows(cfg.rows, fsdp.world()[1])
         torch.manual_seed(cfg.seed)
         self.cfg, self.folder = cfg, stage_dir(cfg, cfg.stage)
         self.data = open_data(cfg)
@@ -182,7 +180,7 @@ class Trainer:
             encode, tokenizer=self.tokenizer, template=cfg.template, max_tokens=cfg.row_tokens,
             image_tokens=model.image_tokens, image_size=model.cfg.vision.image_size,
             image_mode=cfg.image_mode)  # fmt: skip
-        skipped = self.folder / "skipped.jsonl" if fsdp.first() else None
+        skipped = self.folder / "skipped.jsonl" if fsdp.is_main() else None
         loader = Loader(self.data, self.order, code, cfg.workers, self.counts, skipped)
         return pack(loader.samples(self.used), cfg.rows, cfg.row_tokens)
 
@@ -194,7 +192,7 @@ class Trainer:
             return None
         tokens, images_seen, metrics = 0, 0, []
         for batch in taken:
-            mine = fsdp.collate(batch, self.model.image_tokens)
+            mine = collate(batch, self.model.image_tokens, *fsdp.world())
             with torch.autocast(cfg.device, torch.bfloat16, cfg.bf16 and cfg.weights == "fp32"):
                 out = self.model(**{name: x.to(cfg.device) for name, x in mine.items()})
             if out.loss.requires_grad:  # else the connector alone learns, and there is no image
@@ -234,7 +232,7 @@ class Trainer:
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                  "rng": torch.get_rng_state(), **{k: getattr(self, k) for k in PLACE}}  # fmt: skip
         state = fsdp.gather(state)
-        if not fsdp.first():
+        if not fsdp.is_main():
             return
         newest, older = (self.folder / name for name in RESUME)
         aside = self.folder / (newest.name + ".partial")
@@ -271,7 +269,7 @@ class Trainer:
         for name in PLACE:
             setattr(self, name, state[name])
         torch.set_rng_state(state["rng"])
-        if not fsdp.first():
+        if not fsdp.is_main():
             return
         log = self.folder / "metrics.jsonl"
         lines = log.read_bytes().splitlines(keepends=True)[: self.step]
@@ -279,13 +277,13 @@ class Trainer:
 
     def loop(self, wandb=None):
         """Train to the end of the data -> True, or until Ctrl-C -> False."""
-        first, device = fsdp.first(), self.cfg.device
+        first, device = fsdp.is_main(), self.cfg.device
         bar = tqdm(total=len(self.order), initial=self.used, unit="sample",
                    desc=f"stage {self.cfg.stage}", disable=not first)  # fmt: skip
         self.model.train()
         log = open(self.folder / "metrics.jsonl" if first else os.devnull, "a", buffering=1)
         with log, bar, closing(self.batches()) as batches:  # closing ends the workers
-            while not fsdp.anyone(self.stop, device):
+            while not fsdp.any_rank(self.stop, device):
                 metrics = self.train_step(batches)
                 if metrics is None:
                     return True
@@ -333,12 +331,12 @@ def mean(rows):
 
 
 def announced(cfg, name):
-    """Say what is about to be trained, with which memory; returns the plan (`budget`)."""
+    """Say what is about to be trained, with which memory; returns its memory.Plan."""
     check_device(cfg.device)
     plan = choose_precision(cfg)
     shown = {k: v for k, v in dataclasses.asdict(cfg).items() if v != ""}
     print(f"{name}: " + " ".join(f"{k}={v}" for k, v in shown.items()))
-    print(f"{name}: takes about {memory.describe(plan)}; "
+    print(f"{name}: takes about {memory.breakdown(plan)}; "
           f"the machine has {memory.available_memory(cfg.device) / memory.GB:.0f} GB")  # fmt: skip
     return plan
 
@@ -358,7 +356,7 @@ def train_stage(cfg):
             print(f"{name}: finished in {folder}")
             return True
     plan = announced(cfg, name)
-    wandb = open_wandb(cfg) if fsdp.first() else None
+    wandb = open_wandb(cfg) if fsdp.is_main() else None
     trainer = Trainer(cfg)
     every = sum(p.numel() for p in trainer.model.parameters())
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
@@ -366,9 +364,9 @@ def train_stage(cfg):
     if state and begun:
         trainer.load_resume()
         print(f"{name}: resumed after {trainer.used:,} samples")
-    elif fsdp.first():
+    elif fsdp.is_main():
         begin(folder)
-    if fsdp.first():
+    if fsdp.is_main():
         write_json(folder / "train.json", {"finished": False, "config": dataclasses.asdict(cfg)})
 
     def stop(*_):
@@ -383,7 +381,7 @@ def train_stage(cfg):
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
             raise
         saving = "; ".join(memory.remedies(plan)) or "a smaller model"
-        raise ValueError(f"out of memory on {cfg.device}, where {memory.describe(plan)} were "
+        raise ValueError(f"out of memory on {cfg.device}, where {memory.breakdown(plan)} were "
                          f"expected. What would help: {saving}") from None  # fmt: skip
     finally:
         for number, handler in handlers.items():
@@ -393,12 +391,12 @@ def train_stage(cfg):
         print(f"stopped after {trainer.used:,} samples; the same command continues: {again}")
         return False
     lines = summary(trainer.counts, getattr(trainer.data, "rejected", []), cfg.row_tokens)
-    model = fsdp.whole_model(trainer.model)
-    if fsdp.first():
+    model = fsdp.gather_model(trainer.model)
+    if fsdp.is_main():
         finish(trainer, model)
         for line in lines:
             print(f"{name}: {line}")
-    fsdp.wait()
+    fsdp.barrier()
     return True
 
 

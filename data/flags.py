@@ -19,6 +19,8 @@ import re
 import sys
 import typing
 
+import torch
+
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line with the way out; exit status 2."""
@@ -101,6 +103,22 @@ def parse(cls, argv=None, description=""):
     given = vars(parser.parse_args(argv))
     given = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items()}
     return cls(**given), set(given)
+
+
+def check_choice(flag, value, choices):
+    """ValueError unless `value` is one of the `choices`."""
+    if value not in choices:
+        raise ValueError(
+            f"--{flag} {value!r} is unknown; choose from {', '.join(filter(None, choices))}"
+        )
+
+
+def check_device(name):
+    """ValueError unless this machine has the device called `name`."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {name}: this machine has no such device; try cpu") from None
 
 
 def run(main):

@@ -10,7 +10,7 @@ padding.
 
 import torch
 
-from data.chat import IGNORE
+from data.chat import IGNORE, IMAGE_TOKEN
 
 PAD = 0  # token id under padding; never seen by anyone, segments say so
 
@@ -56,3 +56,26 @@ def assemble(batch, length):
             at += len(ids)
     return {"tokens": tokens, "labels": labels, "segments": segments, "images": images,
             "samples": sum(map(len, batch))}  # fmt: skip
+
+
+def collate(batch, image_tokens, rank=0, world=1):
+    """A packed batch -> the arguments of CuMo.forward for the rows of `rank` out of `world` ranks.
+
+    "images" is missing if the batch has none, and empty if only rows of other ranks have some.
+    """
+    rows = len(batch["tokens"])
+    check_rows(rows, world)
+    mine = slice(rank * rows // world, (rank + 1) * rows // world)
+    given = {name: batch[name][mine] for name in ("tokens", "labels", "segments")}
+    if len(batch["images"]):
+        ends = (batch["tokens"] == IMAGE_TOKEN).sum(1).cumsum(0) // image_tokens
+        ends = [0, *ends.tolist()]  # ends[r]: images of the rows before r
+        given["images"] = torch.stack(batch["images"])[ends[mine.start] : ends[mine.stop]]
+    return given
+
+
+def check_rows(rows, world):
+    """ValueError unless every one of `world` ranks gets the same number of rows."""
+    if rows % world:
+        raise ValueError(f"--rows {rows} cannot be shared evenly by {world} processes; use a "
+                         f"multiple of {world}: --rows {-(-rows // world) * world}")  # fmt: skip

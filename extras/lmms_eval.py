@@ -25,13 +25,14 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(HERE.parent), *(p for p in sys.path if Path(p or ".").resolve() != HERE)]
-from cumo import CuMo, check_device, has_fast_bf16
+from cumo import CuMo
 from data.chat import IGNORE, IMAGE_TAG, render
-from data.flags import parse, run
+from data.flags import check_device, parse, run
 from data.hub import local_folder
 from data.tokenizer import Tokenizer
 from data.weights import write_json
 from engine.conversation import Printer, prompt  # this file must not be found as lmms_eval
+from engine.memory import has_fast_bf16
 from sample import DTYPES, find_model
 
 try:

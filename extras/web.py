@@ -40,8 +40,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from cumo import check_device
-from data.flags import parse, run
+from data.flags import check_device, parse, run
 from data.images import open_image
 from data.tokenizer import Tokenizer
 from data.world import DESCRIBE

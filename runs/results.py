@@ -229,7 +229,7 @@ def memory_block():
         parts = " | ".join(f"{size / memory.GB:.1f}" for size in memory.estimate(best).values())
         total = memory.total(best) / memory.GB
         fits = "" if total <= memory.FREE * card else "too small even with "
-        lines.append(f"| {card} GB | {fits}`{memory.flags(best)}` | {total:.1f} | {parts} |")
+        lines.append(f"| {card} GB | {fits}`{memory.to_flags(best)}` | {total:.1f} | {parts} |")
     return "\n".join(lines)
 
 

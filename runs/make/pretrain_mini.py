@@ -25,12 +25,12 @@ from tqdm import tqdm
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from clip_moe import CLIPVision, CLIPVisionConfig
-from cumo import has_fast_bf16
 from data import world
 from data.chat import IGNORE
 from data.images import preprocess
 from data.tokenizer import Tokenizer, train_bpe
 from data.weights import write_json, write_tensors
+from engine.memory import has_fast_bf16
 from llm import LLM, LLMConfig, positions
 from runs.make.text_world import FOUND, GRID, PATCH, PLACES, text_batch
 
