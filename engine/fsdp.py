@@ -145,10 +145,10 @@ def collate(batch, image_tokens):
     check_rows(rows)
     mine = slice(rank * rows // N, (rank + 1) * rows // N)
     given = {name: batch[name][mine] for name in ("tokens", "labels", "segments")}
-    if batch["images"]:
+    if len(batch["images"]):
         ends = (batch["tokens"] == IMAGE_TOKEN).sum(1).cumsum(0) // image_tokens
         ends = [0, *ends.tolist()]  # ends[r]: images of the rows before r
-        given["images"] = torch.stack(batch["images"])[ends[mine.start] : ends[mine.stop]]
+        given["images"] = batch["images"][ends[mine.start] : ends[mine.stop]]
     return given
 
 
