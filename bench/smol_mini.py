@@ -41,7 +41,7 @@ def measure(model, tokenizer, samples, blank=False):
     for k in range(0, len(samples), BATCH):
         some = samples[k : k + BATCH]
         coded = [encode(s, tokenizer, "plain", model.image_tokens, size) for s in some]
-        images = torch.stack([image for _, _, (image,), _ in coded])
+        images = torch.stack([torch.from_numpy(image) for _, _, (image,), _ in coded])
         images = torch.zeros_like(images) if blank else images
         ids, labels = pad([c[0] for c in coded], 0), pad([c[1] for c in coded], IGNORE)
         segments = pad([[1] * len(c[0]) for c in coded], 0)

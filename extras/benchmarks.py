@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 from data.chat import IMAGE_TAG
 from data.images import open_image
-from data.llava import parse
+from data.llava import parse_json
 from extras.scores import OPTIONS, SCORES
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -78,12 +78,12 @@ def lines(path):
     """(where it stands, record) for each line of a JSONL file."""
     for n, line in enumerate(read(path).split("\n"), start=1):
         if line.strip():
-            yield f"{path}, line {n}", parse(line, f"{path}, line {n}")
+            yield f"{path}, line {n}", parse_json(line, f"{path}, line {n}")
 
 
 def records(path, name=None):
     """The same for a JSON list, or the list that is called `name` in a JSON object."""
-    content = parse(read(path), path)
+    content = parse_json(read(path), path)
     rows = content.get(name) if name and isinstance(content, dict) else content
     if not isinstance(rows, list):
         raise ValueError(f"{path}: holds no list{f' {name!r}' * bool(name)}; {LAYOUT}")
@@ -152,7 +152,7 @@ def read_pope(folder):
 
 
 def read_gqa(folder):
-    truth = parse(read(file := folder / "data" / "testdev_balanced_questions.json"), file)
+    truth = parse_json(read(file := folder / "data" / "testdev_balanced_questions.json"), file)
     return llava(folder, "llava_gqa_testdev_balanced.jsonl", "data/images",
                  lambda record: (truth[str(record["question_id"])]["answer"], ""))  # fmt: skip
 
@@ -194,7 +194,8 @@ def read_mme(folder):
 def read_seed(folder):
     file = folder / "SEED-Bench.json"
     with faults(file):
-        names = {number: name for name, number in parse(read(file), file)["question_type"].items()}
+        kinds = parse_json(read(file), file)["question_type"]
+        names = {number: name for name, number in kinds.items()}
     truth = {}
     for where, item in records(file, "questions"):
         with faults(where):
@@ -210,7 +211,7 @@ def read_seed(folder):
 
 
 def read_scienceqa(folder):
-    problems = parse(read(file := folder / "problems.json"), file)
+    problems = parse_json(read(file := folder / "problems.json"), file)
     questions = []
     for where, record in records(folder / "llava_test_CQM-A.json"):
         with faults(where):

@@ -175,7 +175,7 @@ def test_the_miniature_trains_in_every_precision(dtype, tmp_path):
     trainer.optimizer = torch.optim.SGD(trainer.model.connector.parameters(), lr=0.05)
     losses = []
     for batch in list(trainer.batches())[:4]:
-        images = torch.stack(batch["images"]).to(dtype)
+        images = batch["images"].to(dtype)
         out = trainer.model(batch["tokens"], images, batch["labels"], batch["segments"])
         out.loss.backward()
         assert torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0).isfinite()
