@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import math
 import re
 import sys
 import typing
@@ -71,8 +72,9 @@ READ = {
 
 
 def help_lines(cls):
-    """field name -> the comment behind it in the source."""
-    return dict(re.findall(r"^\s+(\w+):[^#\n]*# (.+)$", inspect.getsource(cls), re.M))
+    """field name -> the comment behind it in the source, of `cls` and of those it inherits from."""
+    sources = [inspect.getsource(c) for c in cls.__mro__ if dataclasses.is_dataclass(c)]
+    return dict(re.findall(r"^\s+(\w+):[^#\n]*# (.+)$", "\n".join(sources), re.M))
 
 
 def parse(cls, argv=None, description=""):
@@ -111,6 +113,21 @@ def check_choice(flag, value, choices):
         raise ValueError(
             f"--{flag} {value!r} is unknown; choose from {', '.join(filter(None, choices))}"
         )
+
+
+def check_numbers(cfg, above_0=(), counts=(), infinite=()):
+    """ValueError for a number in `cfg` below 0; for one in `above_0` or `counts` that is not above
+    0 or not 1 or more; for an infinite one, unless in `infinite`."""
+    for field in dataclasses.fields(cfg):
+        name, value = field.name, getattr(cfg, field.name)
+        if type(value) not in (int, float):
+            continue
+        least = "above 0" if name in above_0 else "1 or more" if name in counts else "0 or more"
+        good = value > 0 if name in above_0 else value >= (name in counts)
+        if good and value == math.inf and name not in infinite:
+            good, least = False, "finite"
+        if not good:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be {least}")
 
 
 def check_device(name):

@@ -24,6 +24,7 @@ tests/test_memory.py compares the activations of small models with what autograd
 Letters as in mlp_moe.py and llm.py. Sizes are bytes; a GB is 2^30 bytes, as cards are sold.
 """
 
+import contextlib
 import math
 import os
 import pathlib
@@ -36,9 +37,13 @@ import torch
 
 from clip_moe import CLIPVisionConfig
 from cumo import CuMo, CuMoConfig
+from data.hub import local_folder
+from data.weights import read_config
+from engine import fsdp, resume
 from engine.optim import WEIGHTS, bytes_per_parameter
 from llm import LLMConfig
 from loss import LOGITS_AT_ONCE
+from upcycle import sparse_config
 
 try:
     import resource
@@ -155,6 +160,44 @@ def make_plan(
     if learning is None:
         learning = ["connector"] if stage == 1 else list(sizes)
     return Plan(cfg, stage, sum(sizes.values()), sum(map(sizes.get, learning)), tokens, **choices)
+
+
+def stage_model(cfg) -> CuMoConfig:
+    """The configuration of the model that a stage will train, without loading its weights.
+
+    cfg: a train.TrainConfig.
+    """
+    before = resume.stage_dir(cfg, cfg.stage - 1)
+    state = resume.read_state(before)
+    ours = state and state["finished"] and not resume.differences(cfg.shared, state)
+    if cfg.init or ours:
+        folder = local_folder(cfg.init or before, "config")
+        model = CuMoConfig.from_original(read_config(folder), folder)
+    else:
+        if cfg.llm.startswith("weights/SmolLM2") and not pathlib.Path(cfg.llm).is_dir():
+            raise ValueError(f"--llm: {cfg.llm!r} is missing; runs/smollm2.sh makes it")
+        vision, llm = (
+            KNOWN.get(name) or kind.from_hf(read_config(local_folder(name, "config")))
+            for name, kind in ((cfg.clip, CLIPVisionConfig), (cfg.llm, LLMConfig))
+        )
+        model = CuMoConfig(replace(vision, scales=cfg.scales), llm)
+    if cfg.stage == 3 and cfg.upcycle != "none":
+        model = sparse_config(model, cfg.upcycle.split(","), cfg.num_experts, cfg.top_k)
+    return model
+
+
+def stage_plan(cfg, learning: list[str]) -> Plan:
+    """The plan of a stage (cfg: a train.TrainConfig) that trains the submodules `learning`."""
+    processes = fsdp.world()[1]
+    tokens = cfg.rows * cfg.row_tokens // processes
+    return make_plan(stage_model(cfg), cfg.stage, tokens, learning, bf16=cfg.bf16,
+                     processes=processes)  # fmt: skip
+
+
+def chosen(cfg) -> dict:
+    """What the flags of a training say about precision and memory."""
+    given = {name: getattr(cfg, name) for name in ("weights", "moments", "recompute")}
+    return {name: value for name, value in given.items() if value not in ("", None)}
 
 
 def estimate(plan: Plan) -> dict[str, int]:
@@ -288,3 +331,16 @@ def remedies(plan: Plan) -> list[str]:
     saved = {name: total(plan) - total(replace(plan, **change)) for name, change in changes.items()}
     ranked = sorted(saved.items(), key=lambda item: -item[1])
     return [f"{name} saves {size / GB:.1f} GB" for name, size in ranked if size > 0.05 * GB]
+
+
+@contextlib.contextmanager
+def advice(plan: Plan, device: str):
+    """Turn an out-of-memory error into a ValueError that names the flags that help."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
+            raise
+        saving = "; ".join(remedies(plan)) or "a smaller model"
+        raise ValueError(f"out of memory on {device}, where {breakdown(plan)} were expected. "
+                         f"What would help: {saving}") from None  # fmt: skip

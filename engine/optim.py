@@ -216,3 +216,23 @@ class AdamW(torch.optim.Optimizer):
             if i in state_dict["state"]:
                 state = state_dict["state"][i].items()
                 self.state[p] = {k: v.to(p.device) if torch.is_tensor(v) else v for k, v in state}
+
+
+def param_groups(model, weight_decay):
+    """The trainable parameters: matrices decay; norms and biases do not."""
+    groups = {True: [], False: []}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups[p.dim() > 1 and not name.endswith((".b1", ".b2"))].append(p)
+    return [
+        {"params": groups[True], "weight_decay": weight_decay},
+        {"params": groups[False], "weight_decay": 0.0},
+    ]
+
+
+def make_optimizer(model, cfg):
+    """PyTorch's AdamW in float32, the one above in any other precision."""
+    groups = param_groups(model, cfg.weight_decay)
+    if (cfg.weights, cfg.moments) == ("fp32", "fp32"):
+        return torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
+    return AdamW(groups, lr=cfg.lr, weights=cfg.weights, moments=cfg.moments, seed=cfg.seed)

@@ -34,11 +34,11 @@ from cumo import CuMo
 from data.flags import parse, run
 from data.tokenizer import Tokenizer
 from data.weights import write_json
+from engine.resume import read_state
 from eval import SPLITS, EvalConfig, accuracy, exam, means
 from mlp_moe import SparseMoE
 from runs import results
 from runs.pictures import draw_ablations
-from stages import read_state
 
 FROZEN = dict(freeze="clip")  # as in LLaVA
 NO_LOSSES = dict(balance_coef=0, z_coef=0)

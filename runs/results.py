@@ -19,7 +19,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import stages
+import train
 from cumo import CuMo
 from data.images import open_image
 from data.tokenizer import Tokenizer
@@ -52,7 +52,6 @@ READING = [
     ),
     ("cumo.py", "how a picture becomes words of a sentence; the losses; checkpoints"),
     ("upcycle.py", "dense to sparse without losing anything at step 0"),
-    ("stages.py", "the table of the three stages, every setting, what fits in memory"),
     ("train.py", "building, stepping, resuming, finishing a stage"),
     ("engine/fsdp.py", "one model on many GPUs, with the loss of one process"),
     ("engine/memory.py", "gigabytes and operations of a training, before it begins"),
@@ -220,8 +219,8 @@ def ablations_block():
 
 
 def memory_block():
-    cfg = stages.resolve({"preset": "mistral-7b", "estimate": True}, 3)
-    plan = stages.plan_of(cfg)
+    cfg = train.resolve({"preset": "mistral-7b", "estimate": True}, 3)
+    plan = train.stage_plan(cfg)
     lines = ["| card | flags | GB | weights | gradients | optimizer | activations |"]
     lines.append("|---|---|---|---|---|---|---|")
     for card in memory.CARDS:

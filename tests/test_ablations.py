@@ -9,7 +9,7 @@ import pytest
 from refused import refusal
 
 from data.flags import parse
-from stages import TrainConfig, resolve
+from train import TrainConfig, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 from runs import ablations, results

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import stages
 import train
 from clip_moe import CLIPVisionConfig
 from cumo import IMAGE_TOKEN, CuMo, CuMoConfig
@@ -103,7 +102,7 @@ def test_operations_are_those_that_pytorch_counts(name, stage):
 
 def cumo_7b(stage, **choices):
     cfg = train.resolve(dict(preset="mistral-7b", bf16=True), stage)
-    return replace(stages.plan_of(cfg), **choices)
+    return replace(train.stage_plan(cfg), **choices)
 
 
 def test_cumo_7b_takes_8_or_12_bytes_a_parameter():
@@ -122,9 +121,9 @@ def test_stages_of_another_model_do_not_enter_the_estimate(tmp_path):
     config = CuMo(small()).cfg.to_original()
     write_json(tmp_path / "stage2" / "config.json", config)
     write_json(tmp_path / "stage2" / "train.json", {"finished": True, "config": asdict(other)})
-    found = stages.plan_of(train.resolve(dict(preset="mistral-7b", out=str(tmp_path)), 3))
+    found = train.stage_plan(train.resolve(dict(preset="mistral-7b", out=str(tmp_path)), 3))
     assert found.parameters == expected.parameters
-    mini = stages.plan_of(train.resolve({"out": str(tmp_path)}, 3))
+    mini = train.stage_plan(train.resolve({"out": str(tmp_path)}, 3))
     assert mini.parameters == memory.make_plan(small(4, 4), 3, 1).parameters
 
 

@@ -49,6 +49,7 @@ import data.weights
 import train
 from data.flags import run
 from data.weights import write_json
+from engine import resume
 from runs.results import commit, machine
 
 CALLS = [(os, "fsync"), (os, "replace"), (os, "rename"), (os, "truncate"), (os, "unlink"),
@@ -159,11 +160,11 @@ class Training:
         return end_of(live(self.go, self.said, prepare))
 
     def resumable(self):
-        return any((self.folder / name).is_file() for name in train.RESUME)
+        return any((self.folder / name).is_file() for name in resume.RESUME)
 
     def saved_step(self):
         """The step of the resume point a life would start from."""
-        found = [self.folder / name for name in train.RESUME if (self.folder / name).is_file()]
+        found = [self.folder / name for name in resume.RESUME if (self.folder / name).is_file()]
         return torch.load(found[0], mmap=True)["step"] if found else 0
 
     def finished(self):
@@ -320,7 +321,7 @@ def damage(training, times, dice, kind, unnoticed):
     for _ in range(times):
         training.clean()
         shutil.copytree(kept, training.folder)
-        newest = training.folder / train.RESUME[0]
+        newest = training.folder / resume.RESUME[0]
         newest.write_bytes(damaged(newest.read_bytes(), kind, dice))
         good = training.goes_on()
         if f"{newest} cannot be read" not in training.said.read_text():
