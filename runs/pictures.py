@@ -131,7 +131,7 @@ def shown(rows):
             and len(row["ratios"]) > 1]  # fmt: skip
 
 
-def done_how(row):
+def variant(row):
     """The name of our own variant that counts as 1, unless it is the obvious one."""
     first = next(iter(row["ratios"]))
     return "" if first in ("ours", "ours, compiled") else f" ({first})"
@@ -173,7 +173,7 @@ def draw_ratios(run, file):
              xlabel="\u2190 the other is faster      1 = ours      ours is faster \u2192\n"
                     "time of the other as a multiple of ours, on a logarithmic scale")  # fmt: skip
     axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
-    names = (f"{row['section']}: {row['case']}{done_how(row)}" for row in rows)
+    names = (f"{row['section']}: {row['case']}{variant(row)}" for row in rows)
     axis.set_yticks(range(len(rows)), [name.replace(" (", "\n(") for name in names])
     axis.tick_params(axis="y", labelsize=8)
     axis.minorticks_off()

@@ -28,7 +28,7 @@ from engine import memory
 from eval import shown_answers
 from extras.plots import draw_answers, draw_load, draw_losses, draw_routing, read_metrics
 from runs import tables
-from runs.pictures import done_how, draw_ablations, draw_architecture, draw_ratios, shown
+from runs.pictures import draw_ablations, draw_architecture, draw_ratios, shown, variant
 from runs.tables import table
 
 TYPES = ("what", "existence", "count", "where", "kind", "background", "side", "list", "all")
@@ -237,7 +237,7 @@ def speed():
 def performance_block():
     run, lines = speed(), []
     for row in shown(run["rows"]):
-        ours = took_in_words(next(iter(row["medians"].values()))) + done_how(row)
+        ours = took_in_words(next(iter(row["medians"].values()))) + variant(row)
         others = ", ".join(f"{name} {x:.2f}" for name, x in [*row["ratios"].items()][1:])
         lines.append((row["section"], row["case"], ours, others))
     (start,) = (row for row in run["rows"] if row["section"] == "start")
