@@ -77,14 +77,14 @@ def test_flag_like_no_other_points_to_help(capsys):
     (["--lr", "fast"], "--lr: 'fast' is not a number"),
     (["--lr", "nan"], "--lr: 'nan' is not a number"),
     (["--lr"], "--lr: expected one argument"),
-    (["--row-tokens", "1.5"], "--row-tokens: '1.5' is not a whole number"),
-    (["--row-tokens", ""], "--row-tokens: '' is not a whole number"),
-    (["--scales", "1;3"], "--scales: '1;3' is not whole numbers, as in 1,3"),
-    (["--scales", "1,"], "--scales: '1,' is not whole numbers, as in 1,3"),
+    (["--row-tokens", "1.5"], "--row-tokens: '1.5' is not an integer"),
+    (["--row-tokens", ""], "--row-tokens: '' is not an integer"),
+    (["--scales", "1;3"], "--scales: '1;3' is not integers such as 1,3"),
+    (["--scales", "1,"], "--scales: '1,' is not integers such as 1,3"),
     (["--compile=False"], "--compile/--no-compile is a switch and takes no value"),
-    (["--compile", "False"], "'False' belongs to no flag; a switch takes no value, it is written "
+    (["--compile", "False"], "'False' belongs to no flag; a switch takes no value, write it "
                              "--name or --no-name"),
-    (["cat.jpg"], "'cat.jpg' belongs to no flag; a switch takes no value, it is written --name or "
+    (["cat.jpg"], "'cat.jpg' belongs to no flag; a switch takes no value, write it --name or "
                   "--no-name"),
 ])  # fmt: skip
 def test_wrong_value_is_one_line_that_says_what_is_expected(argv, complaint, capsys):

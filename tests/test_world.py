@@ -25,20 +25,20 @@ def pairs_in(scene):
 
 @pytest.mark.parametrize("split", TRAINED)
 def test_held_out_pair_never_meets_outside_pairs(split):
-    held_out = world.held_out_pairs()
+    held_out = world.HELD_OUT
     assert not any(pairs_in(scene) & held_out for scene, _ in scenes(split, 1500))
 
 
 def test_every_pairs_scene_has_a_held_out_pair():
-    held_out = world.held_out_pairs()
+    held_out = world.HELD_OUT
     assert all(pairs_in(scene) & held_out for scene, _ in scenes("pairs", 1000))
 
 
 def test_tenth_of_all_pairs_is_held_out_and_no_concept_is_left_alone():
     n = len(CONCEPTS)
-    assert len(world.held_out_pairs()) == n * (n - 1) // 2 // 10
-    assert all(len(pair) == 2 for pair in world.held_out_pairs())
-    assert all(1 <= len(others) < n / 2 for others in world.partners().values())
+    assert len(world.HELD_OUT) == n * (n - 1) // 2 // 10
+    assert all(len(pair) == 2 for pair in world.HELD_OUT)
+    assert all(1 <= len(others) < n / 2 for others in world.PARTNERS.values())
 
 
 def test_only_the_split_style_is_drawn_in_fluent():

@@ -47,7 +47,7 @@ def telegrams(scene, rng):
     kinds = [world.CATEGORIES[name] for name in names]
     place = {o: o.place.split(" ", 2)[2] for o in scene.objects}  # "top left", "middle"
     asked = [(f"{name}?", "yes") for name in dict.fromkeys(names)]
-    known = {*names, *(partner for name in names for partner in world.partners()[name])}
+    known = {*names, *(partner for name in names for partner in world.PARTNERS[name])}
     others = [world.CONCEPTS[i] for i in rng.permutation(len(world.CONCEPTS))[: len(names)]]
     asked += [(f"{name}?", "no") for name in others if name not in known]
     for o, kind in zip(scene.objects, kinds):
