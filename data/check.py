@@ -65,7 +65,7 @@ class Report:
         self.dropped += coded.dropped
 
     def stops(self, n):
-        """Whether training on these `n` records would stop: a fault, or too many broken pictures."""
+        """Whether training on these `n` records would stop."""
         return bool(self.faults) or too_many(len(self.skipped), n)
 
     def print(self, cfg, n):

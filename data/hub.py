@@ -103,7 +103,7 @@ def download(name: str, want: str, local: Path) -> Path:
     for patterns in (first, first + instead):
         try:  # continues an interrupted download
             found = snapshot_download(name, allow_patterns=patterns, cache_dir=cache_folder())
-        except Exception as error:  # of many types, all with a message
+        except Exception as error:  # many types, all with a message
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"{missing}, and could not be downloaded ({reason:.200}); "
                              f"{advice}") from None  # fmt: skip
