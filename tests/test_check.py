@@ -88,7 +88,7 @@ def test_samples_that_are_left_out_stop_no_training(report):
 
 
 def test_broken_pictures_have_status_1_only_when_they_would_stop_a_training(report):
-    assert report([GOOD] + [DAMAGED] * 9)[0] == 0, "of so few one percent says nothing"
+    assert report([GOOD] + [DAMAGED] * 9)[0] == 0, "fewer than 10"
     status, out = report([GOOD] + [DAMAGED] * 10)
     assert status == 1 and "10 of 11 cannot be read; so many would stop training" in out
 

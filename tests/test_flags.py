@@ -1,4 +1,4 @@
-"""The command line: every field a flag with help, every mistake one line with the way out."""
+"""The command line: every field is a flag with help, every mistake one clear line."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Config:
 
 
 def fails(capsys, *argv):
-    """The one line on stderr with which `argv` exits; the exit status is 2, stdout stays empty."""
+    """The one line that `argv` prints on stderr, with exit status 2 and an empty stdout."""
     with pytest.raises(SystemExit) as caught:
         parse(Config, argv)
     out, err = capsys.readouterr()

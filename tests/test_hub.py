@@ -21,7 +21,7 @@ NAME, COMMIT = "org/tiny-1.5", "0123456789abcdef"
 
 @pytest.fixture(autouse=True)
 def no_network(tmp_path, monkeypatch):
-    """An empty cache, an empty working directory, and no way to the hub."""
+    """An empty cache, an empty working folder, and no access to the hub."""
     monkeypatch.chdir(tmp_path)
     for variable in ("HF_HUB_OFFLINE", "HF_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(variable, raising=False)
