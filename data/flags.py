@@ -7,8 +7,8 @@
 
     cfg, given = parse(Config)      # --lr 1e-4 --no-compile; `given` are the names set by the user
 
-A field without a default is an argument without a name: `python -m data.check my.json`. A mistyped
-flag exits with the nearest name, a mistyped value with what is expected.
+A field without a default is a positional argument: `python -m data.check my.json`. A mistyped flag
+exits with the nearest name, a wrong value with what is expected.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import torch
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line with the way out; exit status 2."""
+    """argparse whose errors are one line that says what to do; exit status 2."""
 
     def error(self, message):
         unknown = re.fullmatch(r"unrecognized arguments: (\S+).*", message, re.S)
@@ -35,14 +35,14 @@ class Parser(argparse.ArgumentParser):
             hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
             message = f"unknown flag {flag}; {hint}"
         elif unknown:
-            message = (f"{unknown[1]!r} belongs to no flag; a switch takes no value, it is written "
+            message = (f"{unknown[1]!r} belongs to no flag; a switch takes no value, write it "
                        "--name or --no-name")  # fmt: skip
         message = re.sub(r": ignored explicit .*", " is a switch and takes no value", message)
         self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}\n")
 
 
 def converter(convert, expected):
-    """A `type` for argparse that says what it expected."""
+    """A `type` for argparse whose errors say what is `expected`."""
 
     def read(text):
         try:
@@ -63,10 +63,10 @@ def seed(text):
 
 
 READ = {
-    "seed": converter(seed, "a whole number from 0 to 2^63 - 1"),
-    int: converter(int, "a whole number"),
+    "seed": converter(seed, "an integer from 0 to 2^63 - 1"),
+    int: converter(int, "an integer"),
     float: converter(float, "a number"),
-    tuple: converter(lambda text: tuple(map(int, text.split(","))), "whole numbers, as in 1,3"),
+    tuple: converter(lambda text: tuple(map(int, text.split(","))), "integers such as 1,3"),
     str: str,
 }
 
@@ -80,8 +80,8 @@ def help_lines(cls):
 def parse(cls, argv=None, description=""):
     """Read `argv` into (instance of the dataclass `cls`, set of the field names that were given).
 
-    bool becomes `--x / --no-x` (bool | None: it may be that neither was said), int, float and str
-    what they are, a tuple comma-separated integers, a tuple[str, ...] one or more words.
+    A bool (or bool | None) becomes `--x / --no-x`, a tuple comma-separated integers, a
+    tuple[str, ...] one or more words; int, float and str are read as such.
     """
     parser = Parser(description=description, allow_abbrev=False)
     comments, types = help_lines(cls), typing.get_type_hints(cls)
@@ -139,7 +139,7 @@ def check_device(name):
 
 
 def run(main):
-    """Call `main()`; ValueError and OSError get one line and exit status 1, no traceback."""
+    """Call `main()`. ValueError and OSError end in one line and exit status 1, no traceback."""
     try:
         main()
     except (ValueError, OSError) as error:

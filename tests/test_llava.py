@@ -1,4 +1,4 @@
-"""Your own data: what is well formed is read, what is not is named by file, record and fault."""
+"""Your own data: good records are read, faulty ones are named by file, record and fault."""
 
 import json
 import pathlib
@@ -180,7 +180,7 @@ def test_depth_that_json_just_reads_is_refused_by_name(field, folder):
 
 
 def test_link_in_the_image_folder_is_followed_as_its_owner_made_it(folder):
-    """A data file can name it, but not make it."""
+    """A data file can name a link, but it cannot make one."""
     (folder / "pics" / "link.png").symlink_to(folder / "pics" / "red.png")
     assert len(load(folder, [record("<image>", "A", image="link.png")])) == 1
 
@@ -211,7 +211,7 @@ def test_image_that_is_no_image_is_named_when_its_turn_comes(folder):
 
 @pytest.mark.parametrize("name", ["many.json", "many.jsonl"])
 def test_broken_record_in_the_middle_of_many_is_named_by_its_id(name, folder):
-    """Whether it is faulty JSON or a faulty record."""
+    """For faulty JSON and for a faulty record."""
     records = [record(id=f"n{k}") for k in range(3000)]
     records[1500]["conversations"][1]["from"] = "nobody"
     with pytest.raises(ValueError, match=r"record 1500 \(id 'n1500'\): turn 1 is from 'nobody'"):
@@ -283,7 +283,7 @@ asked = st.tuples(words, st.integers(0, 2), words)  # question, images in it, an
 @given(data=st.data(), pairs=st.lists(asked, min_size=1, max_size=5), late=st.booleans())
 @pytest.mark.parametrize("template", ["mistral_instruct", "mistral_instruct_system"])
 def test_long_sample_loses_its_last_turns_and_nothing_else(template, data, pairs, late, tokenizer):
-    """Whatever the row, what is left is what `render` makes of a conversation of so few turns."""
+    """For every row length the rest equals what `render` makes of the shorter conversation."""
     texts = [text for q, n, a in pairs for text in (q + "<image>" * n, a)] + ["and?"] * late
     sample = picture_sample(*texts, n_images=sum(n for _, n, _ in pairs))
     shorter = []

@@ -1,4 +1,4 @@
-"""Packing: nothing lost, nothing doubled, nothing learned that nobody could predict."""
+"""Packing: no sample lost or doubled, and no label that nothing could predict."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def samples_of(lengths, images=()):
 
 
 def unpacked(batch):
-    """Samples of a batch in reading order: [(tokens, labels)], by their segments alone."""
+    """Samples of a batch in reading order: [(tokens, labels)], found by their segments."""
     found = []
     for tokens, labels, segments in zip(batch["tokens"], batch["labels"], batch["segments"]):
         for k in range(1, int(segments.max()) + 1):

@@ -584,7 +584,7 @@ def test_memory_that_cannot_be_had_is_one_line_on_a_cpu_too(weights, tmp_path, m
         (["--device", "nowhere"], "--device nowhere"),
         (["--template", "foo"], "choose from plain"),
         (["--rows", "999999999"], "GB, and this machine has"),
-        (["--seed", "-1"], "a whole number from 0 to 2^63"),
+        (["--seed", "-1"], "an integer from 0 to 2^63"),
         (["--lr", "1e400"], "--lr inf must be finite"),
         (["--clip-grad", "0"], "--clip-grad 0.0 must be above 0"),
         (["--balance-coef", "-1"], "--balance-coef -1.0 must be 0 or more"),
