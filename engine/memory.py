@@ -39,8 +39,7 @@ import torch
 from clip_moe import CLIPVisionConfig
 from cumo import CuMo, CuMoConfig
 from engine.optim import WEIGHTS, bytes_per_parameter
-from llm import LLMConfig
-from loss import LOGITS_AT_ONCE
+from llm import LOGITS_AT_ONCE, LLMConfig
 
 try:
     import resource
