@@ -265,7 +265,7 @@ def build(cfg):
     if cfg.stage == 3 and cfg.upcycle != "none":
         parts, scratch = cfg.upcycle.split(","), split_parts(cfg.scratch)
         model = upcycle(model, parts, cfg.num_experts, cfg.top_k, cfg.seed, scratch)
-    model.vision.recompute = model.llm.checkpoint = bool(cfg.recompute)
+    model.vision.recompute = model.llm.recompute = bool(cfg.recompute)
     for name, module in model.named_children():  # vision, connector, llm
         module.requires_grad_(name in learning(cfg))
     model.cfg.balance_coef, model.cfg.z_coef = cfg.balance_coef, cfg.z_coef

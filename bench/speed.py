@@ -48,9 +48,9 @@ from cumo import has_fast_bf16
 from data import flags
 from data.weights import write_json, write_tensors
 from engine import memory
-from engine.decode import huge_pages
+from engine.decode import fast_step, huge_pages
 from engine.quant import quantize
-from llm import LLM, LLMConfig, attend, attention_mask
+from llm import LLM, LLMConfig, attention_mask, flex_attend
 from mlp_moe import ACTIVATIONS, SparseMoE
 from runs.pictures import draw_ratios
 from sample import find_model
@@ -217,7 +217,7 @@ def attention(runs, tokens=32768, window=4096, heads=2, head_dim=64):
     places, contestants = places[None].to(DEVICE), {}
     for name, w in (("window", window), ("full", None)):
         mask = attention_mask(places, places, w)
-        contestants[name] = lambda m=mask: attend(q, k, v, m)
+        contestants[name] = lambda m=mask: flex_attend(q, k, v, m)
     return row("scale", f"attention, {tokens} tokens", race(contestants, runs))
 
 
@@ -431,7 +431,7 @@ def decode_at(precision, runs, tokens=96):
     folder, dtype, ours = smollm2(precision)
     ids = torch.arange(100, 132, device=DEVICE)[None]
     contestants = {
-        "ours, compiled": timed(lambda n: ours.generate(ids, max_new_tokens=n, compile=True)),
+        "ours, compiled": timed(lambda n: ours.generate(ids, max_new_tokens=n, step=fast_step)),
         "ours, eager": timed(lambda n: ours.generate(ids, max_new_tokens=n)),
     }
     if precision != "int8":
@@ -480,9 +480,9 @@ def many_answers(runs, rows=16, tokens=32):
     ids = torch.randint(1000, (rows, 32), device=DEVICE)
     segments = (torch.arange(32) >= torch.arange(rows)[:, None]).long().to(DEVICE)
     contestants = {}
-    for name, compile in ((", compiled", True), ("", False)):
+    for name, step in ((", compiled", fast_step), ("", None)):
         for n in (rows, 1):
-            args = dict(tokens=ids[:n], segments=segments[:n], compile=compile)
+            args = dict(tokens=ids[:n], segments=segments[:n], step=step)
             contestants[f"{n} at once{name}"] = (n, timed(
                 lambda k, a=args: llm.generate(**a, max_new_tokens=k)))  # fmt: skip
     seconds = {name: [] for name in contestants}

@@ -1,17 +1,17 @@
-"""A conversation with a model: questions about pictures, answers as they come.
+"""A conversation with a model: questions about pictures, and answers that stream.
 
     talk = Conversation(model, tokenizer, max_new_tokens=128)
     talk.ask("Where is the cat?", [Image.open("cat.jpg")]).answer
     talk.ask("And the dog?").answer
 
-As long as there is room, nothing is computed twice. The language model's cache holds keys and
-values of all that was said, so a question costs its own tokens and those of its pictures alone:
+While there is room, nothing is computed twice. The language model's cache holds the keys and values
+of the conversation so far, so a question costs only its own tokens and those of its pictures:
 
     <s>[INST] <image> Where is it? [/INST] left </s>[INST] And the dog? [/INST] ...
     '------------------ in the cache ----------'    '------- new -------'
 
-When the cache is full, the oldest turns are dropped (the last picture stays) and half the room is
-read again. A model with a sliding window has a ring for a cache, in which there is always room.
+When the cache is full, the oldest turns are dropped (the last picture stays), and the rest, at most
+half the room, is read again. A model with a sliding window has a ring buffer, which is never full.
 """
 
 import time
@@ -21,61 +21,61 @@ import torch
 
 from data.chat import IMAGE_TAG, render, render_next, template_of
 from data.images import preprocess
+from engine.decode import fast_step
 from llm import LLM, OPTIONS, Cache
 
 
 def prompt(model, tokenizer, question, images=(), first=True):
-    """A question about `images` (PIL) -> (its ids, pixels [n, 3, S, S] or None). If it is not the
-    `first` one, the ids are those that go on behind an answer."""
-    if not question.replace(IMAGE_TAG, "").strip():
+    """A question about `images` (PIL, or their pixels) -> (ids, pixels [n, 3, S, S] or None).
+
+    `first=False`: the ids that continue a conversation after an answer.
+    """
+    text, pixels = question.replace(IMAGE_TAG, ""), None
+    alone, n_images = isinstance(model, LLM), len(images)
+    if not text.strip():
         raise ValueError('the question is empty; ask something, as in --ask "What is this?"')
-    if isinstance(model, LLM) and images:
+    if alone and n_images:
         raise ValueError("this is a language model alone, it sees nothing; ask without a picture")
-    pixels = None
-    if images:
+    if n_images:
         size, mode = model.cfg.vision.image_size, model.cfg.image_mode
-        pixels = torch.stack([preprocess(image, size, mode) for image in images])
-    return prompt_ids(model, tokenizer, question, len(images), first), pixels
-
-
-def prompt_ids(model, tokenizer, question, n_images=0, first=True):
-    """The ids of `prompt`; for them the number of pictures is enough."""
-    alone = isinstance(model, LLM)
+        new = not isinstance(images, torch.Tensor)
+        pixels = torch.stack([preprocess(i, size, mode) for i in images]) if new else images
     template = template_of(tokenizer) if alone else model.cfg.template
-    text = f"{IMAGE_TAG}\n" * n_images + question.replace(IMAGE_TAG, "")
-    how = tokenizer, template, model.image_tokens if n_images else 0, n_images, "--ask"
+    image_tokens = model.image_tokens if n_images else 0
+    how = tokenizer, template, image_tokens, n_images, "--ask"
+    text = f"{IMAGE_TAG}\n" * n_images + text
     if not first:
-        return render_next(text, *how)
+        return render_next(text, *how), pixels
     ids, _ = render([{"from": "human", "value": text}], *how)
-    second = alone and template == "mistral_instruct"  # <s>: it is CuMo's, no Mistral knows it
-    return ids[second:]
+    second = alone and template == "mistral_instruct"  # CuMo's second <s>, unknown to a Mistral
+    return ids[second:], pixels
 
 
 class Printer:
-    """Writes ids as text as they come, whole characters at a time, up to the first `stop` text."""
+    """Writes ids as text while they come, only whole characters, up to the first `stop` text."""
 
     def __init__(self, tokenizer, stop=(), write=None):
         self.tokenizer, self.stop, self.ids, self.text, self.whole = tokenizer, stop, [], "", ""
         self.write = write or (lambda text: print(text, end="", flush=True))
 
     def __call__(self, ids):
-        """Returns True when a stop text has been said."""
+        """Returns True once the answer contains a stop text."""
         self.ids += ids.flatten().tolist() if hasattr(ids, "flatten") else list(ids)
-        text = self.tokenizer.decode(self.ids).strip()  # blanks wait for what follows them
-        said = [text.find(stop) for stop in self.stop if stop in text]
-        self.whole = text[: min(said)].rstrip() if said else text
-        begun = {stop[:n] for stop in self.stop for n in range(1, len(stop))}
-        held = max((len(start) for start in begun if text.endswith(start)), default=0)
-        if not text.endswith("\ufffd"):
-            self.show(self.whole if said else text[: len(text) - held])
-        return bool(said)
+        text = self.tokenizer.decode(self.ids).strip()  # spaces wait for the text after them
+        found = [text.find(stop) for stop in self.stop if stop in text]
+        self.whole = text[: min(found)].rstrip() if found else text
+        starts = {stop[:n] for stop in self.stop for n in range(1, len(stop))}
+        held = max((len(start) for start in starts if text.endswith(start)), default=0)
+        if not text.endswith("\ufffd"):  # half a character
+            self.show(self.whole if found else text[: len(text) - held])
+        return bool(found)
 
     def show(self, text):
         self.write(text[len(self.text) :])
         self.text = text
 
     def finish(self):
-        """The whole answer; what was held back, since it might have become a stop, is written."""
+        """The whole answer. Writes what was held back because a stop text could have begun."""
         self.show(self.whole)
         return self.whole
 
@@ -83,57 +83,57 @@ class Printer:
 @dataclass
 class Turn:
     question: str
-    ids: list  # of the question
-    pixels: torch.Tensor | None  # of its pictures; the pictures themselves can be far larger
-    said: list  # ids of the answer, its end token included
+    ids: list  # the question's
+    pixels: torch.Tensor | None  # not the pictures themselves, which can be far larger
+    said: list  # the answer's ids, its end token included
 
 
 @dataclass
 class Answer:
     answer: str
     tokens: int  # generated, the end token included
-    prompt_tokens: int  # read for this answer, not counting what the cache held already
-    first_token_seconds: float  # from the question
+    prompt_tokens: int  # read for this answer; those in the cache do not count
+    first_token_seconds: float  # since the question
     seconds: float
-    dropped: int  # turns that had no room any more
+    dropped: int  # turns that were dropped for lack of room
 
 
 def check_options(context=4096, stop=(), **options):
-    """ValueError, with the flag of sample.py, for what a `Conversation` cannot do; it is asked
-    before a large model is loaded, too."""
+    """ValueError, with the flag of sample.py, for options that a `Conversation` cannot have."""
     if "" in stop:
         raise ValueError("--stop '' is empty; name the text before which an answer ends")
     known = OPTIONS | {"context": (lambda n: n > 0, "1 or more")}
     for name, value in {"context": context, **options}.items():
-        good, wanted = known.get(name, (lambda value: True, ""))
-        if not good(value):
+        valid, wanted = known.get(name, (lambda value: True, ""))
+        if not valid(value):
             raise ValueError(f"--{name.replace('_', '-')} {value} must be {wanted}")
 
 
 class Conversation:
-    """Questions about pictures, and answers; what was said stays in the language model's cache.
+    """Questions about pictures, and answers; all of it stays in the language model's cache.
 
     context: tokens to keep, if the model has no window. stop: texts, or one text, before which an
-    answer ends; what is not shown of it stays in the cache, so the model remembers it. options:
-    those of `LLM.generate`; a seed is that of all answers up to a reset, not of each anew.
+    answer ends; the stop text itself stays in the cache. options: those of `LLM.generate`; a seed
+    starts the random numbers of all answers up to a reset.
     """
 
     def __init__(self, model, tokenizer, context=4096, compile=False, stop=(), max_new_tokens=128,
                  **options):  # fmt: skip
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        options = {"max_new_tokens": max_new_tokens, **options}
-        check_options(context, stop, **options)
+        check_options(context, stop, max_new_tokens=max_new_tokens, **options)
         self.model, self.tokenizer, self.stop, self.options = model, tokenizer, stop, options
         llm = model if isinstance(model, LLM) else model.llm
         window, weight = llm.cfg.sliding_window, llm.model.norm.weight
         self.room = None if window else min(context, llm.cfg.max_positions)
-        size = window + 1 if window else self.room  # a longer text than the window makes a ring
-        self.new_cache = lambda: Cache(llm.cfg, 1, size, weight.dtype, weight.device, compile)
+        size = window + 1 if window else self.room  # more than the window makes it a ring buffer
+        self.new_cache = lambda: Cache(llm.cfg, 1, size, weight.dtype, weight.device)
         self.seed, self.generator = options.get("seed"), torch.Generator(weight.device)
+        step = fast_step if compile else None
+        self.options |= dict(max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos, step=step)
         self.reset()
 
     def reset(self):
-        self.turns, self.pending, self.cache = [], [], None  # pending: said, but not in the cache
+        self.turns, self.pending, self.cache = [], [], None  # pending: ids not yet in the cache
         if self.seed is not None:
             self.options["seed"] = self.generator.manual_seed(self.seed)
 
@@ -143,28 +143,27 @@ class Conversation:
         return image
 
     def ask(self, question, images=(), write=None, interrupted=lambda: False):
-        """-> Answer. `write` gets its text piece by piece; `interrupted()` is asked token by token
-        and ends it. ValueError when not even the question has room."""
+        """-> Answer. `write` gets its text piece by piece; `interrupted()` is called after each
+        token and ends the answer. ValueError when not even the question has room."""
         start, first = time.perf_counter(), []
         ids, pixels = prompt(self.model, self.tokenizer, question, images, not self.turns)
         turns = [*self.turns, Turn(question, ids, pixels, [])]
-        new, unseen, dropped = self.pending + ids, turns[-1:], 0
-        if not self.cache:  # nothing was said yet, or the last answer failed
-            new, unseen = [i for turn in turns for i in turn.ids + turn.said], turns
-        if self.room and (self.cache.seen if self.cache else 0) + self.longest(new) > self.room:
-            while len(turns) > 1 and (not dropped or self.longest(new) > self.room // 2):
-                turns, dropped = self.without_first(turns), dropped + 1
-                new, unseen = [i for turn in turns for i in turn.ids + turn.said], turns
-            if self.longest(new) > self.room:
+        new, unseen, cache = self.pending + ids, turns[-1:], self.cache
+        if not cache:  # the first question, or the last answer failed
+            new, unseen = ids_of(turns), turns
+        longest = self.options["max_new_tokens"]
+        if self.room and (cache.seen if cache else 0) + len(new) + longest > self.room:
+            turns = self.drop_oldest(turns, self.room // 2 - longest)
+            new, unseen, cache = ids_of(turns), turns, None
+            if len(new) + longest > self.room:
                 raise ValueError(
-                    f"question and answer may take {self.longest(new)} tokens, there is room for "
+                    f"question and answer may take {len(new) + longest} tokens, there is room for "
                     f"{self.room}: ask less, lower --max-new-tokens, or raise --context"
                 )
-        if dropped or not self.cache:
-            cache = self.new_cache()
-        else:
-            cache, self.cache = self.cache, None  # until the answer is whole
-        pixels = [turn.pixels for turn in unseen if turn.pixels is not None]
+        dropped = len(self.turns) + 1 - len(turns)
+        cache, self.cache = cache or self.new_cache(), None  # until the answer is complete
+        device, seen = cache.keys.device, [t.pixels for t in unseen if t.pixels is not None]
+        pictures = {"images": torch.cat(seen).to(device)} if seen else {}
         printer = Printer(self.tokenizer, self.stop, write)
 
         def stream(token):
@@ -172,9 +171,11 @@ class Conversation:
             return printer(token) or interrupted()
 
         try:
-            said = self.generate(new, pixels, cache, stream)
-        except BaseException:  # the cache holds half an answer: read what came before anew
-            kept = self.turns if self.room else []  # with a window there is no more of it
+            tokens = torch.tensor([new], device=device)
+            how = self.options | {"cache": cache, "stream": stream}
+            said = self.model.generate(tokens, **pictures, **how)[0].tolist()
+        except BaseException:  # the cache holds half an answer: read the turns before it again
+            kept = self.turns if self.room else []  # with a window the turns are not kept
             self.turns, self.pending, self.cache = kept, [], None
             raise
         self.cache = cache
@@ -184,22 +185,21 @@ class Conversation:
         return Answer(printer.finish(), len(said), len(new), first[0], time.perf_counter() - start,
                       dropped)  # fmt: skip
 
-    def without_first(self, turns):
-        """Forget a turn, but not the last picture: without it the model would go on guessing."""
-        gone, first, *rest = turns
-        pixels = first.pixels
-        if all(turn.pixels is None for turn in (first, *rest)):
-            pixels = gone.pixels
-        n_images = 0 if pixels is None else len(pixels)
-        ids = prompt_ids(self.model, self.tokenizer, first.question, n_images)
-        return [replace(first, ids=ids, pixels=pixels), *rest]
+    def drop_oldest(self, turns, most):
+        """Drop turns, but not the last one, until the rest has at most so many tokens. Keep the
+        last picture: without it the model would have to guess."""
+        kept = turns
+        while len(kept) > 1 and (kept is turns or len(ids_of(kept)) > most):
+            gone, first, *rest = kept
+            pixels = first.pixels
+            if all(turn.pixels is None for turn in (first, *rest)):
+                pixels = gone.pixels
+            images = () if pixels is None else pixels
+            ids, _ = prompt(self.model, self.tokenizer, first.question, images)
+            kept = [replace(first, ids=ids, pixels=pixels), *rest]
+        return kept
 
-    def longest(self, new):
-        return len(new) + self.options["max_new_tokens"]
 
-    def generate(self, ids, pixels, cache, stream):
-        device = cache.keys.device
-        seen = {"images": torch.cat(pixels).to(device)} if pixels else {}
-        tokens = torch.tensor([ids], device=device)
-        how = dict(cache=cache, stream=stream, eos_token_id=self.tokenizer.eos)
-        return self.model.generate(tokens, **seen, **how, **self.options)[0].tolist()
+def ids_of(turns):
+    """The ids of whole turns, one after the other."""
+    return [i for turn in turns for i in turn.ids + turn.said]

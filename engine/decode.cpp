@@ -1,24 +1,23 @@
-// A few tokens, the next of each answer, through a whole language model on the cores of a CPU. See
+// The next tokens of each answer through a whole language model, on the cores of a CPU. See
 // decode.py.
 //
-// To make a token every weight is read once and used once, so the speed is that of the memory, if
-// nothing else takes time. Here little else does: there is one parallel region, in which each
-// thread takes its share of the rows of every matrix, and five places a layer where all wait:
+// For one token every weight is read once and used once, so memory bandwidth limits the speed as
+// long as nothing else takes time. There is one parallel region, in which each thread computes its
+// share of the rows of every matrix, and five barriers a layer:
 //
-//     q, k, v = W norm(x); q, k rotated; k, v into the cache    | wait
-//     a = softmax(q k / sqrt(A)) v, heads of the same k at once | wait
-//     x = x + W_o a                                             | wait
-//     u = silu(W_gate norm(x)) * W_up norm(x)                   | wait
-//     x = x + W_down u                                          | wait
+//     q, k, v = W norm(x); q, k rotated; k, v into the cache    | barrier
+//     a = softmax(q k / sqrt(A)) v, heads of the same k at once | barrier
+//     x = x + W_o a                                             | barrier
+//     g = silu(W_gate norm(x)) * W_up norm(x)                   | barrier
+//     x = x + W_down g                                          | barrier
 //
-// One row's x is multiplied a register of features at a time. Of several rows each has a lane of
-// the registers instead, and a weight is multiplied with all of them at once: sixteen answers take
-// 1.6 to 2.8 times as long as one. Sums are in float32, or in whole numbers (see `Ready`),
-// and in one order for any number of threads.
+// A single row of x is multiplied one register of features at a time. Several rows lie in the lanes
+// of the registers instead, so that one weight is multiplied with all of them at once: sixteen
+// answers take 1.6 to 2.8 times as long as one. Sums are in float32 or in integers (see `Ready`),
+// in the same order for any number of threads.
 //
-// Letters as in llm.py: D features, H query heads, G key/value heads, A features a head, F hidden
-// features, V words. C answers, T tokens of each, B = C T rows; N slots of the cache, M = N rounded
-// up to sixteens.
+// Letters as in llm.py: D features, H query heads, G key/value heads, A head size, F hidden
+// features, V vocabulary. C answers, T tokens of each, B = C T rows; U slots of the cache.
 
 #include <algorithm>
 #include <cfloat>
@@ -35,11 +34,11 @@
 struct bfloat16 { uint16_t bits; };
 
 #ifndef WEIGHT
-#define WEIGHT float  // of the matrices: float, bfloat16, or int8_t with a scale a row
-#define CACHE float   // of keys and values: float or bfloat16
+#define WEIGHT float  // type of the matrices: float, bfloat16, or int8_t with a scale a row
+#define CACHE float   // type of keys and values: float or bfloat16
 #endif
 
-// ------------------------------------------------- numbers, as many as a register holds
+// ------------------------------------------------- arithmetic on whole registers
 
 #if defined(__AVX512F__)
 constexpr int WIDTH = 16;
@@ -50,7 +49,7 @@ constexpr int WIDTH = 4;
 #endif
 #define VECTOR(type) __attribute__((vector_size(WIDTH * sizeof(type)))) type
 typedef VECTOR(float) floats;
-typedef VECTOR(int32_t) wholes;
+typedef VECTOR(int32_t) ints;
 
 template <class V> static inline V read(const void *from) {
     V v;
@@ -59,7 +58,7 @@ template <class V> static inline V read(const void *from) {
 }
 
 static inline floats load(const float *p) { return read<floats>(p); }
-#ifdef __AVX512F__  // in one instruction, which compilers do not find
+#ifdef __AVX512F__  // intrinsics, because compilers do not find these instructions
 static inline floats load(const bfloat16 *p) {
     return (floats)(_mm512_slli_epi32(_mm512_cvtepu16_epi32(read<__m256i>(p)), 16));
 }
@@ -74,7 +73,7 @@ static inline floats load(const bfloat16 *p) {
 }
 static inline floats load(const int8_t *p) {
     typedef VECTOR(int8_t) bytes;
-    return __builtin_convertvector(__builtin_convertvector(read<bytes>(p), wholes), floats);
+    return __builtin_convertvector(__builtin_convertvector(read<bytes>(p), ints), floats);
 }
 #endif
 
@@ -86,7 +85,7 @@ static inline float value(bfloat16 x) {
 }
 static inline void put(float *p, float x) { *p = x; }
 static inline void put(float *p, floats x) { memcpy(p, &x, sizeof x); }
-static inline void put(bfloat16 *p, float x) {  // the nearest, ties to even; NaN stays NaN
+static inline void put(bfloat16 *p, float x) {  // round to nearest even; NaN stays NaN
     uint32_t bits = read<uint32_t>(&x);
     p->bits = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
@@ -95,7 +94,7 @@ template <class T> static inline void put(T *p, const float *x, int n) {
     for (int i = 0; i < n; i++) put(p + i, x[i]);
 }
 
-// e^x to two units in the last place, without a branch, so that loops of it use whole registers
+// e^x to two units in the last place, without a branch, so that compilers can vectorize its loops
 static inline float exponential(float x) {
     x = x < -87 ? -87 : x > 88 ? 88 : x;
     float n = std::rint(x * 1.44269504f), r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2
@@ -109,7 +108,7 @@ static inline floats exponential(floats x) {
     return x;
 }
 
-// What a matrix is multiplied with: bfloat16, if the processor multiplies pairs of them.
+// The type of a matrix's input: bfloat16 if the processor multiplies pairs of them.
 #ifdef __AVX512BF16__
 constexpr int PAIR = std::is_same_v<WEIGHT, bfloat16> ? 2 : 1;
 typedef std::conditional_t<PAIR == 2, bfloat16, float> input;
@@ -120,7 +119,7 @@ static inline floats add_to_lanes(floats sum, const bfloat16 *w, const bfloat16 
     __m512bh pair = (__m512bh)_mm512_set1_epi32(read<int>(w));
     return (floats)_mm512_dpbf16_ps((__m512)sum, pair, read<__m512bh>(x));
 }
-static inline void put(bfloat16 *p, floats x) {  // to every second place from p
+static inline void put(bfloat16 *p, floats x) {  // into every second element from p
     __m512i halves = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x));
     _mm512_mask_storeu_epi16(p, 0x55555555, halves);
 }
@@ -128,9 +127,9 @@ static inline void put(bfloat16 *p, floats x) {  // to every second place from p
 constexpr int PAIR = 1;
 typedef float input;
 #endif
-constexpr int ROWS = 8;           // of a matrix at once, where x has its rows in lanes
-constexpr int HEADS = WIDTH / 4;  // at once, that read the same keys and values
-constexpr int WORDS = 256;        // of the head at once
+constexpr int ROWS = 8;           // rows of a matrix at once, where x has its rows in lanes
+constexpr int HEADS = WIDTH / 4;  // heads at once that read the same keys and values
+constexpr int TOKENS = 256;       // rows of the LM head at once
 template <class T> static inline floats add_product(floats sum, const T *w, const float *x) {
     return sum + load(w) * load(x);
 }
@@ -138,8 +137,8 @@ template <class T> static inline floats add_to_lanes(floats sum, const T *w, con
     return sum + value(*w) * load(x);
 }
 
-// Feature d of row b of x [B, D]. One row lies in order; of more, WIDTH rows lie together: of each
-// row a feature (or a pair, if they are bfloat16), then of each the next.
+// Address of feature d of row b of x [B, D]. A single row is stored in order. More rows are stored
+// in groups of WIDTH: a feature (bfloat16: a pair of them) of each row, then the next of each row.
 template <class T> static inline T *at(T *x, int B, int D, int b, int d) {
     constexpr int pair = sizeof(float) / sizeof(T);
     size_t pairs = (D + pair - 1) / pair;
@@ -148,7 +147,7 @@ template <class T> static inline T *at(T *x, int B, int D, int b, int d) {
 }
 
 static inline float total(floats v) {
-#ifdef __AVX512F__  // the same sums; of the loop GCC makes something slow
+#ifdef __AVX512F__  // the same sums; GCC compiles the loop to slow code
     return _mm512_reduce_add_ps((__m512)v);
 #else
     for (int n = WIDTH / 2; n; n /= 2)
@@ -156,18 +155,18 @@ static inline float total(floats v) {
     return v[0];
 #endif
 }
-static inline float greatest(floats v) {  // none of them NaN
+static inline float greatest(floats v) {  // v must not hold a NaN
     float most = v[0];
     for (int i = 1; i < WIDTH; i++) most = v[i] > most ? v[i] : most;
     return most;
 }
 
-static inline void put_totals(float *p, const floats *v) {  // of four registers
-#ifdef __AVX512F__  // all at once, halves being added to halves
+static inline void put_totals(float *p, const floats *v) {  // totals of four registers
+#ifdef __AVX512F__  // all four at once, by adding halves
     auto low = [](floats a, floats b) { return (floats)_mm512_unpacklo_ps((__m512)a, (__m512)b); };
     auto high = [](floats a, floats b) { return (floats)_mm512_unpackhi_ps((__m512)a, (__m512)b); };
     floats a = low(v[0], v[2]) + high(v[0], v[2]), b = low(v[1], v[3]) + high(v[1], v[3]);
-    __m512 sum = (__m512)(low(a, b) + high(a, b));  // of each, in every fourth lane
+    __m512 sum = (__m512)(low(a, b) + high(a, b));  // each one's, in every fourth lane
     __m256 half = _mm512_castps512_ps256(sum) + (__m256)_mm512_extractf64x4_pd((__m512d)sum, 1);
     _mm_storeu_ps(p, _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
 #else
@@ -175,14 +174,14 @@ static inline void put_totals(float *p, const floats *v) {  // of four registers
 #endif
 }
 
-// So many bytes before their turn weights are fetched into the second cache. The processor does so
-// by itself, but later. How many was found by trial.
+// Weights are prefetched into the L2 cache this many bytes ahead, earlier than the hardware
+// prefetcher does. The distances were found by trial.
 template <class T> constexpr int AHEAD = sizeof(T) == 1 ? 16384 : 2048;
 
 static inline void fetch(const void *line) { __builtin_prefetch(line, 0, 2); }
 
-// w times x, while about as many weights from `next` on are fetched. Four sums are under way at
-// once: one would wait for itself.
+// w times x; meanwhile about as many weights are prefetched from `next` on. Four independent sums
+// hide the latency of an addition.
 template <class T, class X>
 static inline float dot(const T *w, const X *x, int D, const T *next) {
     constexpr int width = std::is_same_v<X, float> ? WIDTH : 2 * WIDTH;
@@ -202,25 +201,25 @@ template <class T, class X> static inline float dot(const T *w, const X *x, int 
     return dot(w, x, D, w + AHEAD<T> / sizeof(T));
 }
 
-// x as `product` takes it. A single row that meets int8 weights is rounded to whole numbers, so
-// that the weights need not be converted, and 64 are multiplied at once: x = unit X, |X| < 2^23.
-// Its greatest feature is as exact as in float32, and the others have the same absolute error. X is
-// written in three digits, X = 65536 d2 + 256 d1 + d0, each from -128 to 127. The instruction wants
-// one factor that is not negative, and gets w + 128; so a sum over digits d starts at -128 sum(d).
+// x as `product` takes it. For int8 weights a single row is rounded to integers, so that weights
+// need no conversion and 64 products take one instruction: x = unit X, |X| < 2^23. The greatest
+// feature is as exact as in float32, and the others have the same absolute error. X is written in
+// three digits, X = 65536 d2 + 256 d1 + d0, each from -128 to 127. The instruction needs one factor
+// that is not negative: w + 128. To correct for it, a sum over digits d starts at -128 sum(d).
 struct Ready {
     const input *x;
-    int8_t *digits;  // [D / 64 rounded up, 3, 64], d0 first; then 3 starts, of 16 int32 each
-    float unit;      // NaN if x has a NaN, or an infinite feature: then so is every product
+    int8_t *digits;  // [D / 64 rounded up, 3, 64], d0 first; then 3 starts of 16 int32 each
+    float unit;      // NaN if x holds a NaN or an infinity; then every product is NaN, too
 };
 #ifdef __AVX512VNNI__
-static inline uint64_t rest(int n) {  // bits for n of 64
+static inline uint64_t rest(int n) {  // a mask of the first n of 64 bytes
     return n >= 64 ? -1 : n > 0 ? (1ull << n) - 1 : 0;
 }
 
 template <class X>
 static Ready ready(const int8_t *, const X *x, int B, int D, int8_t *digits) {
     if (B > 1) return {x};
-    __m512 most = {}, damage = {};  // 0, or NaN: that is what 0 times NaN is, and 0 times infinity
+    __m512 most = {}, damage = {};  // 0, or NaN: 0 times NaN or infinity
     for (int d = 0; d < D; d += WIDTH) {
         __m512 v = _mm512_maskz_loadu_ps(rest(D - d), x + d);
         most = _mm512_max_ps(most, _mm512_abs_ps(v)), damage += v * 0;
@@ -270,8 +269,8 @@ template <class T> static inline float dot(const T *w, Ready x, int D, const T *
 }
 
 // y[r] = row r of w times x, for R rows of w, and a row of x in each lane. As many weights are
-// fetched from `next` on: rows end before the processor guesses that others follow. As a function
-// of its own it has registers for the addresses of its rows.
+// prefetched from `next` on, because rows are too short for the hardware prefetcher. It is not
+// inlined, so that the addresses of its rows stay in registers.
 template <int R, class T>
 static __attribute__((noinline)) void lanes(const T *w, const input *x, int D, const WEIGHT *next,
                                             floats *y) {
@@ -306,9 +305,9 @@ template <class T> static inline void convert(const T *w, int n, float *out) {
     for (; i < n; i++) out[i] = value(w[i]);
 }
 
-// done(b, f, y) for y = row f of the matrix times row b of x, for f from first up to last. y is
-// a float if there is one row, else floats, of the WIDTH rows from b on. `then` is what this thread
-// reads afterwards, and fetches already.
+// Calls done(b, f, y) with y = row f of the matrix times row b of x, for f from first up to last. y
+// is a float if there is one row, else floats, for the WIDTH rows from b on. `then` points to what
+// this thread reads next; it is prefetched.
 template <class Done>
 static void product(Matrix m, Ready x, int B, int D, int first, int last, const WEIGHT *then,
                     Done done) {
@@ -343,51 +342,54 @@ static void product(Matrix m, Ready x, int B, int D, int first, int last, const 
 struct Layer {
     const float *norm1, *norm2;
     Matrix q, k, v, o, gate, up, down;
-    CACHE *keys, *values;  // [C, G, N, A]
+    CACHE *keys, *values;  // [C, G, U, A]
 };
 
 struct Step {
-    int C, T, B, D, H, G, A, F, V, N, M, layers, threads;
-    int window, used, slot;  // 0: none; slots in use, those of these tokens too; that of the first
+    int C, T, B, D, H, G, A, F, V, U;
+    int stride, layers, threads;    // stride: U rounded up to a multiple of 16
+    int window, used, slot;         // 0: none; slots in use, with the new tokens; the first new one
     float eps;
     const float *frequency, *norm;  // [A / 2] of RoPE; [D]
-    int64_t *places;                // [C, 2, N] position and segment of each slot
-    int64_t *position;              // [C] of the first token, afterwards of the next
+    int64_t *places;                // [C, 2, U] position and segment of each slot
+    int64_t *position;              // [C] of the first token; at the end, of the next one
     const int64_t *tokens;          // [B], or null and
     const float *embeddings;        // [B, D]
     const Layer *layer;
     Matrix embedding, head;
     float *q, *logits;              // [B, H, A], [C, V]
-    float *mask, *score;            // [B, M], 0 or -infinity as llm.sees says; [threads, 4, M]
+    float *mask, *score;            // [B, stride], 0 or -infinity by llm.sees; [threads, 4, stride]
     float *high;                    // [C] the greatest logit; infinity if one is not finite
-    int64_t *likeliest;             // [C] its word, the first of several
+    int64_t *best;                  // [C] its token, the first of several
     float *x, *cos, *sin;           // [B, D]; [B, A / 2] of the angles
-    input *a, *u;                   // [B, H A], [B, F]: these five lie as in `at`
+    input *attended, *gated;        // [B, H A], [B, F]; these five are stored as in `at`
 };
 
-// Of n things, those that this thread does, in whole units
+// The part of n items that this thread does, in multiples of `unit`
 struct Share {
     int first, last;
     Share(int n, int unit = 1) {
-        long t = omp_get_thread_num(), T = omp_get_num_threads(), units = (n + unit - 1) / unit;
-        first = units * t / T * unit, last = std::min<long>(units * (t + 1) / T * unit, n);
+        long i = omp_get_thread_num(), threads = omp_get_num_threads();
+        long units = (n + unit - 1) / unit;
+        first = units * i / threads * unit;
+        last = std::min<long>(units * (i + 1) / threads * unit, n);
     }
 };
 
-struct alignas(64) Line {  // of the cache: a register that is read from two takes twice as long
+struct alignas(64) Line {  // a cache line; a register that spans two takes twice as long to read
     char bytes[64];
 };
 
-// What each thread has for itself
+// Data of one thread
 struct Own {
-    Share heads, values, queries, features, hidden, words;
-    float *score;                // [HEADS, M]
-    std::vector<Line> room, digits;  // for h; of the widest x
-    input *h;                        // [B, D], lies as in `at`
+    Share heads, values, queries, features, hidden, vocab;
+    float *score;                    // [HEADS, stride]
+    std::vector<Line> room, digits;  // memory of h; digits of the widest x
+    input *h;                        // [B, D], stored as in `at`
     Own(const Step &s)
         : heads(s.H + s.G), values(s.G * s.A, ROWS), queries(s.B * s.H), features(s.D, ROWS),
-          hidden(s.F, ROWS), words(s.V, ROWS),
-          score(s.score + (size_t)omp_get_thread_num() * 4 * s.M),
+          hidden(s.F, ROWS), vocab(s.V, ROWS),
+          score(s.score + (size_t)omp_get_thread_num() * 4 * s.stride),
           room((size_t)(s.B + WIDTH) * (s.D + 1) * sizeof(input) / sizeof(Line) + 1),
           digits(std::max({s.D, s.H * s.A, s.F}) * 3 / sizeof(Line) + 6),
           h((input *)room.data()) {}
@@ -410,7 +412,7 @@ static inline floats inverse_root(floats x) {
     return x;
 }
 
-// Norm of B rows of x. Each thread does it for itself, which is over sooner than to wait for one.
+// RMSNorm of B rows of x. Every thread computes it, because that is faster than a barrier.
 template <class V> static void norm(const Step &s, const float *weight, int B, int b, input *h) {
     constexpr int rows = sizeof(V) / sizeof(float);
     const float *x = at(s.x, B, s.D, b, 0);
@@ -426,7 +428,7 @@ static Ready norm(const Step &s, const float *weight, int B, Own &own) {
     return own.ready(own.h, B, s.D);
 }
 
-// RoPE of a head of one row, or of WIDTH, as in llm.rotate
+// RoPE of a head of one row, or of WIDTH rows, as in llm.rotate
 template <class V> static void rotate(float *x, const float *cos, const float *sin, int A) {
     constexpr int rows = sizeof(V) / sizeof(float);
     float *y = x + A / 2 * rows;
@@ -437,15 +439,15 @@ template <class V> static void rotate(float *x, const float *cos, const float *s
     }
 }
 
-// Where row b's key or value of a head goes, [A]
+// The slot [A] for row b's key or value of a head
 static inline CACHE *slot(const Step &s, CACHE *slots, int b, int head) {
-    return slots + ((size_t)(b / s.T * s.G + head) * s.N + s.slot + b % s.T) * s.A;
+    return slots + ((size_t)(b / s.T * s.G + head) * s.U + s.slot + b % s.T) * s.A;
 }
 
-// Head n of q and k together, counted in this order
+// Head n of q (n < H) or head n - H of k
 static void project(const Step &s, const Layer &l, int n, Ready h, const WEIGHT *then) {
     int A = s.A, B = s.B, head = n < s.H ? n : n - s.H;
-    float room[(B + WIDTH) * A], *y = room;  // lambdas cannot name such an array itself
+    float room[(B + WIDTH) * A], *y = room;  // lambdas cannot capture such an array
     product(n < s.H ? l.q : l.k, h, B, s.D, head * A, (head + 1) * A, then,
             [&](int b, int f, auto sum) { put(at(y, B, A, b, f - head * A), sum); });
     for (int b = 0; b < B; b += WIDTH)
@@ -462,20 +464,20 @@ static void project(const Step &s, const Layer &l, int n, Ready h, const WEIGHT 
     }
 }
 
-// Features first up to last of v, of all heads
+// Features first up to last of v, counted over all heads
 static void remember(const Step &s, const Layer &l, int first, int last, Ready h,
                      const WEIGHT *then) {
     CACHE *room[s.B], **row = room;
     for (int b = 0; b < s.B; b++) row[b] = slot(s, l.values, b, 0);
     product(l.v, h, s.B, s.D, first, last, then, [&](int b, int f, auto y) {
-        size_t place = (size_t)(f / s.A) * s.N * s.A + f % s.A;
+        size_t place = (size_t)(f / s.A) * s.U * s.A + f % s.A;
         for (int i = 0; i < std::min<int>(sizeof y / sizeof(float), s.B - b); i++)
             put(row[b + i] + place, ((float *)&y)[i]);
     });
 }
 
-// Scores of R queries [R, A] in the slots in use, four slots at a time. Meanwhile the values of
-// these slots are fetched.
+// Scores of R queries [R, A] for the slots in use, four slots at a time. Meanwhile the values of
+// these slots are prefetched.
 template <int R>
 static void scores(const Step &s, const float *q, const CACHE *keys, const CACHE *values,
                    float *score) {
@@ -491,13 +493,13 @@ static void scores(const Step &s, const float *q, const CACHE *keys, const CACHE
         for (; a < A; a++)
             for (int j = 0; j < 4; j++)
                 for (int r = 0; r < R; r++) sum[r][j][0] += value(keys[j * A + a]) * q[r * A + a];
-        for (int r = 0; r < R; r++) put_totals(score + (size_t)r * s.M + i, sum[r]);
+        for (int r = 0; r < R; r++) put_totals(score + (size_t)r * s.stride + i, sum[r]);
     }
     for (; i < s.used; i++, keys += A)
-        for (int r = 0; r < R; r++) score[(size_t)r * s.M + i] = dot(keys, q + r * A, A);
+        for (int r = 0; r < R; r++) score[(size_t)r * s.stride + i] = dot(keys, q + r * A, A);
 }
 
-// score = exp(score - the greatest), 0 where the mask hides; returns the sum of these
+// score = exp(score - the greatest), 0 where masked; returns their sum
 static float soften(const Step &s, const float *mask, float *score) {
     floats most = floats{} - INFINITY, sum = {};
     for (int i = 0; i < s.used; i += WIDTH) {
@@ -514,39 +516,39 @@ static float soften(const Step &s, const float *mask, float *score) {
     return total(sum);
 }
 
-// out [R, A] = the sums of the values seen, weighted by the scores: of U features, or U registers
-// of them. Whole registers fetch as much from `next` on.
-template <int R, int U, class V>
+// out [R, A] = sums of the values seen, weighted by the scores: COUNT features, or COUNT registers
+// of them. With registers as much is prefetched from `next` on.
+template <int R, int COUNT, class V>
 static inline void weigh(const Step &s, const float *mask, const float *score,
                          const CACHE *values, const CACHE *next, float *out) {
     constexpr int width = sizeof(V) / sizeof(float);
-    V sum[R][U] = {};
+    V sum[R][COUNT] = {};
     for (int i = 0; i < s.used; i++, values += s.A, next += s.A)
         if (mask[i] == 0)
-            for (int u = 0; u < U; u++) {
+            for (int u = 0; u < COUNT; u++) {
                 V v;
                 if constexpr (width > 1) v = load(values + u * width), fetch(next + u * width);
                 else v = value(values[u]);
-                for (int r = 0; r < R; r++) sum[r][u] += score[(size_t)r * s.M + i] * v;
+                for (int r = 0; r < R; r++) sum[r][u] += score[(size_t)r * s.stride + i] * v;
             }
     for (int r = 0; r < R; r++)
-        for (int u = 0; u < U; u++) put(out + r * s.A + u * width, sum[r][u]);
+        for (int u = 0; u < COUNT; u++) put(out + r * s.A + u * width, sum[r][u]);
 }
 
-// What heads n up to n + R of row b, which share keys and values, find in the cache. Called with
-// the greatest R; fewer heads (`count`) go to the instance for as many. Meanwhile keys are fetched
-// that lie `ahead` further on: those of the next head.
+// Attention of heads n up to n + R of row b, which share keys and values. Called with the greatest
+// R; fewer heads (`count`) use the instance for that number. Meanwhile the keys `ahead` elements
+// further on are prefetched: those of the next head.
 template <int R>
 static void attend(const Step &s, const Layer &l, int b, int n, int count, size_t ahead,
                    float *score) {
     if constexpr (R > 1)
         if (count < R) return attend<R - 1>(s, l, b, n, count, ahead, score);
-    size_t start = (size_t)(b / s.T * s.G + n / (s.H / s.G)) * s.N * s.A;
+    size_t start = (size_t)(b / s.T * s.G + n / (s.H / s.G)) * s.U * s.A;
     const CACHE *keys = l.keys + start, *values = l.values + start;
-    const float *mask = s.mask + (size_t)b * s.M;
+    const float *mask = s.mask + (size_t)b * s.stride;
     float sum[R], room[R * s.A], *out = room;
     scores<R>(s, s.q + ((size_t)b * s.H + n) * s.A, keys, values, score);
-    for (int r = 0; r < R; r++) sum[r] = soften(s, mask, score + (size_t)r * s.M);
+    for (int r = 0; r < R; r++) sum[r] = soften(s, mask, score + (size_t)r * s.stride);
     int a = 0;
     for (; a + 4 * WIDTH <= s.A; a += 4 * WIDTH)
         weigh<R, 4, floats>(s, mask, score, values + a, keys + ahead + a, out + a);
@@ -555,16 +557,16 @@ static void attend(const Step &s, const Layer &l, int b, int n, int count, size_
     for (int r = 0; r < R; r++) {
         for (a = 0; a < s.A; a++) out[r * s.A + a] /= sum[r];
         put(found, out + r * s.A, s.A);
-        for (a = 0; a < s.A; a++) *at(s.a, s.B, s.H * s.A, b, (n + r) * s.A + a) = found[a];
+        for (a = 0; a < s.A; a++) *at(s.attended, s.B, s.H * s.A, b, (n + r) * s.A + a) = found[a];
     }
 }
 
-// Queries first up to last of those of all rows: those of the same keys and values together
+// Queries first up to last, counted over all rows; heads that share keys and values go together
 static void attend(const Step &s, const Layer &l, int first, int last, float *score) {
     int group = s.H / s.G;
     for (int n = first, count; n < last; n += count) {
         count = std::min({HEADS, last - n, group - n % group});
-        size_t ahead = n + count < last ? (size_t)s.N * s.A : 0;  // of the next head, or answer
+        size_t ahead = n + count < last ? (size_t)s.U * s.A : 0;  // to the next head or answer
         attend<HEADS>(s, l, n / s.H, n % s.H, count, ahead, score);
     }
 }
@@ -578,29 +580,29 @@ static void mlp(const Step &s, const Layer &l, int first, int last, Ready h,
     for (int i = 0; i < n; i++) gate[i] /= 1 + exponential(-gate[i]);
     product(l.up, h, B, s.D, first, last, then, [&](int b, int i, auto y) {
         auto gated = read<decltype(y)>(at(gate, B, last - first, b, i - first));
-        put(at(s.u, B, s.F, b, i), gated * y);
+        put(at(s.gated, B, s.F, b, i), gated * y);
     });
 }
 
-// What row b sees of the cache
+// The mask of row b: which slots it sees
 static void look(const Step &s, int b) {
-    const int64_t *position = s.places + (size_t)b / s.T * 2 * s.N, *segment = position + s.N;
+    const int64_t *position = s.places + (size_t)b / s.T * 2 * s.U, *segment = position + s.U;
     int64_t here = s.position[b / s.T] + b % s.T, window = s.window ? s.window : here + 1;
-    float *mask = s.mask + (size_t)b * s.M;
+    float *mask = s.mask + (size_t)b * s.stride;
     for (int i = 0; i < s.used; i++) {
         int64_t ago = here - position[i];
         mask[i] = segment[i] == 1 && ago >= 0 && ago < window ? 0 : -INFINITY;
     }
-    for (int i = s.used; i % WIDTH; i++) mask[i] = -INFINITY;  // the rest of the last register
+    for (int i = s.used; i % WIDTH; i++) mask[i] = -INFINITY;  // fills the last register
 }
 
-// Places, angles and embeddings of the tokens
+// Positions, angles and embeddings of the tokens
 static void begin(const Step &s) {
     const Matrix &e = s.embedding;
-    for (int c = 0; c < s.C; c++) s.high[c] = -INFINITY, s.likeliest[c] = s.V;
+    for (int c = 0; c < s.C; c++) s.high[c] = -INFINITY, s.best[c] = s.V;
     for (int b = 0; b < s.B; b++) {
-        int64_t *place = s.places + (size_t)b / s.T * 2 * s.N + s.slot + b % s.T;
-        place[0] = s.position[b / s.T] + b % s.T, place[s.N] = 1;
+        int64_t *place = s.places + (size_t)b / s.T * 2 * s.U + s.slot + b % s.T;
+        place[0] = s.position[b / s.T] + b % s.T, place[s.U] = 1;
         for (int i = 0; i < s.A / 2; i++) {
             float angle = place[0] * s.frequency[i];
             *at(s.cos, s.B, s.A / 2, b, i) = std::cos(angle);
@@ -614,10 +616,10 @@ static void begin(const Step &s) {
                 *x = s.embeddings[(size_t)b * s.D + d];
         }
     }
-    for (int b = 0; b < s.B; b++) look(s, b);  // after all have their places
+    for (int b = 0; b < s.B; b++) look(s, b);  // after all places are written
 }
 
-// `next` is what this thread reads after this layer
+// One layer; `next` points to what this thread reads after it
 static void block(const Step &s, const Layer &l, Own &own, const WEIGHT *next) {
     int B = s.B, D = s.D, A = s.A, first = own.features.first, last = own.features.last;
     auto add = [&](int b, int f, auto y) {
@@ -633,32 +635,32 @@ static void block(const Step &s, const Layer &l, Own &own, const WEIGHT *next) {
 #pragma omp barrier
     attend(s, l, own.queries.first, own.queries.last, own.score);
 #pragma omp barrier
-    product(l.o, own.ready(s.a, B, s.H * A), B, s.H * A, first, last, gate, add);
+    product(l.o, own.ready(s.attended, B, s.H * A), B, s.H * A, first, last, gate, add);
 #pragma omp barrier
     h = norm(s, l.norm2, B, own);
-    int some = B == 1 ? s.F : 2 * ROWS;  // of each matrix in turn
+    int some = B == 1 ? s.F : 2 * ROWS;  // rows of gate and up in turn
     for (int f = own.hidden.first, end; f < own.hidden.last; f = end) {
         end = std::min(f + some, own.hidden.last);
         mlp(s, l, f, end, h, end < own.hidden.last ? l.gate.row(end, D) : down);
     }
 #pragma omp barrier
-    product(l.down, own.ready(s.u, B, s.F), B, s.F, first, last, next, add);
+    product(l.down, own.ready(s.gated, B, s.F), B, s.F, first, last, next, add);
 #pragma omp barrier
 }
 
-// The greatest logit so far, and its word: of each lane
+// The greatest logit so far and its token, in each lane
 struct Best {
     floats logit = floats{} - INFINITY;
-    wholes word = {};
-    void meet(floats y, wholes its) {
+    ints token = {};
+    void update(floats y, ints its) {
         y = y - y == 0 ? y : floats{} + INFINITY;  // infinite or NaN: counts as the greatest
-        wholes more = y > logit;
-        logit = more ? y : logit, word = more ? its : word;
+        ints more = y > logit;
+        logit = more ? y : logit, token = more ? its : token;
     }
 };
 
-// From the rows that lie in lanes into rows one after the other, some words at a time. `best` has
-// an answer in each lane; or every WIDTH-th word, if there is but one answer.
+// Writes the logits of tokens first up to last, from rows in lanes to rows in order. A lane of
+// `best` belongs to an answer; if there is only one answer, to every WIDTH-th token.
 static void write_logits(const Step &s, Ready h, int first, int last, const WEIGHT *then,
                          Best *best) {
     int n = last - first;
@@ -666,12 +668,12 @@ static void write_logits(const Step &s, Ready h, int first, int last, const WEIG
     product(s.head, h, s.C, s.D, first, last, then,
             [&](int b, int f, auto logit) { put(at(y, s.C, n, b, f - first), logit); });
     bool one = s.C == 1;
-    wholes word;
-    for (int i = 0; i < WIDTH; i++) word[i] = first + (one ? i : 0);
+    ints token;
+    for (int i = 0; i < WIDTH; i++) token[i] = first + (one ? i : 0);
     if (one) std::fill_n(y + n, WIDTH, -FLT_MAX);  // fills the last register; no logit is less
     for (int b = 0; b < s.C; b += WIDTH)
         for (int i = 0; i < n; i += one ? WIDTH : 1)
-            best[b / WIDTH].meet(load(at(y, s.C, n, b, i)), word + i);
+            best[b / WIDTH].update(load(at(y, s.C, n, b, i)), token + i);
     for (int c = 0; c < s.C; c++) {
         const float *from = at(y, s.C, n, c, 0);
         float *to = s.logits + (size_t)c * s.V + first;
@@ -679,7 +681,7 @@ static void write_logits(const Step &s, Ready h, int first, int last, const WEIG
     }
 }
 
-enum { DONE, NO_TOKEN, NOT_FINITE };  // of a token that is none, nothing has been done
+enum { DONE, NO_TOKEN, NOT_FINITE };  // NO_TOKEN: a token is invalid, nothing was changed
 
 extern "C" int step(const Step *step) {
     const Step &s = *step;
@@ -690,26 +692,25 @@ extern "C" int step(const Step *step) {
     {
         Own own(s);
         auto start = [&](int i) { return s.layer[i].q.row(own.heads.first * s.A, s.D); };
-        const WEIGHT *head = s.head.row(own.words.first, s.D);
+        const WEIGHT *head = s.head.row(own.vocab.first, s.D);
         for (int i = 0; i < s.layers; i++)
             block(s, s.layer[i], own, i + 1 < s.layers ? start(i + 1) : head);
-#pragma omp single  // of each answer the last token
+#pragma omp single  // keep the last token of each answer
         for (int c = 0; c < s.C && s.T > 1; c++)
             for (int d = 0; d < s.D; d++)
                 *at(s.x, s.C, s.D, c, d) = *at(s.x, s.B, s.D, (c + 1) * s.T - 1, d);
         Ready h = norm(s, s.norm, s.C, own);
         std::vector<Best> best((s.C + WIDTH - 1) / WIDTH);
-        for (int f = own.words.first, end; f < own.words.last; f = end) {
-            end = std::min(f + WORDS, own.words.last);
-            const WEIGHT *then = end < own.words.last ? s.head.row(end, s.D) : start(0);
+        for (int f = own.vocab.first, end; f < own.vocab.last; f = end) {
+            end = std::min(f + TOKENS, own.vocab.last);
+            const WEIGHT *then = end < own.vocab.last ? s.head.row(end, s.D) : start(0);
             write_logits(s, h, f, end, then, best.data());
         }
 #pragma omp critical
         for (int i = 0, lanes = s.C == 1 ? WIDTH : s.C; i < lanes; i++) {
             float y = best[i / WIDTH].logit[i % WIDTH], &high = s.high[s.C == 1 ? 0 : i];
-            int64_t word = best[i / WIDTH].word[i % WIDTH];
-            int64_t &likeliest = s.likeliest[s.C == 1 ? 0 : i];
-            if (y > high || (y == high && word < likeliest)) high = y, likeliest = word;
+            int64_t token = best[i / WIDTH].token[i % WIDTH], &first = s.best[s.C == 1 ? 0 : i];
+            if (y > high || (y == high && token < first)) high = y, first = token;
         }
     }
     for (int c = 0; c < s.C; c++) s.position[c] += s.T;

@@ -1,20 +1,20 @@
-"""A few tokens on a CPU, in C++ (decode.cpp): what `generate(compile=True)` runs there.
+"""Fast steps for `LLM.generate`: one call of C++ on a CPU (decode.cpp), torch.compile elsewhere.
 
-`LLM.hidden` makes a token by some forty calls of PyTorch a layer, each with its own start and end.
-With hundreds of tokens at once that is nothing; with one, it is most of the time, and what remains
-are matrix products that were made for many rows. decode.cpp does the same arithmetic in one call
-for all layers, with sums in float32, or in whole numbers for int8 weights; at nearly the speed at
-which the memory gives out the weights (bench/speed.py decode). llm.py stays what one reads,
-trains, and compares it with (tests/test_decode.py).
+`LLM.hidden` takes about forty PyTorch calls a layer. With hundreds of tokens at once their overhead
+is small; for a single token it dominates, and the matrix products themselves were tuned for many
+rows. decode.cpp does the same arithmetic for all layers in one call, near memory bandwidth
+(bench/speed.py decode). llm.py remains the reference (tests/test_decode.py).
+
+    llm.generate(tokens, max_new_tokens=9, step=fast_step)
 
     step = Step.of(llm, cache)      # None where PyTorch must do it: experts, a GPU, float16
     if step.takes(x, None):         # x [C, T] tokens: the next of C answers, or a short question
-        logits = step(x)            # [C, V] of the last token, float32; the cache has T tokens more
+        logits = step(x)            # [C, V] of the last token, float32; the cache holds T more
 
-The compiler runs at the first use, for seconds; what it made is kept in ~/.cache/nanocumo.
+The C++ is compiled at the first use, which takes seconds; ~/.cache/nanocumo keeps the result.
 
-Letters: C answers, T tokens of each, B = C T rows, D features, H query heads, A features a head,
-F hidden features, V words, N slots of the cache, M = N rounded up to sixteens.
+Letters: C answers, T tokens of each, B = C T rows, D features, H query heads, A head size, F hidden
+features, V vocabulary, U slots of the cache.
 """
 
 import contextlib
@@ -35,14 +35,31 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llm import LLM, Block, compiled
+
 SOURCE = Path(__file__).with_name("decode.cpp")
-# no -ffast-math: it would add in any order, and have all of this process round small numbers to 0
+# no -ffast-math: it adds in any order, and makes the whole process flush denormals to 0
 FLAGS = "-O3 -march=native -fno-math-errno -std=gnu++17 -fopenmp -shared -fPIC".split()
 TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.int8: "int8_t"}
-WIDEST = 2**15  # features of a matrix; decode.cpp keeps some rows of them on its stack
-MOVING = threading.Lock()  # one thread at a time moves weights
+WIDEST = 2**15  # input features of a matrix; decode.cpp keeps some rows on its stack
+MOVING = threading.Lock()  # held by the thread that moves weights
 DONE, NO_TOKEN, NOT_FINITE = range(3)  # as in decode.cpp
-MOST_ROWS = 64  # with more of them PyTorch's products are as fast
+MOST_ROWS = 64  # with more rows PyTorch's products are as fast
+
+
+def fast_step(llm, cache):
+    """A function like `LLM.step` for this cache. ValueError if the C++ cannot be compiled."""
+    native = Step.of(llm, cache)
+
+    def step(x, segments):
+        if native and native.takes(x, segments):
+            return native(x), native.greatest
+        if native or x.is_floating_point():  # a prompt: seen once, so not worth compiling
+            return llm.step(x, segments, cache)
+        x, _ = llm.hidden(llm.embed(x), segments, cache, run=compiled(Block.forward))
+        return compiled(type(llm).logits)(llm, x)[:, 0].float(), None
+
+    return step
 
 
 class Matrix(Structure):
@@ -56,15 +73,14 @@ class Layer(Structure):
 
 
 class Arguments(Structure):  # `Step` of decode.cpp
-    _fields_ = [
-        (name, c_int) for name in "C T B D H G A F V N M layers threads window used slot".split()
-    ]
+    _fields_ = [(name, c_int) for name in "C T B D H G A F V U".split()]
+    _fields_ += [(name, c_int) for name in "stride layers threads window used slot".split()]
     _fields_ += [("eps", c_float)]
     _fields_ += [(name, c_void_p) for name in "frequency norm places position".split()]
     _fields_ += [(name, c_void_p) for name in ("tokens", "embeddings")]
     _fields_ += [("layer", POINTER(Layer)), ("embedding", Matrix), ("head", Matrix)]
-    _fields_ += [(name, c_void_p) for name in "q logits mask score high likeliest".split()]
-    _fields_ += [(name, c_void_p) for name in "x cos sin a u".split()]
+    _fields_ += [(name, c_void_p) for name in "q logits mask score high best".split()]
+    _fields_ += [(name, c_void_p) for name in "x cos sin attended gated".split()]
 
 
 @functools.cache
@@ -75,8 +91,9 @@ def build(weight: str, cache: str):
     """
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if not compiler or not SOURCE.is_file():
-        lacking = "a C++ compiler (g++ or clang++)" if SOURCE.is_file() else str(SOURCE)
-        raise ValueError(f"compile needs {lacking}, which is not there; it works without, slower")
+        missing = "a C++ compiler (g++ or clang++)" if SOURCE.is_file() else str(SOURCE)
+        raise ValueError(f"compile needs {missing}, which is missing; without it answers are the "
+                         "same, only slower")  # fmt: skip
     command = [*compiler.split(), *FLAGS, f"-DWEIGHT={weight}", f"-DCACHE={cache}", str(SOURCE)]
     about = [SOURCE.read_text(), " ".join(command), processor(), torch.__version__]
     key = hashlib.sha256("\n".join(about).encode()).hexdigest()[:16]
@@ -92,14 +109,14 @@ def build(weight: str, cache: str):
                     said = done.stderr.splitlines() or ["no reason given"]
                     why = next((line for line in said if "error" in line), said[0])
                     raise ValueError(f"{compiler} cannot compile {SOURCE.name}: {why}")
-                os.replace(out, library)  # whole or not at all, whoever else compiles it
+                os.replace(out, library)  # atomic, so several processes may compile it at once
         return ctypes.CDLL(str(library)).step
     except OSError as error:
         raise ValueError(f"{compiler} cannot make {library}: {error}") from None
 
 
 def processor() -> str:
-    """What -march=native sees, as far as the system tells: a home may be shared by many."""
+    """What -march=native depends on: several machines may share a home folder."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     known = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
@@ -113,19 +130,19 @@ def matrices(block) -> list[torch.nn.Module]:
 
 
 def huge_pages(size: int) -> Tensor:
-    """So many bytes of zeros, [size] uint8, on pages of megabytes where the system has them."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):  # which only Linux has
+    """`size` bytes of zeros, [size] uint8, on huge pages where the system has them."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):  # only Linux has it
         return torch.zeros(size, dtype=torch.uint8)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
+    with contextlib.suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def pack_weights(modules: list[torch.nn.Module]) -> None:
-    """Move their weights into one piece of memory, on huge pages.
+    """Move the modules' weights into one block of memory, on huge pages.
 
-    SmolLM2's lie on 66,000 pages of 4 KiB, and looking those up costs time (docs/LOG.md).
+    SmolLM2's weights fill 66,000 pages of 4 KiB, and address translation takes time (docs/LOG.md).
     """
     scattered = len({module.weight.untyped_storage().data_ptr() for module in modules}) > 1
     if not scattered:
@@ -141,15 +158,13 @@ class Step:
     """The next tokens of each row of `cache`. Made for one answer, since it points into weights."""
 
     @staticmethod
-    def of(llm, cache) -> "Step | None":
-        """None where this code does not reach: experts, float16, a GPU, a crowd of rows. ValueError
-        if it cannot be compiled. The weights of `llm` are moved, see `together`."""
+    def of(llm: LLM, cache) -> "Step | None":
+        """None for what decode.cpp does not support: experts, float16, a GPU, many rows. ValueError
+        if it cannot be compiled. The weights of `llm` are moved, see `pack_weights`."""
         blocks, keys = llm.model.layers, cache.keys
         if not blocks or any(block.sparse for block in blocks) or keys.device.type != "cpu":
             return None
-        head = llm.model.embed_tokens if llm.cfg.tie_embeddings else llm.lm_head
-        embedding = llm.model.embed_tokens
-        outer = {embedding, head}  # or one, which is both
+        outer = {llm.model.embed_tokens, llm.head}  # one module if the head is tied
         modules = [*outer, *itertools.chain(*map(matrices, blocks))]
         kinds = {module.weight.dtype for module in modules}
         widest = max(max(module.weight.shape[1] for module in modules), 64 * llm.cfg.head_dim)
@@ -157,15 +172,15 @@ class Step:
             return None
         if keys.shape[1] > MOST_ROWS or widest > WIDEST:
             return None
-        build(TYPES[head.weight.dtype], TYPES[keys.dtype])  # or nothing has been moved
+        build(TYPES[llm.head.weight.dtype], TYPES[keys.dtype])  # if this fails, nothing has moved
         with MOVING, torch.inference_mode(False), torch.no_grad():
             pack_weights(modules)
-        return Step(llm, cache, head)
+        return Step(llm, cache)
 
-    def __init__(self, llm, cache, head):
+    def __init__(self, llm, cache):
         cfg, C, B, threads = llm.cfg, cache.keys.shape[1], MOST_ROWS, torch.get_num_threads()
-        self.cache, self.kept = cache, []  # what the pointers below point into
-        self.step = build(TYPES[head.weight.dtype], TYPES[cache.keys.dtype])
+        self.cache, self.kept = cache, []  # owners of the memory that the pointers below refer to
+        self.step = build(TYPES[llm.head.weight.dtype], TYPES[cache.keys.dtype])
         pair = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32)
         layers = []
         for block, keys, values in zip(llm.model.layers, cache.keys, cache.values):
@@ -173,24 +188,23 @@ class Step:
             layers.append(Layer(*(self.at(norm.weight) for norm in norms),
                                 *map(self.matrix, matrices(block)),
                                 keys.data_ptr(), values.data_ptr()))  # fmt: skip
-        H, A, N = cfg.n_heads, cfg.head_dim, cache.size
+        H, A, U = cfg.n_heads, cfg.head_dim, cache.size
         self.logits = torch.empty(C, cfg.vocab_size)
-        self.high, self.likeliest = torch.empty(C), torch.empty(C, dtype=torch.int64)
-        inputs = H * A, cfg.hidden_dim  # may be pairs, of an even number then
-        a, u = (self.at(torch.zeros(B, features + 1)) for features in inputs)
+        self.high, self.best = torch.empty(C), torch.empty(C, dtype=torch.int64)
+        inputs = H * A, cfg.hidden_dim  # decode.cpp may store pairs, so round up to an even number
+        attended, gated = (self.at(torch.zeros(B, features + 1)) for features in inputs)
         x, cos, sin = (self.at(torch.zeros(B, n)) for n in (cfg.dim, A // 2, A // 2))
-        M = -(-N // 16) * 16  # and 4 below: the most WIDTH and HEADS of decode.cpp can be
-        mask, score = self.at(torch.zeros(B, M)), self.at(torch.zeros(threads, 4, M))
+        stride = -(-U // 16) * 16  # 16 and the 4 below: the most WIDTH and HEADS of decode.cpp
+        mask, score = self.at(torch.zeros(B, stride)), self.at(torch.zeros(threads, 4, stride))
         self.arguments = Arguments(
-            C=C, D=cfg.dim, H=H, G=cfg.n_kv_heads, A=A, F=cfg.hidden_dim, V=cfg.vocab_size, N=N,
-            M=M, layers=len(layers), threads=threads, window=cfg.sliding_window or 0,
+            C=C, D=cfg.dim, H=H, G=cfg.n_kv_heads, A=A, F=cfg.hidden_dim, V=cfg.vocab_size, U=U,
+            stride=stride, layers=len(layers), threads=threads, window=cfg.sliding_window or 0,
             eps=cfg.rms_norm_eps, frequency=self.at(1 / cfg.rope_theta ** (pair / A)),
             norm=self.at(llm.model.norm.weight), places=cache.places.data_ptr(),
             layer=(Layer * len(layers))(*layers), x=x, cos=cos, sin=sin,
             q=self.at(torch.zeros(B, H, A)), logits=self.logits.data_ptr(), mask=mask, score=score,
-            a=a, u=u,
-            high=self.high.data_ptr(), likeliest=self.likeliest.data_ptr(),
-            embedding=self.matrix(llm.model.embed_tokens), head=self.matrix(head),
+            attended=attended, gated=gated, high=self.high.data_ptr(), best=self.best.data_ptr(),
+            embedding=self.matrix(llm.model.embed_tokens), head=self.matrix(llm.head),
         )  # fmt: skip
 
     def at(self, tensor: Tensor) -> int:
@@ -201,29 +215,26 @@ class Step:
     def matrix(self, module: torch.nn.Module) -> Matrix:
         scale = getattr(module, "scale", None)  # int8: engine/quant.py
         assert module.weight.is_contiguous()
-        self.kept.append(module.weight.detach())  # stays, even if the model gets others meanwhile
+        self.kept.append(module.weight.detach())  # keeps it alive if the model gets other weights
         return Matrix(module.weight.data_ptr(), None if scale is None else self.at(scale))
 
     def takes(self, x: Tensor, segments: Tensor | None) -> bool:
-        """Whether x [C, T] or [C, T, D] is some rows, but few, without padding, and finds its slots
-        side by side."""
-        C, T = x.shape[:2]
+        """Whether x [C, T] or [C, T, D] has few rows, no padding, and contiguous free slots."""
+        (C, T), cache = x.shape[:2], self.cache
         padded = T > 1 and segments is not None and not segments.all()
-        fits = T == 1 or self.cache.seen + T <= self.cache.size
+        fits = cache.seen + T <= cache.size or T == 1 and cache.ring
         return 0 < C * T <= MOST_ROWS and fits and not padded
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Tokens [C, T] or their embeddings [C, T, D] -> logits [C, V] of the last, which the next
-        call overwrites. `greatest`, overwritten as well, is the greatest logit [C] and its token
-        [C], or None if a logit is not finite. ValueError if x does not fit the cache, or holds
-        what is no token."""
+        """Tokens [C, T] or their embeddings [C, T, D] -> logits [C, V] of the last token; the next
+        call overwrites them. `greatest` is the maximum of the logits [C] and its token [C], or None
+        if a logit is not finite. ValueError if x does not fit the cache or holds no valid token."""
         cache, now, tokens = self.cache, self.arguments, not x.is_floating_point()
         wanted = (now.C,) if tokens else (now.C, now.D)
         if (len(x), *x.shape[2:]) != wanted or x.dim() < 2 or not self.takes(x, None):
             raise ValueError(
                 f"x {[*x.shape]} does not fit a cache of {now.C} rows, {now.D} features"
             )
-        cache.check(x.shape[1])
         dtype = torch.int64 if tokens else torch.float32
         if x.dtype != dtype or not x.is_contiguous():
             x = x.to(dtype).contiguous()
@@ -236,5 +247,5 @@ class Step:
         if outcome == NO_TOKEN:
             raise ValueError(f"tokens {x.min()} to {x.max()} must be 0 to {now.V - 1}")
         cache.seen += T
-        self.greatest = (self.high, self.likeliest) if outcome == DONE else None
+        self.greatest = (self.high, self.best.clone()) if outcome == DONE else None
         return self.logits

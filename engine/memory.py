@@ -41,8 +41,7 @@ from data.hub import local_folder
 from data.weights import read_config
 from engine import fsdp, resume
 from engine.optim import WEIGHTS, bytes_per_parameter
-from llm import LLMConfig
-from loss import LOGITS_AT_ONCE
+from llm import LOGITS_AT_ONCE, LLMConfig
 from upcycle import sparse_config
 
 try:

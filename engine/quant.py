@@ -1,17 +1,17 @@
-"""int8 weights: a language model in half the memory of bfloat16, for answering.
+"""int8 weights: a language model in half the memory of bfloat16, for inference only.
 
-To make one token, every weight is read once, so what limits the speed is bytes. A weight matrix
-W [F, D] is kept as whole numbers Q in [-127, 127] and one float32 scale for each of its F outputs:
+To make one token, every weight is read once, so memory bandwidth limits the speed. A weight matrix
+W [F, D] is kept as integers Q in [-127, 127] and one float32 scale for each of its F outputs:
 
     scale_f = max_d |W_fd| / 127        Q_fd = round(W_fd / scale_f)        W x ~ scale * (Q x)
 
-The error is at most half a scale a weight, and the scale leaves the product, since it is the same
-for a whole row. Activations stay as they are ("weight-only"), so nothing is calibrated. What this
-does to answers and to memory is measured by bench/quant.py.
+The error of a weight is at most half a scale. Since a row has one scale, the scale is applied after
+the product. Activations are not quantized ("weight-only"), so no calibration is needed.
+bench/quant.py measures the effect on answers and memory.
 
-Quantized are the matrices of the language model: attention, MLPs or experts, embedding and head.
-Norms and routers, a thousandth of the weights, are left alone, and so are CLIP and the connector:
-they run once a picture, with hundreds of tokens for each weight that is read.
+The matrices of the language model are quantized: attention, MLPs or experts, embedding and head.
+Norms and routers, a thousandth of the weights, stay as they are. So do CLIP and the connector,
+which run once a picture, with hundreds of tokens for each weight that is read.
 
     llm = quantize(LLM.from_pretrained(folder, torch.bfloat16))       python sample.py --quant int8
 
@@ -19,23 +19,24 @@ Letters: F outputs, D inputs, E experts, M assignments of a token to an expert.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm import LLM, Linear, product
+from llm import LLM
 from mlp_moe import ACTIVATIONS, Experts, grouped_matmul
 
-FEW = 8  # so many rows take only their own experts' weights from memory
+FEW = 8  # up to this many rows, only their own experts' weights are read
 
 
 def to_int8(weight: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
-    """Weights -> (int8 of the same shape, float32 scales, without the dimension `dim`, over which
-    the product sums)."""
+    """Weights -> (int8 of the same shape, float32 scales without the dimension `dim`, the one that
+    the product sums over)."""
     scale = weight.abs().amax(dim, keepdim=True).float() / 127
     scale = scale.masked_fill(scale == 0, 1)
     if not scale.isfinite().all():
-        raise ValueError("a weight is not finite; int8 has no number for it")
-    whole = (weight.float() / scale).round().clamp(-127, 127)
-    return whole.to(torch.int8), scale.squeeze(dim)
+        raise ValueError("a weight is not finite: the checkpoint is damaged, download it again")
+    rounded = (weight.float() / scale).round().clamp(-127, 127)
+    return rounded.to(torch.int8), scale.squeeze(dim)
 
 
 class Int8Linear(nn.Module):
@@ -45,12 +46,14 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight", weight)  # [F, D]
         self.register_buffer("scale", scale)  # [F]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return product(x, self.weight, self.scale)
+    def product(self, x: Tensor) -> Tensor:
+        return (F.linear(x, self.weight.to(x.dtype)) * self.scale).to(x.dtype)
+
+    forward = product
 
 
 class Int8Embedding(Int8Linear):
-    """Also the head, if that is tied (`LLM.logits`). Rows come out in the dtype they had."""
+    """An embedding whose `product` is the head, if that is tied. Rows have their original dtype."""
 
     def __init__(self, weight: Tensor):
         super().__init__(weight)
@@ -88,20 +91,26 @@ class Int8Experts(nn.Module):
         return linear(hidden_MF, "w2")
 
 
-def unsaved(keep_vars: bool = False) -> dict[str, Tensor]:
-    raise ValueError("int8 weights are for answering; save the checkpoint they were made from")
+class Int8LLM(LLM):
+    """What `quantize` turns an LLM into."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.head.product(x)
+
+    def public_state_dict(self, keep_vars: bool = False) -> dict[str, Tensor]:
+        raise ValueError("int8 weights cannot be saved; save the checkpoint they were made from")
 
 
 @torch.no_grad()
 def quantize(llm: LLM) -> LLM:
-    """Replace the matrices of `llm`, one at a time and in place; it can then only answer."""
+    """Replace the matrices of `llm`, one at a time and in place; afterwards it can only answer."""
     for module in list(llm.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, Linear):
+            if isinstance(child, nn.Linear):
                 setattr(module, name, Int8Linear(child.weight))
             elif isinstance(child, nn.Embedding):
                 setattr(module, name, Int8Embedding(child.weight))
             elif isinstance(child, Experts):
                 setattr(module, name, Int8Experts(child))
-    llm.public_state_dict = unsaved
+    llm.__class__ = Int8LLM
     return llm.requires_grad_(False)

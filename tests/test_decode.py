@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine import decode
-from engine.decode import MOST_ROWS, Step
+from engine.decode import MOST_ROWS, Step, fast_step
 from engine.quant import quantize
 from llm import LLM, Cache, LLMConfig
 
@@ -50,8 +50,8 @@ def steps_of(llm, cache, tokens):
     fast = []
     for ids in tokens:
         fast.append(step(llm.embed(ids)).clone())
-        high, likeliest = fast[-1].max(-1)
-        assert all(map(torch.equal, step.greatest, (high, likeliest)))
+        high, best = fast[-1].max(-1)
+        assert all(map(torch.equal, step.greatest, (high, best)))
     slow = [llm.logits(llm.hidden(llm.embed(ids), cache=other)[0])[:, 0] for ids in tokens]
     assert cache.seen == other.seen and torch.equal(cache.next, other.next)
     assert torch.equal(cache.places, other.places)
@@ -210,11 +210,11 @@ def test_generate_takes_it_and_goes_on_over_turns(monkeypatch):
     step = Step.__call__
     monkeypatch.setattr(Step, "__call__", lambda self, x: calls.append(len(x)) or step(self, x))
     answers = []
-    for compile in (False, True):
-        cache = Cache(llm.cfg, 2, 40, compile=compile)
+    for fast in (None, fast_step):
+        cache = Cache(llm.cfg, 2, 40)
         torch.manual_seed(0)
         turns = [torch.randint(97, (2, n)) for n in (6, 1, 3)]
-        answers.append([llm.generate(t, max_new_tokens=5, cache=cache) for t in turns])
+        answers.append([llm.generate(t, max_new_tokens=5, cache=cache, step=fast) for t in turns])
     assert all(torch.equal(a, b) for a, b in zip(*answers))
     assert calls == [2] * 13  # all but the turns of 6 and 3 tokens, with which the ring turns over
 
@@ -269,7 +269,7 @@ def test_padded_prompts_are_left_to_pytorch():
     llm = made("odd")
     tokens = torch.randint(97, (3, 6))
     segments = (torch.arange(6) >= torch.tensor([[0], [2], [5]])).long()
-    answers = llm.generate(tokens, segments=segments, max_new_tokens=6, compile=True)
+    answers = llm.generate(tokens, segments=segments, max_new_tokens=6, step=fast_step)
     for row, segment, answer in zip(tokens, segments, answers):
         alone = llm.generate(row[segment == 1][None], max_new_tokens=6)
         assert torch.equal(answer, alone[0])
@@ -315,7 +315,7 @@ def test_systems_without_huge_pages(monkeypatch, known):
 def test_a_model_asked_in_inference_mode_can_be_trained():
     llm = made("odd")
     with torch.inference_mode():
-        llm.generate(torch.tensor([[1, 2]]), max_new_tokens=3, compile=True)
+        llm.generate(torch.tensor([[1, 2]]), max_new_tokens=3, step=fast_step)
     with torch.enable_grad():
         llm(torch.tensor([[1, 2, 3]])).sum().backward()
 
@@ -338,11 +338,11 @@ def test_a_nan_is_named():
         step = Step.of(quantize(made("odd")), Cache(llm.cfg, 1, 4))
         assert not step(x).isfinite().any(), f"{bad} among int8 weights"
     with pytest.raises(ValueError, match="a logit is not a finite number"):
-        llm.generate(torch.tensor([[1, 2]]), max_new_tokens=3, compile=True)
+        llm.generate(torch.tensor([[1, 2]]), max_new_tokens=3, step=fast_step)
 
 
 @pytest.mark.parametrize("compiler, said", [
-    ("false", "false cannot compile engine/decode.cpp: no reason given"),
+    ("false", "false cannot compile decode.cpp: no reason given"),
     ("no-such-compiler", "no-such-compiler cannot make .*decode-.*No such file"),
 ])  # fmt: skip
 def test_a_compiler_that_fails_is_named(compiler, said, monkeypatch, tmp_path):

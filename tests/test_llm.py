@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_cumo
 
 import llm as module
-import loss as loss_module
 from data.chat import IGNORE
+from engine.decode import fast_step
 from llm import LLM, Cache, LLMConfig, choose, positions, sees
 
 GOLDEN = Path(os.environ.get("CUMO_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
@@ -240,7 +240,7 @@ def test_flex_attention_equals_plain_attention(kind, monkeypatch):
         module.attention_mask(places, places, kind.get("sliding_window"), dtype)
         for dtype in (None, torch.float32)
     )
-    same(module.attend(q, k, v, block), module.attend(q, k, v, plain))
+    same(module.flex_attend(q, k, v, block), module.attend(q, k, v, plain))
 
 
 def test_padding_is_neither_routed_nor_counted():
@@ -290,12 +290,12 @@ def test_chunked_loss_equals_whole_loss(monkeypatch):
     same(whole, plain.detach())
     rows, linear = [], F.linear
 
-    def counted(x, weight):
+    def counted(x, weight, bias=None):
         rows.extend([len(x)] * (len(weight) == V))
         return linear(x, weight)
 
     monkeypatch.setattr(F, "linear", counted)
-    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", 7 * V)
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 7 * V)
     chunked, chunked_grads = loss_and_grads()
     assert max(rows) == 7 and sum(rows) == (labels[:, 1:] != IGNORE).sum()  # none twice
     same(chunked, whole)
@@ -315,7 +315,7 @@ def test_nothing_to_learn_costs_nothing():
 def test_recomputing_blocks_changes_no_gradient():
     llm, tokens = build(num_experts=4).train(), text(2, 12)
     grads = []
-    for llm.checkpoint in (False, True):
+    for llm.recompute in (False, True):
         llm.zero_grad()
         x, aux = llm.hidden(llm.embed(tokens))
         (llm.loss(x, tokens) + aux.balance + aux.z).backward()
@@ -537,8 +537,8 @@ def test_a_tied_head_stored_twice_is_no_error(tmp_path):
 def test_compiled_steps_say_the_same(experts, window):
     llm = tiny_cumo(llm_experts=experts, window=window).llm.double().eval()
     tokens, how = torch.randint(97, (2, 7)), dict(max_new_tokens=300)
-    assert torch.equal(llm.generate(tokens, **how, compile=True), llm.generate(tokens, **how))
-    alone = llm.generate(tokens[:1], **how, compile=True)
+    assert torch.equal(llm.generate(tokens, **how, step=fast_step), llm.generate(tokens, **how))
+    alone = llm.generate(tokens[:1], **how, step=fast_step)
     assert torch.equal(alone, llm.generate(tokens[:1], **how))
 
 
