@@ -124,6 +124,16 @@ class Output(NamedTuple):
     load: dict  # {"clip": [L, E], "mlp": [E], "llm": [L, E]} share of the assignments, or None
     entropy: dict  # {"clip": [L], "mlp": [], "llm": [L]} of the routers, in nats, or None
 
+    def metrics(self):
+        """The numbers that a training logs; loads and entropies are lists over the layers."""
+        found = {"loss": self.loss.item(), "lm_loss": self.lm_loss.item()}
+        for part, losses in self.aux.items():
+            if losses:
+                found |= {f"{part}_balance": losses[0].item(), f"{part}_z": losses[1].item()}
+                found[f"{part}_load"] = self.load[part].tolist()
+                found[f"{part}_entropy"] = self.entropy[part].tolist()
+        return found
+
 
 class CuMo(nn.Module):
     """CLIP(-MoE) + connector(-MoE) + LLM, trained and asked as one model."""

@@ -14,9 +14,6 @@ The story of a stage, in the order of this file:
 
 Stage k writes `out/stage<k>/`: a checkpoint with the names of the released CuMo, and what
 engine/resume.py needs to continue after Ctrl-C or a crash as if nothing had happened.
-
-The learning rate follows the share of the data used: how many steps that takes is not known in
-advance, because rows are packed with as many conversations as fit.
 """
 
 import json
@@ -28,6 +25,7 @@ import time
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import torch
@@ -39,12 +37,11 @@ from data.chat import TEMPLATES, template_of
 from data.flags import check_choice, check_device, check_numbers, parse, run
 from data.hub import local_folder
 from data.images import MODES
-from data.llava import LlavaData, check_row, encode
-from data.loader import KINDS, Loader, data_order, default_workers, summary
+from data.llava import check_row, encode
+from data.loader import KINDS, Loader, data_order, default_workers, open_data, summary
 from data.packing import check_rows, collate, pack
 from data.tokenizer import Tokenizer
 from data.weights import write_json
-from data.world import World
 from engine import fsdp, memory, resume
 from engine.memory import has_fast_bf16
 from engine.optim import MOMENTS, WEIGHTS, make_optimizer
@@ -129,7 +126,7 @@ class TrainConfig(StageSettings, RunSettings, PrecisionSettings, ModelSettings):
         """{name: value} of the settings in these groups."""
         return {f.name: getattr(self, f.name) for group in groups for f in fields(group)}
 
-    shared = property(lambda self: self.of(ModelSettings))  # by all stages
+    shared = property(lambda self: self.of(ModelSettings))
     learned = property(lambda self: self.of(ModelSettings, PrecisionSettings, StageSettings))
 
 
@@ -227,7 +224,8 @@ def learning(cfg):
 
 
 def lr_at(done, cfg):
-    """Learning rate when a share `done` (0 to 1) of the samples is used: warm-up, then cosine."""
+    """Learning rate when a share `done` (0 to 1) of the samples is used: warm-up, then cosine. (The
+    number of steps is not known in advance: a row is packed with as many samples as fit.)"""
     if done < cfg.warmup:
         return cfg.lr * (done + 1e-3) / (cfg.warmup + 1e-3)
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * min(1, (done - cfg.warmup) / (1 - cfg.warmup))))
@@ -275,30 +273,14 @@ def build(cfg):
     return model, source
 
 
-def open_data(cfg):
-    if cfg.data:
-        return LlavaData(cfg.data, cfg.image_folder, cfg.limit)
-    if cfg.limit:
-        raise ValueError(f"--limit {cfg.limit} is for --data; the emoji world has --samples")
-    if cfg.preset not in ("mini", "smol-mini"):
-        raise ValueError(
-            f"stage {cfg.stage} of {cfg.preset} needs data of its own: run it by itself, with "
-            f"--stage {cfg.stage} --data FILE.json --image-folder DIR"
-        )
-    if not cfg.samples:
-        raise ValueError("--samples 0 means all of --data; the emoji world needs a number")
-    return World("train", WORLD_TASK[cfg.stage], cfg.samples, cfg.seed, cfg.augment)
-
-
 class Trainer:
     """Model, optimizer and place in the data of one stage."""
 
     def __init__(self, cfg):
-        check_device(cfg.device)
         check_rows(cfg.rows, fsdp.world()[1])
         torch.manual_seed(cfg.seed)
         self.cfg, self.folder = cfg, stage_dir(cfg, cfg.stage)
-        self.data = open_data(cfg)
+        self.data = open_data(cfg, WORLD_TASK[cfg.stage])
         with fsdp.in_turn():
             self.model, source = build(cfg)
             fsdp.shard(self.model, cfg.device, cfg.bf16)
@@ -326,27 +308,32 @@ class Trainer:
         loader = Loader(self.data, self.order, code, cfg.workers, self.counts, skipped)
         return pack(loader.samples(self.used), cfg.rows, cfg.row_tokens)
 
-    def train_step(self, batches):
-        """One optimizer step over `accumulate` batches -> metrics; None at the end of the data."""
-        cfg, start, before = self.cfg, time.perf_counter(), self.used
-        taken = [batch for _, batch in zip(range(cfg.accumulate), batches)]
-        if not taken:
-            return None
+    def train_step(self, batches, start=None):
+        """One optimizer step over a list of batches, as `batches()` yields them -> metrics.
+
+        start: when reading them began; None: now.
+        """
+        cfg, start, before = self.cfg, start or time.perf_counter(), self.used
         tokens, n_images, metrics = 0, 0, []
-        for batch in taken:
+        for batch in batches:
             mine = collate(batch, self.model.image_tokens, *fsdp.world())
             with torch.autocast(cfg.device, torch.bfloat16, cfg.bf16 and cfg.weights == "fp32"):
                 out = self.model(**{name: x.to(cfg.device) for name, x in mine.items()})
             if out.loss.requires_grad:  # not if only the connector learns and there is no image
-                (out.loss / len(taken)).backward()
-            metrics.append(batch_metrics(out))
+                (out.loss / len(batches)).backward()
+            metrics.append(out.metrics())
             tokens += int((batch["segments"] > 0).sum())
             n_images += len(batch["images"])
             self.used += batch["samples"]
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.clip_grad)
         norm = fsdp.full(norm).item()
         if not math.isfinite(norm):
-            self.refuse_step(before)
+            names = [self.data.name(i) for i in self.order[before : self.used].tolist()]
+            good = f". The resume point in {self.folder} is good" * resume.is_begun(self.folder)
+            raise ValueError(
+                f"the loss or a gradient is not finite in the batch of samples {', '.join(names)}; "
+                f"correct them, lower --lr, or try --no-bf16{good}"
+            )
         lr = lr_at((before + self.used) / 2 / len(self.order), cfg)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -362,14 +349,6 @@ class Trainer:
                 "mfu": round(work / took / self.rate / fsdp.world()[1], 4),
                 "memory_gb": round(memory.peak_memory(cfg.device) / memory.GB, 2)}  # fmt: skip
 
-    def refuse_step(self, before):
-        names = [self.data.name(i) for i in self.order[before : self.used].tolist()]
-        good = f". The last resume point in {self.folder} is good" * resume.is_begun(self.folder)
-        raise ValueError(
-            f"the loss or a gradient is not finite in the batch of samples {', '.join(names)}; "
-            f"correct them, lower --lr, or try --no-bf16{good}"
-        )
-
     def loop(self, wandb=None):
         """Train to the end of the data -> True, or until Ctrl-C -> False."""
         first, device = fsdp.is_main(), self.cfg.device
@@ -379,9 +358,10 @@ class Trainer:
         log = open(self.folder / "metrics.jsonl" if first else os.devnull, "a", buffering=1)
         with log, bar, closing(self.batches()) as batches:  # closing ends the workers
             while not fsdp.any_rank(self.stop, device):
-                metrics = self.train_step(batches)
-                if metrics is None:
+                start, taken = time.perf_counter(), list(islice(batches, self.cfg.accumulate))
+                if not taken:
                     return True
+                metrics = self.train_step(taken, start)
                 log.write(json.dumps(metrics) + "\n")
                 if wandb:
                     wandb.log(metrics, step=self.step)
@@ -394,32 +374,16 @@ class Trainer:
             return False
 
 
-def batch_metrics(out):
-    """The numbers of one forward pass that are logged."""
-    metrics = {"loss": out.loss.item(), "lm_loss": out.lm_loss.item()}
-    for part, losses in out.aux.items():
-        if losses:
-            metrics |= {f"{part}_balance": losses[0].item(), f"{part}_z": losses[1].item()}
-            metrics[f"{part}_load"] = out.load[part].tolist()
-            metrics[f"{part}_entropy"] = out.entropy[part].tolist()
-    return metrics
-
-
 def mean_metrics(rows):
     """Mean of each number, or list of numbers, over the rows that have it."""
-    keys = {key: None for row in rows for key in row}
-    columns = {key: np.array([row[key] for row in rows if key in row]) for key in keys}
-    return {key: values.mean(0).round(6).tolist() for key, values in columns.items()}
+    columns = {key: [row[key] for row in rows if key in row] for row in rows for key in row}
+    return {key: np.mean(values, axis=0).round(6).tolist() for key, values in columns.items()}
 
 
 def train_stage(cfg):
     """Train a stage, from its beginning or its resume point. False: interrupted by the user."""
     folder, name = stage_dir(cfg, cfg.stage), f"stage {cfg.stage}"
-    state, begun = None if cfg.overwrite else resume.read_state(folder), resume.is_begun(folder)
-    if state and (begun or state["finished"]):  # else there is nothing to lose
-        cfg.weights = cfg.weights or state["config"].get("weights")  # chosen on another card, maybe
-        cfg.moments = cfg.moments or state["config"].get("moments")
-        resume.refuse_difference(cfg.learned, state, folder)
+    state = None if cfg.overwrite else resume.earlier_state(cfg, folder)
     if state and state["finished"]:
         print(f"{name}: finished in {folder}")
         return True
@@ -434,10 +398,10 @@ def train_stage(cfg):
 
         wandb = open_wandb(cfg)
     trainer = Trainer(cfg)
-    every = sum(p.numel() for p in trainer.model.parameters())
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    sizes = [(p.numel(), p.requires_grad) for p in trainer.model.parameters()]
+    every, trained = sum(n for n, _ in sizes), sum(n for n, learns in sizes if learns)
     print(f"{name}: trains {trained:,} of {every:,} parameters on {len(trainer.order):,} samples")
-    if state and begun:
+    if state:
         resume.load(trainer)
         print(f"{name}: resumed after {trainer.used:,} samples")
     elif fsdp.is_main():
@@ -480,15 +444,10 @@ def main():
         target = cfg.stage in (0, stage)
         if cfg.estimate:
             if target:
-                rows = f"{stage_cfg.rows} rows of {stage_cfg.row_tokens} tokens"
-                print(f"stage {stage} of {stage_cfg.preset}, {rows} a batch:")
-                print(memory.table(stage_plan(stage_cfg), **memory.chosen(stage_cfg)))
+                print(memory.report(stage_cfg, stage_plan(stage_cfg)))
             continue
         if not target:
-            folder = stage_dir(stage_cfg, stage)
-            state = resume.read_state(folder)
-            if state and state["finished"]:
-                resume.refuse_difference(stage_cfg.shared, state, folder)
+            if resume.is_finished(stage_cfg, stage_dir(stage_cfg, stage)):
                 continue
             print(f"stage {last} needs stage {stage}, which is missing")
         if not train_stage(stage_cfg):

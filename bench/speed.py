@@ -240,10 +240,10 @@ def miniature(runs):
     trainer, batches, place = training()
     dtype = torch.bfloat16 if trainer.cfg.bf16 else torch.float32
     seconds, products, shares, speeds = [], [], [], []
-    trainer.train_step(batches)
+    trainer.train_step([next(batches)])
     for _ in range(runs):
         before = trainer.seconds
-        metrics = trainer.train_step(batches)
+        metrics = trainer.train_step([next(batches)])
         took, rate = trainer.seconds - before, memory.product_rate(DEVICE, dtype)
         work = metrics["mfu"] * trainer.rate * took
         seconds.append(took)
@@ -299,7 +299,7 @@ def peak_memory(runs):
             "start = memory.peak_memory('cpu'); given = {k: getattr(cfg, k) for k in given};"
             "trainer, batches, place = speed.training(**given);"
             "plan = train.choose_precision(trainer.cfg);"
-            "[trainer.train_step(batches) for _ in range(3)];"
+            "[trainer.train_step([next(batches)]) for _ in range(3)];"
             "print(memory.peak_memory(trainer.cfg.device) - start, memory.total(plan))"
         )
         words = [sys.executable, "-c", code, "--rows", "16", *options.split()]

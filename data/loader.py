@@ -33,12 +33,29 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data.chat import Rejected
-from data.llava import Unreadable
+from data.llava import LlavaData, Unreadable
+from data.world import World
 
 KINDS = "used", "cut", "rejected", "skipped"
 EMPTY = [], [], []  # takes the place of a sample that cannot be used
 SKIPPED_SHARE, SKIPPED_LEAST = 0.01, 10  # a training ends above this share and from this number on
 AHEAD = 4  # samples that each worker keeps ready
+
+
+def open_data(cfg, task):
+    """The samples of --data, or those of a `task` of the emoji world; cfg: a train.TrainConfig."""
+    if cfg.data:
+        return LlavaData(cfg.data, cfg.image_folder, cfg.limit)
+    if cfg.limit:
+        raise ValueError(f"--limit {cfg.limit} is for --data; the emoji world has --samples")
+    if cfg.preset not in ("mini", "smol-mini"):
+        raise ValueError(
+            f"stage {cfg.stage} of {cfg.preset} needs data of its own: run it by itself, with "
+            f"--stage {cfg.stage} --data FILE.json --image-folder DIR"
+        )
+    if not cfg.samples:
+        raise ValueError("--samples 0 means all of --data; the emoji world needs a number")
+    return World("train", task, cfg.samples, cfg.seed, cfg.augment)
 
 
 def data_order(n, samples, seed):

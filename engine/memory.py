@@ -322,6 +322,12 @@ def table(plan: Plan, **fixed) -> str:
     return "\n".join(lines)
 
 
+def report(cfg, plan: Plan) -> str:
+    """What --estimate prints of a stage; cfg: its train.TrainConfig."""
+    batch = f"{cfg.rows} rows of {cfg.row_tokens} tokens a batch"
+    return f"stage {cfg.stage} of {cfg.preset}, {batch}:\n{table(plan, **chosen(cfg))}"
+
+
 def remedies(plan: Plan) -> list[str]:
     """Changes that save memory, the largest first: `--moments bf16 saves 12.1 GB`."""
     changes = {"--recompute": {"recompute": True}, "--weights bf16-sr": {"weights": "bf16-sr"},

@@ -57,6 +57,15 @@ def is_begun(folder):
     return any((folder / name).is_file() for name in RESUME)
 
 
+def is_finished(cfg, folder):
+    """Whether a stage is finished. ValueError if it belongs to a model with other settings."""
+    state = read_state(folder)
+    if not state or not state["finished"]:
+        return False
+    refuse_difference(cfg.shared, state, folder)
+    return True
+
+
 def begin(folder):
     """Make an empty `folder` for a stage. ValueError if it holds anything but an earlier stage.
 
@@ -87,6 +96,21 @@ def refuse_difference(settings, state, folder):
     if shown:
         raise ValueError(f"{folder} was made with another configuration: {shown}. Use the same "
                          "flags, another --out, or --overwrite")  # fmt: skip
+
+
+def earlier_state(cfg, folder):
+    """The state of a stage that is finished or has a resume point, else None.
+
+    A choice of precision that the flags leave open is taken from it: another card may have made it.
+    ValueError if the stage was made with other settings.
+    """
+    state = read_state(folder)
+    if not state or not (state["finished"] or is_begun(folder)):
+        return None  # nothing to lose
+    cfg.weights = cfg.weights or state["config"].get("weights")
+    cfg.moments = cfg.moments or state["config"].get("moments")
+    refuse_difference(cfg.learned, state, folder)
+    return state
 
 
 def checksums(folder):

@@ -100,11 +100,11 @@ def work(cfg, stop_at=None):
     """Train a stage; in step `stop_at` a signal stops the last rank."""
     step = train.Trainer.train_step
 
-    def interrupted(self, batches):
+    def interrupted(self, *args):
         rank, n = fsdp.world()
         if self.step + 1 == stop_at and rank == n - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, batches)
+        return step(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.Trainer, "train_step", interrupted)

@@ -378,9 +378,9 @@ def test_stopped_training_lists_a_broken_picture_once(weights, folder, capsys, m
     step = train.Trainer.train_step
     for stop in (3, 7, 1000):
 
-        def interrupted(self, batches, stop=stop):
+        def interrupted(self, *args, stop=stop):
             self.stop = self.step == stop
-            return step(self, batches)
+            return step(self, *args)
 
         monkeypatch.setattr(train.Trainer, "train_step", interrupted)
         assert train.train_stage(cfg) == (stop == 1000)

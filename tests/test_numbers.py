@@ -60,7 +60,7 @@ def test_a_number_that_is_none_stops_with_the_samples_of_its_batch(
     spoil(trainer, batch, value)
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
     with pytest.raises(ValueError) as caught:
-        trainer.train_step(iter([batch]))
+        trainer.train_step([batch])
     names = ", ".join(trainer.data.name(i) for i in trainer.order[: batch["samples"]].tolist())
     message = str(caught.value)
     assert f"not finite in the batch of samples {names}; correct" in message and "\n" not in message

@@ -200,9 +200,9 @@ def test_resume_is_bit_exact(weights, finished, tmp_path):
     cfg = train.resolve(weights | dict(out=str(tmp_path)), 3)
     step = train.Trainer.train_step
 
-    def interrupted(self, batches):
+    def interrupted(self, *args):
         self.stop = self.step == 3
-        return step(self, batches)
+        return step(self, *args)
 
     train.Trainer.train_step = interrupted
     try:
@@ -423,7 +423,7 @@ def test_compiled_blocks_are_not_compiled_again_after_two_steps(weights, finishe
         for step in range(6):
             with torch.compiler.set_stance("fail_on_recompile" if step > 1 else "default"):
                 before = trainer.used
-                assert math.isfinite(trainer.train_step(batches)["loss"])
+                assert math.isfinite(trainer.train_step([next(batches)])["loss"])
                 images.append(trainer.used - before)
     assert len(set(images)) > 1, "the number of images must change, or nothing is tested"
 
@@ -476,10 +476,10 @@ def test_a_gradient_that_is_not_finite_names_the_samples(weights, finished, tmp_
     train.choose_precision(cfg)
     trainer = train.Trainer(cfg)
     next(trainer.model.parameters()).register_hook(spoil)
-    used = train.Trainer(cfg).train_step(trainer.batches())["samples"]
+    used = train.Trainer(cfg).train_step([next(trainer.batches())])["samples"]
     names = ", ".join(f"train-describe-0-{i}" for i in trainer.order[:used].tolist())
     with pytest.raises(ValueError, match=f"not finite in the batch of samples {names}; correct"):
-        trainer.train_step(trainer.batches())
+        trainer.train_step([next(trainer.batches())])
 
 
 def test_ctrl_c_saves_and_the_same_command_continues(weights, finished, tmp_path):

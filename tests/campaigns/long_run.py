@@ -83,8 +83,8 @@ def watch(watched):
     """Write down, as the training goes, what must not grow, and which samples are read."""
     step, get = train.Trainer.train_step, train.LlavaData.__getitem__
 
-    def watching_step(self, batches):
-        metrics = step(self, batches)
+    def watching_step(self, *args):
+        metrics = step(self, *args)
         if metrics and self.step % EVERY == 0:
             gc.collect()
             log = self.folder / "metrics.jsonl"
