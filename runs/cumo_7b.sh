@@ -135,7 +135,7 @@ for record in json.loads(Path(source).read_text(encoding="utf-8")):
         kept.append(record)
 print(f"{source}: {len(kept):,} records have their pictures")
 for top, names in sorted(absent.items()):
-    print(f"  {len(names):,} lack a picture in {folder}/{top}; the first: {names[0]}")
+    print(f"  records without their picture in {folder}/{top}: {len(names):,}, as {names[0]}")
 if target:
     partial = Path(target + ".partial")
     partial.write_text(json.dumps(kept), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""runs/*.sh are executable documentation: they parse, their flags exist, they keep finished work."""
+"""runs/*.sh are executable documentation: they parse, their flags exist, finished work is kept."""
 
 import dataclasses
 import os
@@ -112,7 +112,7 @@ def test_second_run_fetches_and_trains_only_what_is_missing(cumo_7b):
 def test_missing_pictures_stop_it_and_are_named(cumo_7b):
     done, calls = cumo_7b(LAST="2")
     assert done.returncode == 1
-    assert "1 lack a picture in mixture/coco; the first: coco/b.jpg" in done.stdout
+    assert "records without their picture in mixture/coco: 1, as coco/b.jpg" in done.stdout
     assert "SKIP_MISSING=1" in done.stderr and sum("--out " in call for call in calls) == 1
 
 
