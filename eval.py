@@ -121,7 +121,7 @@ def open_model(cfg):
 def main():
     cfg, given = parse(EvalConfig, description=__doc__.split("\n")[0])
     check_flags(cfg)
-    limit = cfg.n if "n" in given else 0  # of --benchmark and --data; 0: none
+    limit = cfg.n if "n" in given else 0  # for --benchmark and --data; 0: none
     if cfg.benchmark:
         from extras.benchmarks import evaluate
 

@@ -39,7 +39,7 @@ from data.tokenizer import Tokenizer
 
 MISTRAL = pathlib.Path(mistral_common.__file__).parent / "data"
 TEKKEN = MISTRAL / "tekken_240911.json"
-CHARACTERS = 4_000  # of one text, about
+CHARACTERS = 4_000  # about the length of a text
 
 
 def split_text(text):

@@ -126,7 +126,7 @@ def score_pope(answers):
     kinds = grouped((q.group, (q.truth != "no", not says_no(text))) for q, text in answers)
     table = {}
     for kind, pairs in kinds.items():
-        count = collections.Counter(pairs)  # of (object present, answer says so)
+        count = collections.Counter(pairs)  # counts (object present, answer says so)
         found, wrong, missed = count[True, True], count[False, True], count[True, False]
         table[kind] = {
             "f1": mean_percent([2 * found / max(1, 2 * found + wrong + missed)]),
