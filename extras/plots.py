@@ -95,8 +95,8 @@ def expert_load(model, pictures, batch=50):
 
 
 def draw_own_load(cfg, limit, open_model):
-    """eval.py --data: the expert load over the pictures of a LLaVA file (0: its first 400 samples).
-    `open_model(cfg)` -> (folder, model, ...), called after the file has been checked."""
+    """eval.py --data: draw the expert load over the first `limit` samples (0: 400) of a LLaVA file.
+    `open_model(cfg)` -> (folder, model, ask), called after the file has been checked."""
     data = LlavaData(cfg.data, cfg.image_folder, limit or 400)
     model = open_model(cfg)[1]
     load = expert_load(model, [image for sample in data for image in sample["images"]])

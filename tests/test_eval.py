@@ -41,7 +41,7 @@ def test_right_answers_score_one_and_others_nothing():
 
 
 def test_blank_pictures_are_blank_and_leave_the_exam_alone(monkeypatch):
-    """Asked are the model's and the blank row of the three splits, 80 questions each."""
+    """For each split, `ask` gets the 80 questions with their pictures, then with blank ones."""
     monkeypatch.setattr(evaluation, "fixed_answers", dict)
     seen = []
 
