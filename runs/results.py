@@ -24,7 +24,8 @@ from cumo import CuMo
 from data.images import open_image
 from data.tokenizer import Tokenizer
 from engine import memory
-from eval import shown_answers
+from eval import answer_batch
+from extras import plots
 from extras.plots import draw_answers, draw_load, draw_losses, draw_routing, read_metrics
 from runs import tables
 from runs.pictures import draw_ablations, draw_architecture, draw_ratios, shown, variant
@@ -329,7 +330,8 @@ def draw(out):
     draw_losses({k: read_metrics(out / f"stage{k}") for k in (1, 2, 3)}, bench / "loss.png")
     draw_load(json.loads((out / "eval.json").read_text())["expert_load"], bench / "experts.png")
     model = CuMo.from_pretrained(out / "stage3").eval()
-    cells = shown_answers(model, Tokenizer.from_pretrained(out / "stage3"))
+    tokenizer = Tokenizer.from_pretrained(out / "stage3")
+    cells = plots.example_answers(lambda *asked: answer_batch(model, tokenizer, *asked))
     draw_answers(cells, bench / "answers.png")
     draw_routing(model, open_image(ROOT / "cat.jpg"), bench / "expert_map.png")
     draw_ratios(speed(), bench / "amd-epyc-bfloat16.png")
