@@ -199,8 +199,7 @@ class Cache:
         if end > self.size and not self.ring:
             raise ValueError(f"{end} tokens, but the cache has room for {self.size}")
         self.start, self.seen = start, end
-        turns = torch.arange(start, end, device=pos_BT.device)[-self.size :]
-        self.turns = turns % self.size  # the slots for these tokens
+        self.slots_T = torch.arange(start, end, device=pos_BT.device)[-self.size :] % self.size
         # One query looks at all slots on a GPU, where a compiled step needs fixed shapes; on a CPU
         # at those in use, rounded up, so that a compiled step meets few shapes.
         used = 256 << (start // 256).bit_length()
@@ -211,12 +210,10 @@ class Cache:
 
     def extend(self, slots, new):
         """Store new [B, *, T, ...]; return everything that its T queries may look at."""
-        if new.shape[2] == 1:
-            seen = slots[:, :, : self.view]  # a view, so `new` is stored into it, too
-        else:
-            seen = torch.cat((slots[:, :, : self.start], new), dim=2)
-        slots.index_copy_(2, self.turns, new[:, :, -self.size :].to(slots.dtype))
-        return seen
+        one = new.shape[2] == 1  # replaces the token that has just left its window
+        seen = slots if one else torch.cat((slots[:, :, : self.start], new), dim=2)
+        slots.index_copy_(2, self.slots_T, new[:, :, -self.size :].to(slots.dtype))
+        return seen[:, :, : self.view] if one else seen
 
 
 class Attention(nn.Module):
