@@ -1,33 +1,28 @@
-"""CLIP's vision transformer, its MLPs dense or sparse, at one or several scales.
+"""CLIP's image encoder, with dense or sparse MLPs, at one or several scales of the image.
 
-CLIP looks at an image as a sentence of patches. A convolution with stride = patch size turns each
-14 x 14 square into a vector, a class token is put in front, learned positions are added, and a
-plain pre-norm transformer does the rest, every token attending to every other:
+A vision transformer turns an image into tokens. A convolution with stride = patch size makes each
+14 x 14 square a vector, a class token is put in front, learned positions are added, and a pre-norm
+transformer does the rest, every token attending to every other:
 
     image [3, 336, 336] -> 24 x 24 patches + class token -> x [577, D]
     x += attention(LN1(x))
     x += MLP(LN2(x))  or, in CuMo,  x += MoE(LN2(x))        (paper section 3.2, "CLIP-MoE")
 
-CuMo replaces the MLP of every layer by a sparse block of 4 experts, each a copy of the trained MLP
-(upcycle.py); attention, norms and embeddings stay. Which tokens are features: the patches, not the
-class token; of which layer: the last but one, because the last one was trained to summarise the
-image into the class token. So the last layer is not even computed here, and there is no final
-norm.
+Only the MLPs become sparse (upcycle.py). The features are the patch tokens of the last but one
+layer, without the class token and without a final norm. The last layer was trained to summarise the
+image into the class token, so it is not computed.
 
-S2, several scales (arXiv 2403.13043). CLIP's positions fix its input at 336 pixels, so a finer
-look means more passes. At scale 3 the image is enlarged to 1008 pixels and cut into 3 x 3 tiles:
+S2, several scales (arXiv 2403.13043). CLIP's positions fix its input at 336 pixels, so more detail
+takes more passes. At scale 3 the image is enlarged to 1008 pixels and cut into 3 x 3 tiles:
 
-    +--+--+--+       nine passes of 24 x 24        average 3 x 3 blocks
-    |0 |1 |2 |  -->  patches, laid side by  -->    back to 24 x 24      -->  concatenate with
-    |3 |4 |5 |       side again: 72 x 72                                     scale 1: [576, 2 D]
-    |6 |7 |8 |
+    |0 1 2|       nine passes of 24 x 24,         average 3 x 3 blocks
+    |3 4 5|  -->  side by side again: 72 x 72 --> to 24 x 24       --> concatenate with scale 1
+    |6 7 8|                                                            [576, 2 D]
 
-The number of visual tokens stays 576, only their width grows. Scales 1,3 cost ten passes an image.
+There are still 576 visual tokens, but wider. In routing each tile is a sample of its own.
 
-Routing counts every token, the class token too, and each tile is a sample of its own. The losses
-are means over the layers, then over the scales: scale 3 has nine times the tokens, not the weight.
-
-Letters as in mlp_moe.py, and: n images, S their side, P patches, H heads, A head size, C channels.
+Letters as in mlp_moe.py, and: n images, S their side, P patches, H query heads, G key/value heads,
+A head size, U tokens that are attended to.
 """
 
 from collections.abc import Iterable
@@ -39,10 +34,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.hub import local_folder
-from data.weights import check_fields, load_into, read_config, read_tensors
+from data.weights import check_fields, config_from_names, fill, load_into, read_config, read_tensors
 from mlp_moe import ACTIVATIONS, Aux, SparseMoE, checkpointed
 
-# our field: the name in public configs (the last three are ours; transformers ignores them)
+# our field -> name in public configs (the last three are ours; transformers ignores them)
 HF_NAMES = {"image_size": "image_size", "patch_size": "patch_size", "dim": "hidden_size",
             "hidden_dim": "intermediate_size", "n_layers": "num_hidden_layers",
             "n_heads": "num_attention_heads", "act": "hidden_act",
@@ -68,7 +63,7 @@ class CLIPVisionConfig:
         check_fields(self)
         self.scales = tuple(self.scales) if isinstance(self.scales, list | tuple) else ()
         if not self.scales or any(type(scale) is not int or scale < 1 for scale in self.scales):
-            raise ValueError(f"scales={self.scales}: choose whole numbers from 1 up, such as "
+            raise ValueError(f"scales={self.scales}: choose integers from 1 up, such as "
                              f"(1, 3); every tile is {self.image_size} pixels wide")  # fmt: skip
         if str(self.act) not in ACTIVATIONS:
             raise ValueError(f"hidden_act {self.act!r}: choose from {', '.join(ACTIVATIONS)}")
@@ -77,31 +72,35 @@ class CLIPVisionConfig:
 
     @classmethod
     def from_hf(cls, config: dict) -> "CLIPVisionConfig":
-        """From the config.json of CLIP or of its vision tower alone."""
+        """From the config.json of a whole CLIP or of its vision tower."""
         config = config.get("vision_config", config)
         if not isinstance(config, dict) or not {"image_size", "patch_size"} <= config.keys():
             raise ValueError("this is no CLIP vision config: it has no image_size and patch_size, "
                              f"only {config!r:.99}")  # fmt: skip
-        # what public configs leave out has transformers' default, the size of ViT-B
-        vit_b = {"dim": 768, "hidden_dim": 3072, "n_layers": 12, "n_heads": 12}
-        known = {field: config[name] for field, name in HF_NAMES.items() if name in config}
-        return cls(**vit_b | known)
+        vit_b = dict(dim=768, hidden_dim=3072, n_layers=12, n_heads=12)  # transformers' defaults
+        return config_from_names(cls, config, HF_NAMES, vit_b)
 
     def to_hf(self) -> dict:
-        """The same as a config.json that transformers can read."""
+        """The config.json that transformers reads."""
         names = {name: getattr(self, field) for field, name in HF_NAMES.items()}
         return {"model_type": "clip_vision_model", "num_channels": 3} | names
 
 
-def attend(q_BHTA: Tensor, k_BHTA: Tensor, v_BHTA: Tensor) -> Tensor:
-    """softmax(q k^T) v, everyone seeing everyone; q is scaled already.
+def attend(q_BHTA: Tensor, k_BGUA: Tensor, v_BGUA: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k / sqrt(A) + mask) v; each key/value head serves H / G query heads.
 
-    On a CPU in bfloat16 two plain products are faster than PyTorch's fused attention, which wins in
-    float32 (bench/attention.py).
+    For one query, and in bf16 on a CPU, two plain products are faster than fused attention
+    (bench/attention.py).
     """
-    if q_BHTA.device.type == "cpu" and v_BHTA.dtype == torch.bfloat16:
-        return (q_BHTA @ k_BHTA.mT).softmax(-1).to(v_BHTA.dtype) @ v_BHTA
-    return F.scaled_dot_product_attention(q_BHTA, k_BHTA, v_BHTA, scale=1.0)
+    (B, H, T, A), G = q_BHTA.shape, k_BGUA.shape[1]
+    if T > 1 and not (v_BGUA.dtype == torch.bfloat16 and v_BGUA.device.type == "cpu"):
+        k, v = (y.repeat_interleave(H // G, 1) if H > G else y for y in (k_BGUA, v_BGUA))
+        return F.scaled_dot_product_attention(q_BHTA, k, v, attn_mask=mask)
+    q = (q_BHTA * A**-0.5).reshape(B, G, H // G * T, A)
+    scores_BHTU = (q @ k_BGUA.mT).view(B, H, T, -1)
+    scores_BHTU = scores_BHTU if mask is None else scores_BHTU + mask
+    probs_BHTU = scores_BHTU.softmax(-1).to(v_BGUA.dtype)
+    return (probs_BHTU.view(B, G, H // G * T, -1) @ v_BGUA).view(B, H, T, A)
 
 
 class Attention(nn.Module):
@@ -114,12 +113,9 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(cfg.dim, cfg.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q = self.q_proj(x) * (x.shape[-1] // self.n_heads) ** -0.5
-        q_BHTA, k_BHTA, v_BHTA = (
-            y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
-            for y in (q, self.k_proj(x), self.v_proj(x))
-        )
-        return self.out_proj(attend(q_BHTA, k_BHTA, v_BHTA).transpose(1, 2).flatten(2))
+        projections = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = (y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for y in projections)
+        return self.out_proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -134,7 +130,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: x [B, T, D] -> (x, what its router says, or None when dense)."""
+    """One layer: x [B, T, D] -> (x, Aux of its router, or None when dense)."""
 
     def __init__(self, cfg: CLIPVisionConfig):
         super().__init__()
@@ -173,22 +169,22 @@ class Embeddings(nn.Module):
 
 
 def cut_tiles(images: Tensor, scale: int) -> Tensor:
-    """Enlarge images [n, C, S, S] and cut them up: [scale * scale * n, C, S, S], tile by tile."""
+    """Enlarge images [n, 3, S, S] and cut them into tiles: [scale * scale * n, 3, S, S]."""
     if scale == 1:
         return images
     size = images.shape[-1]
     big = F.interpolate(images.float(), size=size * scale, mode="bicubic", align_corners=False)
     tiles = big.to(images.dtype).unflatten(3, (scale, size)).unflatten(2, (scale, size))
-    return tiles.permute(2, 4, 0, 1, 3, 5).flatten(0, 2)  # n C r S c S -> (r c n) C S S
+    return tiles.permute(2, 4, 0, 1, 3, 5).flatten(0, 2)  # n 3 r S c S -> (r c n) 3 S S
 
 
 def merge_tiles(x: Tensor, scale: int) -> Tensor:
-    """Lay the patches of the tiles side by side and average scale x scale blocks: [n, P, D]."""
+    """Arrange the patches of all tiles in one grid and average scale x scale blocks: [n, P, D]."""
     if scale == 1:
         return x
     grid = int(x.shape[1] ** 0.5)
     patches = x.unflatten(1, (grid, grid)).unflatten(0, (scale, scale, -1))  # r c n g g D
-    rows = patches.permute(2, 0, 3, 1, 4, 5)  # n (r g) (c g) D, to be read as n (g r) (g c) D
+    rows = patches.permute(2, 0, 3, 1, 4, 5)  # n (r g) (c g) D, read next as n (g r) (g c) D
     blocks = rows.reshape(-1, grid, scale, grid, scale, x.shape[-1])
     return blocks.float().mean((2, 4)).to(x.dtype).flatten(1, 2)
 
@@ -203,40 +199,40 @@ class CLIPVision(nn.Module):
     def __init__(self, cfg: CLIPVisionConfig):
         super().__init__()
         self.cfg = cfg
-        self.parity = False  # True: the original's losses, which include the unused last layer
-        self.checkpoint = False  # True: recompute the layers in the backward pass to save memory
+        self.parity = False  # True: as in the original, losses include the unused last layer
+        self.recompute = False  # True: recompute the layers in the backward pass to save memory
         self.embeddings = Embeddings(cfg)
         self.pre_layrnorm = nn.LayerNorm(cfg.dim, cfg.layer_norm_eps)  # the public name's own typo
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
 
     def hidden(self, images: Tensor, layers: int | None = None) -> tuple[Tensor, list[Aux]]:
-        """Tokens [n, 1 + P, D] of one scale after so many layers (default: all but the last)."""
+        """Tokens [n, 1 + P, D] of one scale after `layers` layers (None: all but the last)."""
         x, auxes = self.pre_layrnorm(self.embeddings(images)), []
         for layer in self.layers[: self.cfg.n_layers - 1 if layers is None else layers]:
-            x, aux = checkpointed(layer, x) if self.checkpoint and self.training else layer(x)
+            x, aux = checkpointed(layer, x) if self.recompute and self.training else layer(x)
             auxes += [aux] if aux else []
         return x, auxes
 
     def forward(self, images: Tensor) -> tuple[Tensor, Aux | None]:
         size = self.cfg.image_size
         if images.shape[1:] != (3, size, size):
-            raise ValueError(f"images are {list(images.shape)}, this CLIP wants [n, 3, {size}, "
+            raise ValueError(f"images are {list(images.shape)}, this CLIP takes [n, 3, {size}, "
                              f"{size}]: resize them (data.images.preprocess)")  # fmt: skip
         features, auxes = [], []
         for i, scale in enumerate(self.cfg.scales):
-            # CuMo: the first scale is the image as it is, whatever its number says.
+            # CuMo: the first scale is the image itself, whatever its number says.
             scale = scale if i else 1
             x, layer_auxes = self.hidden(cut_tiles(images, scale))
             if self.parity and self.cfg.num_experts:
-                # CuMo: the last layer is computed, thrown away, and its losses counted.
+                # CuMo: the last layer is computed, its losses count, its output is thrown away.
                 layer_auxes.append(self.layers[-1](x)[1])
             features.append(merge_tiles(x[:, 1:], scale))
             auxes.append(layer_auxes)
         return torch.cat(features, dim=-1), mean_aux(auxes)
 
     def public_state_dict(self, keep_vars: bool = False) -> dict[str, Tensor]:
-        """Views of all weights under the names of the public checkpoints; `keep_vars` as in
-        `state_dict`: the parameters themselves, where they are whole."""
+        """Views of all weights under the names of public checkpoints; with `keep_vars`, as in
+        `state_dict`, unstacked weights are the parameters themselves."""
         views = {}
         for name, tensor in self.state_dict(keep_vars=keep_vars).items():
             if ".moe." not in name:
@@ -247,36 +243,30 @@ class CLIPVision(nn.Module):
                 views |= layer.moe.public_state_dict(("fc1", "fc2"), prefix)
         return views
 
-    def load_original(self, tensors: dict | Iterable[tuple[str, Tensor]],
-                      source: str = "the state dict", mapped: bool = False) -> None:  # fmt: skip
-        """Fill in public weights, strictly; what only a whole CLIP has is passed over."""
-        pairs = tensors.items() if isinstance(tensors, dict) else tensors
-        # transformers 5 saves a tower alone without the prefix "vision_model."
-        bare = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")
-        pairs = (("vision_model." * name.startswith(bare) + name, tensor) for name, tensor in pairs)
-        load_into(self.public_state_dict(keep_vars=mapped), pairs, is_unused, source, mapped)
+    def load_original(self, tensors: dict[str, Tensor]) -> None:
+        """Fill in public weights, strictly; ignores the parts that only a whole CLIP has."""
+        pairs = public_names(tensors.items())
+        load_into(self.public_state_dict(), pairs, is_unused, "the state dict")
 
     @classmethod
     def from_pretrained(cls, path: str | Path, scales: tuple[int, ...] | None = None,
                         dtype: torch.dtype | None = None) -> "CLIPVision":  # fmt: skip
-        """From a directory, or by the name of one on the hub, such as
-        openai/clip-vit-large-patch14-336, with or without its text half.
+        """From a directory, or a name on the hub such as openai/clip-vit-large-patch14-336, with or
+        without CLIP's text half.
 
-        `scales` None means what the config says, (1,) in public ones; `dtype` None means float32.
+        `scales` None: as in the config, (1,) in public ones. `dtype` None: float32.
         """
         path = local_folder(path)
         cfg = CLIPVisionConfig.from_hf(read_config(path))
         cfg = replace(cfg, scales=scales or cfg.scales)
         with torch.device("meta"):
             model = cls(cfg).to(dtype or torch.float32)
-        model.load_original(read_tensors(path), str(path))  # a rehearsal: does everything fit?
-        model = model.to_empty(device="cpu")
-        model.load_original(read_tensors(path), str(path), mapped=True)
-        return model
+        read = lambda headers: public_names(read_tensors(path, headers))
+        return fill(model, read, skip=is_unused, source=str(path))
 
 
 def mean_aux(auxes: list[list[Aux]]) -> Aux | None:
-    """Means over the layers of each scale, then over the scales, however many tiles they have."""
+    """Means over the layers of each scale, then over the scales, whatever their number of tiles."""
     if not auxes[0]:
         return None
     balance, z, load, entropy = (
@@ -287,8 +277,14 @@ def mean_aux(auxes: list[list[Aux]]) -> Aux | None:
     return Aux(balance.mean(), z.mean(), load.mean(0), choice, entropy=entropy.mean(0))
 
 
+def public_names(pairs: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+    """transformers 5 saves a vision tower without the prefix "vision_model.": add it."""
+    bare = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")
+    return (("vision_model." * name.startswith(bare) + name, tensor) for name, tensor in pairs)
+
+
 def is_unused(name: str) -> bool:
-    """Weights of a whole CLIP that no feature depends on: text half, final norm, projections."""
+    """Is it a weight that no feature depends on: text half, final norm, projections?"""
     heads = ("text_model.", "text_projection.", "visual_projection.", "logit_scale",
              "vision_model.post_layernorm.")  # fmt: skip
     return name.startswith(heads) or name.endswith("position_ids")

@@ -1,27 +1,24 @@
 """The whole model: images through CLIP and the connector into the language model's sentence.
 
     image [3, S, S] --CLIP(-MoE)--> [P, D_clip] --MLP(-MoE)--> [P, D_llm]
-                                                                  |  takes the places of
-    "[INST] <image>\\nWhat is this? [/INST]" --embed--> [T, D_llm]  v  the IMAGE_TOKENs
+                                                                  |  replaces the embeddings
+    "[INST] <image>\\nWhat is this? [/INST]" --embed--> [T, D_llm]  v  of the IMAGE_TOKENs
                                                   e e e I I I I I e e e --LLM--> "a cat"
 
-To the language model a picture is P more words, written in its own vocabulary of vectors by the
-connector. That is all there is to "multimodal" (LLaVA, arXiv 2304.08485). CuMo (arXiv 2405.05949)
-makes the two parts before the language model sparse, so that they hold E times the parameters at
-K times the cost, and trains the routers with two more losses (section 3.3):
+To the language model an image is P more tokens, embedded by the connector (LLaVA, arXiv
+2304.08485). CuMo (arXiv 2405.05949) makes the two parts before the language model sparse: E times
+the parameters at K times the cost. Two more losses train the routers (section 3.3):
 
     loss = LM cross-entropy + 0.1 * sum of balance losses + 0.01 * sum of z losses
 
-The sums run over the sparse parts ("clip", "mlp" and, if it is a Mixtral, "llm"); within CLIP a
-loss is the mean over its layers, then over its scales.
+The sums are over the sparse parts: "clip", "mlp" and, in a Mixtral, "llm". CLIP's loss is the mean
+over its layers, then over its scales.
 
-A checkpoint is a directory in the layout of the released CuMo models: `config.json` and safetensors
-with the original's names (`model.vision_tower...`, `model.mm_projector...`, the LLM's own). The
-same layout serves for dense models (stages 1, 2) and sparse ones (stage 3).
+A checkpoint is a directory with the names of the released CuMo models: `config.json` and
+safetensors (`model.vision_tower...`, `model.mm_projector...`, the LLM's own), dense or sparse.
 
-Where we knowingly differ from the original: a row without an image costs no image (it spends a
-blank one), padding is never routed, and CLIP's unused last layer is not computed. `model.parity =
-True` brings the last layer's router losses back, for comparison.
+Where we differ from the original: a row without an image costs no image, padding is never routed,
+and CLIP's unused last layer is not computed. `model.parity = True` restores the original's losses.
 """
 
 from dataclasses import dataclass, replace
@@ -37,7 +34,7 @@ from data.chat import IGNORE, IMAGE_TOKEN
 from data.hub import local_folder
 from data.weights import (
     check_fields,
-    load_into,
+    fill,
     read_config,
     read_stage_files,
     read_tensors,
@@ -65,7 +62,7 @@ class CuMoConfig:
         check_fields(self)
 
     def to_original(self):
-        """The fields of the original's config.json, and `vision_config` to make it complete."""
+        """The original's config.json, completed by `vision_config`."""
         sparse_llm = self.llm.num_experts > 0
         kind = "Mixtral" if sparse_llm else "Mistral"
         return self.llm.to_hf() | {
@@ -91,11 +88,11 @@ class CuMoConfig:
 
     @classmethod
     def from_original(cls, config, path):
-        """Read a config.json, ours or the original's. ValueError when it holds no vision tower."""
+        """From a config.json, ours or the original's. ValueError if it names no vision tower."""
         experts, top_k = config.get("num_experts", 0), config.get("num_selected", 2)
         if "vision_config" in config:
             vision = CLIPVisionConfig.from_hf(config)
-        elif isinstance(config.get("mm_vision_tower"), str):  # the original only names its CLIP
+        elif isinstance(config.get("mm_vision_tower"), str):  # the original names its CLIP
             tower = read_config(local_folder(config["mm_vision_tower"], "config"))
             vision = replace(
                 CLIPVisionConfig.from_hf(tower),
@@ -104,8 +101,8 @@ class CuMoConfig:
                 top_k=top_k,
             )
         else:
-            raise ValueError(f"{path} is no CuMo, but a language model alone, which sees nothing:"
-                             " config.json has no vision_config or mm_vision_tower")  # fmt: skip
+            raise ValueError(f"{path} is no CuMo but a language model without vision: its "
+                             "config.json has no vision_config or mm_vision_tower")  # fmt: skip
         mlp_experts = config.get("nanocumo_mlp_experts", experts) if config.get("mlp_smoe") else 0
         return cls(
             vision,
@@ -119,23 +116,6 @@ class CuMoConfig:
         )
 
 
-def check_device(name):
-    """ValueError unless this machine has the device called `name`."""
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {name}: this machine has no such device; try cpu") from None
-
-
-def has_fast_bf16(device) -> bool:
-    """Whether `device` multiplies bfloat16 in hardware. A CPU without the instructions emulates
-    them, 70 times slower than float32 (2 cores of an AMD EPYC with AVX2)."""
-    if not str(device).startswith("cpu"):
-        return True
-    abilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return any(abilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # x86, ARM
-
-
 class Output(NamedTuple):
     logits: Tensor | None  # [B, T, V]; None in training, where the loss is computed in chunks
     loss: Tensor | None  # lm_loss and the weighted auxiliary losses; None without labels
@@ -143,6 +123,16 @@ class Output(NamedTuple):
     aux: dict  # {"clip" | "mlp" | "llm": (balance, z), or None where that part is dense}
     load: dict  # {"clip": [L, E], "mlp": [E], "llm": [L, E]} share of the assignments, or None
     entropy: dict  # {"clip": [L], "mlp": [], "llm": [L]} of the routers, in nats, or None
+
+    def metrics(self):
+        """The numbers that a training logs; loads and entropies are lists over the layers."""
+        found = {"loss": self.loss.item(), "lm_loss": self.lm_loss.item()}
+        for part, losses in self.aux.items():
+            if losses:
+                found |= {f"{part}_balance": losses[0].item(), f"{part}_z": losses[1].item()}
+                found[f"{part}_load"] = self.load[part].tolist()
+                found[f"{part}_entropy"] = self.entropy[part].tolist()
+        return found
 
 
 class CuMo(nn.Module):
@@ -159,7 +149,7 @@ class CuMo(nn.Module):
 
     @property
     def image_tokens(self):
-        """Visual tokens an image takes in the text, whatever the number of scales."""
+        """Visual tokens of an image in the text, at any number of scales."""
         return (self.cfg.vision.image_size // self.cfg.vision.patch_size) ** 2
 
     @property
@@ -168,8 +158,8 @@ class CuMo(nn.Module):
 
     @property
     def parity(self):
-        """True: the original's oddities, for comparison (CLIP's last layer enters the losses, and
-        the routers of a Mixtral see padding)."""
+        """True: as in the original, CLIP's last layer enters the losses, and a Mixtral's routers
+        see padding."""
         return self.vision.parity
 
     @parity.setter
@@ -177,16 +167,14 @@ class CuMo(nn.Module):
         self.vision.parity = self.llm.parity = value
 
     def encode_images(self, images, with_aux=False):
-        """images [n, 3, S, S] -> [n, image_tokens, D_llm]; `with_aux` adds what the routers say."""
+        """images [n, 3, S, S] -> [n, image_tokens, D_llm]; `with_aux` adds the routers' Aux."""
         features, clip_aux = self.vision(images)
         x, mlp_aux = self.connector(features)
         return (x, {"clip": clip_aux, "mlp": mlp_aux}) if with_aux else x
 
     def splice(self, tokens, images):
-        """Embed `tokens` [B, T], image features in place of the IMAGE_TOKENs -> (x [B, T, D], aux).
-
-        Image i of the batch belongs to the i-th run of IMAGE_TOKENs in reading order.
-        """
+        """Embed `tokens` [B, T] -> (x [B, T, D], aux). The features of image i replace the i-th run
+        of IMAGE_TOKENs in reading order."""
         is_image = tokens == IMAGE_TOKEN
         n_images = 0 if images is None else len(images)
         if int(is_image.sum()) != n_images * self.image_tokens:
@@ -195,7 +183,7 @@ class CuMo(nn.Module):
         x = self.llm.embed(tokens.masked_fill(is_image, 0))
         if images is None or not n_images and not self.reduce_losses:
             return x, {"clip": None, "mlp": None}
-        if not n_images:  # a blank one, for no text: others have some, so this process must join in
+        if not n_images:  # other ranks have images: encode a blank one, so that all communicate
             images = images.new_zeros(1, *images.shape[1:])
         features, aux = self.encode_images(images, with_aux=True)
         return x.masked_scatter(is_image[..., None], features.to(x.dtype)), aux
@@ -231,8 +219,8 @@ class CuMo(nn.Module):
     # ------------------------------------------------------------------------- checkpoints
 
     def public_state_dict(self, keep_vars=False):
-        """Views of all parameters under the names of the released checkpoints; `keep_vars` as in
-        `state_dict`: the parameters themselves, where they are whole."""
+        """Views of all parameters under the names of the released checkpoints; with `keep_vars`, as
+        in `state_dict`, unstacked weights are the parameters themselves."""
         views = dict(self.llm.public_state_dict(keep_vars))
         vision = self.vision.public_state_dict(keep_vars)
         views |= {"model.vision_tower." + k: v for k, v in vision.items()}
@@ -248,22 +236,20 @@ class CuMo(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, device=None, dtype=None):
-        """Load a checkpoint, a directory or its name on the hub, ours or in the original's layout;
-        its stages' mm_projector.bin and clip.bin go before the shards. Every missing, unexpected or
-        wrongly shaped weight is named in one ValueError."""
+        """Load a checkpoint, ours or the original's, from a directory or by its name on the hub.
+
+        mm_projector.bin and clip.bin, written by the original's stages, override the shards. One
+        ValueError names every missing, unexpected or wrongly shaped weight.
+        """
         path = local_folder(path)
         cfg = CuMoConfig.from_original(read_config(path), path)
         with torch.device("meta"):
             model = cls(cfg).to(dtype or torch.float32)
-        for rehearsal in (True, False):  # on the meta device it only tells whether everything fits
-            model = model if rehearsal else model.to_empty(device=device or "cpu")
-            weights = chain(read_tensors(path), read_stage_files(path))
-            targets = model.public_state_dict(keep_vars=True)
-            load_into(targets, weights, source=str(path), mapped=True)
-        return model
+        read = lambda headers: chain(read_tensors(path, headers), read_stage_files(path, headers))
+        return fill(model, read, device, source=str(path))
 
 
-if __name__ == "__main__":  # a worked example: a picture's place in a sentence
+if __name__ == "__main__":  # a worked example: an image in the middle of a sentence
     model = CuMo(CuMoConfig(CLIPVisionConfig(24, 8, 24, 40, 3, 2), LLMConfig(97, 32, 56, 2, 4, 2)))
     tokens = torch.tensor([[5, *[IMAGE_TOKEN] * model.image_tokens, 7]])
     out = model(tokens, torch.randn(1, 3, 24, 24))

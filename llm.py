@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from clip_moe import attend
 from data import weights
 from data.chat import IGNORE
 from data.hub import local_folder
@@ -94,12 +95,10 @@ class LLMConfig:
         for field, supported in ONLY.items():
             if config.get(field, supported) != supported:
                 raise ValueError(f"{field}={config[field]!r} is not supported, only {supported!r}")
-        given = {ours: config[theirs] for ours, theirs in HF_NAMES.items() if theirs in config}
-        given["n_kv_heads"] = given["n_kv_heads"] or given.get("n_heads")
-        try:
-            return cls(**given)
-        except TypeError as error:  # names the required fields that are missing
-            raise ValueError(f"config.json is incomplete: {error}") from None
+        config["num_key_value_heads"] = config["num_key_value_heads"] or config.get(
+            "num_attention_heads"
+        )
+        return weights.config_from_names(cls, config, HF_NAMES)
 
     def to_hf(self) -> dict:
         """A config.json with which transformers, too, loads the weights."""
@@ -138,21 +137,6 @@ def attention_mask(q_B2T, k_B2U, window, dtype=None):
 
 
 compiled = functools.cache(torch.compile)  # called at the first use, since it takes seconds
-
-
-def attend(q_BHTA: Tensor, k_BGUA: Tensor, v_BGUA: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k / sqrt(A) + mask) v; each key/value head serves H / G query heads."""
-    (B, H, T, A), G = q_BHTA.shape, k_BGUA.shape[1]
-    if T > 1 and not (v_BGUA.dtype == torch.bfloat16 and v_BGUA.device.type == "cpu"):
-        if G < H:
-            k_BGUA, v_BGUA = (y.repeat_interleave(H // G, 1) for y in (k_BGUA, v_BGUA))
-        return F.scaled_dot_product_attention(q_BHTA, k_BGUA, v_BGUA, attn_mask=mask)
-    # for one query, and in bf16 on a CPU, two plain products are faster (bench/attention.py)
-    q = (q_BHTA * A**-0.5).reshape(B, G, H // G * T, A)
-    scores_BHTU = (q @ k_BGUA.mT).view(B, H, T, -1)
-    scores_BHTU = scores_BHTU if mask is None else scores_BHTU + mask
-    probs_BHTU = scores_BHTU.softmax(-1).to(v_BGUA.dtype)
-    return (probs_BHTU.view(B, G, H // G * T, -1) @ v_BGUA).view(B, H, T, A)
 
 
 def flex_attend(q_BHTA: Tensor, k_BGUA: Tensor, v_BGUA: Tensor, mask: BlockMask) -> Tensor:
@@ -463,7 +447,7 @@ class LLM(nn.Module):
         return torch.stack(out, dim=1)
 
     def public_state_dict(self, keep_vars=False) -> dict[str, Tensor]:
-        """Views of all weights by their Mistral or Mixtral names; `keep_vars` as in state_dict."""
+        """Views of all weights under Mistral's or Mixtral's names (`keep_vars`: see CLIPVision)."""
         views = self.state_dict(keep_vars=keep_vars)
         for name, module in self.named_modules():
             if isinstance(module, SparseMoE):
@@ -471,12 +455,15 @@ class LLM(nn.Module):
                 views |= module.public_state_dict(("w1", "w2", "w3"), f"{name}.")
         return views
 
-    def load_original(self, tensors, source="checkpoint", mapped=False):
-        """Copy or map public weights (`load_into`); ValueError names those that do not fit."""
-        # old files store the angles of RoPE, some a tied head a second time
-        needless = "rotary_emb.inv_freq", *(["lm_head.weight"] if self.cfg.tie_embeddings else [])
-        skip = lambda name: name.endswith(needless)
-        weights.load_into(self.public_state_dict(mapped), tensors, skip, source, mapped)
+    def is_unused(self, name):
+        """Old files store the angles of RoPE, some a tied head a second time."""
+        return name.endswith("rotary_emb.inv_freq") or (
+            self.cfg.tie_embeddings and name == "lm_head.weight"
+        )
+
+    def load_original(self, tensors):
+        """Copy public weights in; ValueError names those that do not fit."""
+        weights.load_into(self.public_state_dict(), tensors, self.is_unused)
 
     @classmethod
     def from_pretrained(cls, path, dtype=None, device=None) -> "LLM":
@@ -484,10 +471,8 @@ class LLM(nn.Module):
         path = local_folder(path)
         with torch.device("meta"):
             llm = cls(LLMConfig.from_hf(weights.read_config(path))).to(dtype or torch.float32)
-        llm.load_original(weights.read_tensors(path), str(path))  # does everything fit?
-        llm = llm.to_empty(device=device or "cpu")
-        llm.load_original(weights.read_tensors(path), str(path), mapped=True)
-        return llm
+        read = functools.partial(weights.read_tensors, path)
+        return weights.fill(llm, read, device, llm.is_unused, str(path))
 
     def save_pretrained(self, path):
         """Write a directory that `from_pretrained`, and transformers, can read."""

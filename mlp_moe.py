@@ -1,9 +1,8 @@
 """Sparse mixture of experts: the router, the experts, and the connector built from them.
 
-A transformer's MLP sends every token through the same weights. A sparse block owns E such MLPs,
-the experts, and a router that sends each token through only K of them: E times the parameters for
-K times the arithmetic. CuMo (arXiv 2405.05949, section 3.1) puts such blocks into CLIP and into
-the connector between CLIP and the language model.
+A transformer's MLP sends every token through the same weights. A sparse block has E such MLPs, the
+experts, and a router that sends each token through K of them: E times the parameters for K times
+the arithmetic. CuMo (arXiv 2405.05949, section 3.1) uses such blocks in CLIP and in the connector.
 
     x [N, D] --> router --> probs [N, E] --> the K best experts of each token, and their weights
        |                                                |
@@ -12,26 +11,14 @@ the connector between CLIP and the language model.
                                   e0    e1     e2
 
     probs = softmax(x W)                        one logit per expert, in float32
-    y_t   = sum over the top K of  w_te * expert_e(x_t),   w = probs of the chosen, made to sum to 1
+    y_t   = sum over the top K of  w_te * expert_e(x_t),   w = the top K probs, scaled to sum to 1
 
-Left alone a router falls in love with one expert, so two losses are returned beside y:
+Without help a router sends every token to one expert. Two losses prevent that (`routing_losses`).
 
-    balance = E^2 * mean over samples and experts of (mean prob of e) * (share of tokens whose
-              first choice is e): 1 when all experts are used alike, E when one takes everything.
-              The share has no gradient; the probabilities have, and flow away from busy experts.
-              Only first choices count, as in GShard and the original: the first has the largest
-              weight, and of all K together the share is even by itself when K comes near E.
-    z       = mean of logsumexp(logits)^2: keeps the logits small.
-
-Experts are not a list of modules but stacked parameters, w1 [E, D, F] and w2 [E, F, D]. After
-sorting the tokens by expert, one grouped matrix product does the work of all experts: no loop, no
-token is dropped, no question to the GPU ("how many tokens did expert 3 get?") that would make
-Python wait, one compiled graph for every routing. An expert without tokens gets a gradient of
-zeros. The original loops over the samples and over the experts: 960 calls per image in CLIP alone.
-
-On disk each expert keeps the original's names and orientation (`experts.3.fc1.weight` [F, D]).
-`public_state_dict` hands out *views* of the stacked parameters under those names; saving reads
-them, loading and upcycling write through them, and no second copy of a weight ever exists.
+Experts are stacked parameters, w1 [E, D, F] and w2 [E, F, D]. After the tokens are sorted by
+expert, one grouped matrix product runs all experts: no loop, no dropped token, and no wait for the
+GPU to count tokens, so one compiled graph serves every routing. On disk each expert has the
+original's names and orientation (`experts.3.fc1.weight` [F, D]): see `public_state_dict`.
 
 Letters: B samples, T tokens, D features, F hidden features, E experts, K experts a token, N tokens
 flattened (B*T), M = N*K assignments of a token to an expert.
@@ -56,12 +43,12 @@ def tanh_gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-# by the names that public configs use
+# keyed by the names that public configs use
 ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu, "silu": F.silu,
                "gelu_pytorch_tanh": tanh_gelu}  # fmt: skip
 
-# checkpointed(block, x): run it again in the backward pass instead of keeping its activations. Its
-# sorts are kept: they are the routing, and a token must not meet another expert the second time.
+# checkpointed(block, x) recomputes the block in the backward pass instead of keeping activations.
+# It keeps the results of sorts, so that recomputation sends each token to the same experts.
 checkpointed = partial(
     checkpoint,
     use_reentrant=False,
@@ -70,22 +57,22 @@ checkpointed = partial(
 
 
 class Aux(NamedTuple):
-    """What a router says about a batch, beside its routing."""
+    """The losses and statistics of a router's decisions about one batch."""
 
     balance: Tensor  # scalar, 1 (even) to E (collapsed)
     z: Tensor  # scalar
     load: Tensor  # [E] share of the assignments that went to each expert; sums to 1, no gradient
     choice: Tensor  # [B, T, K] chosen experts, best first; E (no expert) where padded
-    prob: Tensor | None = None  # [B, E] mean probability: balance comes from its product with
-    share: Tensor | None = None  # [B, E] the share of tokens whose first choice it is, no gradient
-    entropy: Tensor | None = None  # scalar, nats: 0 (sure of one expert) to log E (no idea)
+    prob: Tensor | None = None  # [B, E] mean probability of each expert
+    share: Tensor | None = None  # [B, E] share of tokens that chose the expert first, no gradient
+    entropy: Tensor | None = None  # scalar, nats: 0 (certain) to log E (uniform)
 
 
 class Router(nn.Module):
     """Chooses K of E experts for each token: x [B, T, D] -> (weights [B, T, K], Aux).
 
     Without a batch axis x [T, D] counts as one sample. `mask` [B, T] is True for real tokens;
-    padded ones are neither routed (weight 0, choice E) nor counted.
+    padding is neither routed (weight 0, choice E) nor counted.
     """
 
     def __init__(self, dim: int, num_experts: int, top_k: int):
@@ -101,49 +88,64 @@ class Router(nn.Module):
         bound = self.weight.shape[1] ** -0.5  # nn.Linear's default
         nn.init.uniform_(self.weight, -bound, bound)
 
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x [..., D] -> weights and choice [..., K], logits and probs [..., E]."""
+        logits = F.linear(x, self.weight.to(x.dtype))
+        probs = logits.softmax(-1)
+        # a stable sort, not topk: ties go to the lower expert on every device
+        best, order = probs.sort(dim=-1, descending=True, stable=True)
+        weights, choice = best[..., : self.top_k], order[..., : self.top_k]
+        # CuMo: the paper writes Softmax(TopK(logits)), which gives the same weights. With K = 1 the
+        # weight is constant 1, and the router learns from its two losses only.
+        return weights / weights.sum(-1, keepdim=True), choice, logits, probs
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Aux]:
-        # In float32 whatever surrounds it: near ties decide which expert learns.
+        # In float32 under any autocast: near ties decide which expert learns.
         # CuMo: the original takes logits and z in the surrounding precision, bf16 in training.
         with torch.autocast(x.device.type, enabled=False):
-            return self.route(x.to(torch.promote_types(x.dtype, torch.float32)), mask)
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            weights_BTK, choice_BTK, logits_BTE, probs_BTE = self.route(x)
+            real_BT = torch.ones_like(probs_BTE[..., 0])
+            if mask is not None:
+                real_BT = mask.to(x.dtype)
+                weights_BTK = weights_BTK * real_BT[..., None]
+                choice_BTK = choice_BTK.masked_fill(~mask[..., None], len(self.weight))
+            return weights_BTK, routing_losses(logits_BTE, probs_BTE, choice_BTK, real_BT)
 
-    def route(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Aux]:
-        logits_BTE = F.linear(x, self.weight.to(x.dtype))
-        probs_BTE = logits_BTE.softmax(-1)
-        # A stable sort, not topk: ties go to the lower expert on every device.
-        sorted_BTE, order_BTE = probs_BTE.sort(dim=-1, descending=True, stable=True)
-        weights_BTK, choice_BTK = sorted_BTE[..., : self.top_k], order_BTE[..., : self.top_k]
-        # CuMo: the paper writes Softmax(TopK(logits)), which is the same weights; with K = 1 the
-        # weight is constant 1 and the router learns from its two losses only.
-        weights_BTK = weights_BTK / weights_BTK.sum(-1, keepdim=True)
 
-        real_BT = torch.ones_like(probs_BTE[..., 0])
-        if mask is not None:
-            real_BT = mask.to(x.dtype)
-            weights_BTK = weights_BTK * real_BT[..., None]
-            choice_BTK = choice_BTK.masked_fill(~mask[..., None], len(self.weight))
-        chosen_BTKE = choice_BTK[..., None] == torch.arange(len(self.weight), device=x.device)
-        chosen_BTKE = chosen_BTKE.to(x.dtype)
-        tokens_B = real_BT.sum(-1)
-        mean_BT = real_BT / tokens_B[..., None].clamp(min=1)  # takes the mean of each sample
-        prob_BE = torch.einsum("...t,...te->...e", mean_BT, probs_BTE)
-        share_BE = torch.einsum("...t,...te->...e", mean_BT, chosen_BTKE[..., 0, :])
-        balance = len(self.weight) * (prob_BE * share_BE).sum() / (tokens_B > 0).sum().clamp(min=1)
-        count = tokens_B.sum().clamp(min=1)
-        z = (real_BT * logits_BTE.logsumexp(-1) ** 2).sum() / count
-        load_E = chosen_BTKE.flatten(0, -2).sum(0) / (count * self.top_k)
-        entropy = torch.special.entr(probs_BTE.detach()).sum(-1)  # entr(p) = -p log p
-        entropy = (real_BT * entropy).sum() / count
-        return weights_BTK, Aux(balance, z, load_E, choice_BTK, prob_BE, share_BE, entropy)
+def routing_losses(logits_BTE: Tensor, probs_BTE: Tensor, choice_BTK: Tensor, real_BT: Tensor):
+    """The two auxiliary losses of the paper's section 3.3 and what a log wants to know -> Aux.
+
+    balance = E * mean over samples of sum_e prob_e * share_e, where prob_e is the mean probability
+              of expert e and share_e the share of tokens whose first choice it is: 1 for even
+              use, E when one expert takes everything. Only prob has a gradient, away from busy
+              experts. Only first choices count, as in GShard and the original: counting all K
+              choices says little when K is close to E.
+    z       = mean of logsumexp(logits)^2, which keeps the logits small.
+    """
+    E, K = logits_BTE.shape[-1], choice_BTK.shape[-1]
+    chosen_BTKE = choice_BTK[..., None] == torch.arange(E, device=choice_BTK.device)
+    chosen_BTKE = chosen_BTKE.to(probs_BTE.dtype)
+    tokens_B = real_BT.sum(-1)
+    mean_BT = real_BT / tokens_B[..., None].clamp(min=1)  # weights of the mean over a sample
+    prob_BE = torch.einsum("...t,...te->...e", mean_BT, probs_BTE)
+    share_BE = torch.einsum("...t,...te->...e", mean_BT, chosen_BTKE[..., 0, :])
+    balance = E * (prob_BE * share_BE).sum() / (tokens_B > 0).sum().clamp(min=1)
+    count = tokens_B.sum().clamp(min=1)
+    z = (real_BT * logits_BTE.logsumexp(-1) ** 2).sum() / count
+    load_E = chosen_BTKE.flatten(0, -2).sum(0) / (count * K)
+    entropy_BT = torch.special.entr(probs_BTE.detach()).sum(-1)  # entr(p) = -p log p
+    entropy = (real_BT * entropy_BT).sum() / count
+    return Aux(balance, z, load_E, choice_BTK, prob_BE, share_BE, entropy)
 
 
 def grouped_matmul(x_MD: Tensor, w_EDF: Tensor, ends_E: Tensor, rows_ME: Tensor) -> Tensor:
     """Rows ends[e-1] to ends[e] of x, times w[e], for all experts e at once.
 
-    PyTorch's grouped product wants rows of whole 16 bytes in bfloat16; on a CPU and not compiled it
-    takes float32 and float16 too. Elsewhere, write each row into its expert's own columns of a
-    [M, E*D] matrix of zeros: an ordinary matrix product, exact, at E times the arithmetic.
-    `rows_ME` is the one-hot of row -> expert.
+    PyTorch's grouped product needs bfloat16 rows aligned to 16 bytes; on a CPU, uncompiled, it also
+    takes float32 and float16. Otherwise each row is written into its expert's columns of a zero
+    matrix [M, E*D] (`rows_ME` is the one-hot of row -> expert): an exact ordinary product, at E
+    times the arithmetic.
     """
     aligned = all(size * x_MD.element_size() % 16 == 0 for size in w_EDF.shape[1:])
     eager_cpu = x_MD.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -156,8 +158,8 @@ def grouped_matmul(x_MD: Tensor, w_EDF: Tensor, ends_E: Tensor, rows_ME: Tensor)
 class Experts(nn.Module):
     """E two-layer MLPs as stacked parameters; `gated` makes them SwiGLU: (act(x w1) * (x w3)) w2.
 
-    x [M, in] is sorted by expert, expert e owns the rows from ends[e-1] to ends[e], and ends[-1] is
-    M: every row has an expert.
+    x [M, in] is sorted by expert: expert e has the rows from ends[e-1] to ends[e], and ends[-1] is
+    M. An expert without rows gets a gradient of zeros.
     """
 
     def __init__(self, num_experts: int, in_dim: int, hidden_dim: int, out_dim: int,
@@ -184,7 +186,7 @@ class Experts(nn.Module):
             nn.init.uniform_(weight, -bound, bound)
 
     def forward(self, x_MD: Tensor, ends_E: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x_MD.device.type):  # it does not know grouped products
+        if torch.is_autocast_enabled(x_MD.device.type):  # autocast does not cast grouped products
             x_MD = x_MD.to(torch.get_autocast_dtype(x_MD.device.type))
         experts_E = torch.arange(len(ends_E), device=x_MD.device)
         row_M = torch.arange(len(x_MD), device=x_MD.device)
@@ -193,7 +195,7 @@ class Experts(nn.Module):
 
         def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
             y = grouped_matmul(x, w.to(x.dtype), ends_E, rows_ME)
-            # the one-hot product gives each row its expert's bias, and the bias an exact gradient
+            # a product with the one-hot adds each row's bias and gives an exact gradient
             return y if b is None else torch.addmm(y, rows_ME, b.to(x.dtype))
 
         hidden_MF = ACTIVATIONS[self.act](linear(x_MD, self.w1, self.b1))
@@ -202,7 +204,10 @@ class Experts(nn.Module):
         return linear(hidden_MF, self.w2, self.b2)
 
     def public_state_dict(self, names: tuple[str, ...], prefix: str = "") -> dict[str, Tensor]:
-        """Views of each expert's weights under public names, e.g. names=("fc1", "fc2")."""
+        """Views of each expert's weights under public names, e.g. names=("fc1", "fc2").
+
+        Saving reads the views and loading writes through them: no weight is stored twice.
+        """
         layers = [(self.w1, self.b1), (self.w2, self.b2), (self.w3, None)]
         views = {}
         for e in range(len(self.w1)):
@@ -214,8 +219,8 @@ class Experts(nn.Module):
 
 
 class Permuted(torch.autograd.Function):
-    """x[order]. Its gradient goes back the same way, g[inverse]; that of an index in general is
-    added up row by row, which takes five times as long."""
+    """x[order] for a permutation: its gradient is g[inverse], five times as fast as the general
+    gradient of an index, which adds row by row."""
 
     @staticmethod
     def forward(ctx, x, order, inverse):
@@ -244,8 +249,8 @@ class SparseMoE(nn.Module):
         # 1) route
         weights_BTK, aux = self.gate(x, mask)
         num_experts, K = len(self.gate.weight), self.gate.top_k
-        # 2) sort the assignments by expert; padded ones (choice E) come last and ride along with
-        #    the last expert at weight 0, so that no row is left uninitialised
+        # 2) sort the assignments by expert; padding (choice E) comes last, is computed by the last
+        #    expert and gets weight 0
         sorted_M, order_M = aux.choice.flatten().sort(stable=True)
         experts_E = torch.arange(num_experts, device=x.device)
         ends_E = torch.searchsorted(sorted_M, experts_E, right=True, out_int32=True)
@@ -253,7 +258,7 @@ class SparseMoE(nn.Module):
         position_M = torch.empty_like(order_M)
         position_M[order_M] = torch.arange(len(order_M), device=x.device)
         # 3) run all experts
-        x_MD = x.flatten(0, -2).repeat_interleave(K, 0)  # one row for each of a token's choices
+        x_MD = x.flatten(0, -2).repeat_interleave(K, 0)  # K rows a token
         y_MD = self.experts(Permuted.apply(x_MD, order_M, position_M), ends_E)
         # 4) un-sort and combine
         y_BTKD = Permuted.apply(y_MD, position_M, order_M)

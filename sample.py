@@ -22,8 +22,8 @@ from functools import partial
 
 import torch
 
-from cumo import CuMo, check_device
-from data.flags import parse, run
+from cumo import CuMo
+from data.flags import check_device, parse, run
 from data.hub import local_folder
 from data.images import open_image
 from data.tokenizer import Tokenizer

@@ -1,164 +1,286 @@
-"""Train a CuMo in its three stages, on one machine, like make: what is there is not made again.
+"""Train a CuMo in its three stages. Like make: a stage that is finished is not made again.
 
     python train.py                 # all three stages of the miniature, minutes on a laptop CPU
-    python train.py --stage 3       # stage 3; runs stages 1 and 2 first if they are not there
+    python train.py --stage 3       # stage 3; first stages 1 and 2 if they are missing
     python train.py --stage 3 --init out/stage2 --data mine.json --image-folder pics --out mine
 
-    stage                    trains           learns from                   starts from
-    1 connector pre-training the connector    captions                      CLIP + LLM weights
-    2 pre-finetuning         everything       dense captions                stage 1
-    3 instruction tuning     everything,      questions and answers         stage 2, upcycled
-                             sparse now
+The story of a stage, in the order of this file:
 
-(paper, section 3.3 and Table 6). Stage k lives in `out/stage<k>/`: a checkpoint in the layout of
-the released CuMo, `train.json` (the configuration, resolved), `metrics.jsonl` and `loss.png`. While
-it trains, `resume.pt` holds everything needed to go on after Ctrl-C or a crash as if nothing had
-happened: weights, moments, random state and the place in the data.
+    resolve      settings: default -> preset -> table of the stages -> command line
+    build        the model to start from: public weights, or the stage before, upcycled
+    batches      conversations -> ids and labels -> rows packed with whole conversations
+    train_step   forward, backward, clip, step
+    train_stage  steps until the data is used up, with resume points; then a checkpoint
 
-The settings and the table of the stages are in stages.py; here is what is done with them: build
-the model a stage starts from, step through the data, save, resume, finish.
-
-The learning rate follows the share of the data that has been used, not the number of steps, because
-rows are packed with as many conversations as fit.
+Stage k writes `out/stage<k>/`: a checkpoint with the names of the released CuMo, and what
+engine/resume.py needs to continue after Ctrl-C or a crash as if nothing had happened.
 """
 
-import dataclasses
 import json
 import math
 import os
-import pathlib
 import shlex
-import signal
 import sys
 import time
 from contextlib import closing
+from dataclasses import asdict, dataclass, fields
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from clip_moe import CLIPVision
-from cumo import CuMo, CuMoConfig, check_device
-from data.chat import template_of
-from data.flags import parse, run
+from cumo import CuMo, CuMoConfig
+from data.chat import TEMPLATES, template_of
+from data.flags import check_choice, check_device, check_numbers, parse, run
 from data.hub import local_folder
-from data.llava import LlavaData, check_row, encode
-from data.loader import KINDS, Loader, data_order, summary
-from data.packing import pack
+from data.images import MODES
+from data.llava import check_row, encode
+from data.loader import KINDS, Loader, data_order, default_workers, open_data, summary
+from data.packing import check_rows, collate, pack
 from data.tokenizer import Tokenizer
-from data.weights import check_zip, copy_into, publish, sync, write_json
-from data.world import World
-from engine import fsdp, memory
-from engine.optim import AdamW
-from extras.plots import draw_metrics
+from data.weights import write_json
+from engine import fsdp, memory, resume
+from engine.memory import has_fast_bf16
+from engine.optim import MOMENTS, WEIGHTS, make_optimizer
+from engine.resume import stage_dir
 from llm import LLM
 from mlp_moe import Connector
-from stages import (
-    SHARED,
-    WORLD_TASK,
-    TrainConfig,
-    begin,
-    check_sums,
-    checksums,
-    choose_precision,
-    learning,
-    lr_at,
-    print_estimate,
-    read_state,
-    refuse_difference,
-    resolve,
-    split_parts,
-    stage_dir,
-)
-from upcycle import upcycle
+from upcycle import PARTS, upcycle
+
+# ------------------------------------------------------------------------------ settings
 
 
-def param_groups(model, cfg):
-    """Trainable parameters for AdamW: matrices decay; norms and biases, stacked too, do not."""
-    groups = {True: [], False: []}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            groups[p.dim() > 1 and not name.endswith((".b1", ".b2"))].append(p)
-    return [
-        {"params": groups[True], "weight_decay": cfg.weight_decay},
-        {"params": groups[False], "weight_decay": 0.0},
-    ]
+@dataclass
+class ModelSettings:
+    """The same in all stages of one model."""
+
+    preset: str = "mini"  # mini, smol-mini, smol, mistral-7b or mixtral-8x7b
+    clip: str = ""  # CLIP weights: a folder, or a name on the hub
+    llm: str = ""  # language model weights: a folder, or a name on the hub
+    scales: tuple = (1,)  # S2 scales of the image features
+    seed: int = 0  # of weights, data order and routers
 
 
-def make_optimizer(model, cfg):
-    """PyTorch's own AdamW in float32, ours (engine/optim.py) for all else."""
-    groups = param_groups(model, cfg)
-    if cfg.moments == "int8" and fsdp.world()[1] > 1:
-        raise ValueError("--moments int8 is for one process; take bf16, which many have room for")
-    if (cfg.weights, cfg.moments) == ("fp32", "fp32"):
-        return torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
-    return AdamW(groups, lr=cfg.lr, weights=cfg.weights, moments=cfg.moments, seed=cfg.seed)
+@dataclass
+class PrecisionSettings:
+    """For every stage that runs; another choice gives other numbers."""
+
+    bf16: bool = True  # bf16 products over float32 weights, where the hardware has them
+    weights: str = ""  # fp32, bf16-master or bf16-sr; empty: what fits (--estimate)
+    moments: str = ""  # AdamW's moments: fp32 or bf16; empty: what fits
 
 
-# ------------------------------------------------------------------------------ starting a stage
+@dataclass
+class RunSettings:
+    """For every stage that runs; none of them changes what is learned."""
+
+    stage: int = 0  # train this stage, and first those it needs; 0: all three
+    out: str = "out"  # folder of the three stages
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to train
+    compile: bool = False  # torch.compile the blocks; on unless --no-compile on a GPU
+    recompute: bool | None = None  # gradient checkpointing; default: only if needed to fit
+    estimate: bool = False  # print the memory of the stage on each size of card, and stop
+    plot: bool = True  # draw the loss curves when a stage ends (pip install matplotlib)
+    wandb: bool = False  # log to Weights & Biases as well (pip install wandb)
+    workers: int = 0  # processes that read the data; default: up to 4 on a GPU, else none
+    overwrite: bool = False  # train a finished stage again
+    save_every: int = 200  # steps between two resume points
 
 
-def build(cfg):
-    """The model a stage starts from (on the CPU), and where its tokenizer lies."""
-    source = cfg.init or (stage_dir(cfg, cfg.stage - 1) if cfg.stage > 1 else cfg.llm)
-    dtype = torch.float32 if cfg.weights == "fp32" else torch.bfloat16
-    if cfg.stage == 1 and not cfg.init:
-        clip, folder = local_folder(cfg.clip), local_folder(cfg.llm)
-        vision = CLIPVision.from_pretrained(clip, cfg.scales, dtype)
-        llm = LLM.from_pretrained(folder, dtype)
-        with torch.device("meta"):  # a random one of CuMo-7B would be 28 GB to throw away
-            model = CuMo(CuMoConfig(vision.cfg, llm.cfg))
-        model.vision, model.llm = vision, llm
-        model.connector = Connector(vision.cfg.dim * len(vision.cfg.scales), llm.cfg.dim).to(dtype)
-    else:
-        check_sums(source)
-        model = CuMo.from_pretrained(source, dtype=dtype)
-    if cfg.stage == 3 and cfg.upcycle != "none":
-        parts, scratch = cfg.upcycle.split(","), split_parts(cfg.scratch)
-        model = upcycle(model, parts, cfg.num_experts, cfg.top_k, cfg.seed, scratch)
-    model.vision.checkpoint = model.llm.recompute = bool(cfg.recompute)
-    for name, module in model.named_children():  # vision, connector, llm
-        module.requires_grad_(name in learning(cfg))
-    model.cfg.balance_coef, model.cfg.z_coef = cfg.balance_coef, cfg.z_coef
-    model.cfg.image_mode = cfg.image_mode
-    model.cfg.template = cfg.template
-    if cfg.template == "plain":  # which is for captions only; a user's questions need another
-        model.cfg.template = template_of(Tokenizer.from_pretrained(source))
-    return model, source
+@dataclass
+class StageSettings:
+    """For the stage named by --stage; the stages it needs first take the values of the table."""
+
+    data: str = ""  # LLaVA JSON or JSONL; empty: the emoji world
+    image_folder: str = ""  # folder that the image paths of --data are relative to
+    limit: int = 0  # use only the first so many records of --data; 0: all
+    samples: int = 0  # number of samples to see; 0: all of --data, once
+    augment: bool = True  # recolour the drawings of the emoji world
+    init: str = ""  # start from this checkpoint; without --stage, stage 3 alone
+    template: str = "mistral_instruct_system"  # how conversations are written
+    image_mode: str = "pad"  # how images become square: pad or square
+    rows: int = 8  # packed rows a batch
+    row_tokens: int = 256  # tokens a row
+    accumulate: int = 1  # batches a step
+    lr: float = 1e-3  # peak learning rate
+    warmup: float = 0.03  # share of the samples with a rising learning rate
+    weight_decay: float = 0.0  # of the matrices
+    clip_grad: float = 1.0  # largest gradient norm
+    upcycle: str = "clip,mlp"  # parts made sparse in stage 3 (clip, mlp, llm); "none": stay dense
+    num_experts: int = 4  # experts of a sparse block
+    top_k: int = 2  # experts a token visits
+    scratch: str = ""  # sparse parts whose experts start random instead of as copies (ablation)
+    freeze: str = ""  # parts that do not learn in stages 2 and 3 (clip, mlp, llm)
+    balance_coef: float = 0.1  # weight of the balance losses
+    z_coef: float = 0.01  # weight of the router z-losses
 
 
-def open_data(cfg):
-    if cfg.data:
-        return LlavaData(cfg.data, cfg.image_folder, cfg.limit)
-    if cfg.limit:
-        raise ValueError(f"--limit {cfg.limit} is for --data; the emoji world has --samples")
-    if cfg.preset not in ("mini", "smol-mini"):
-        raise ValueError(
-            f"stage {cfg.stage} of {cfg.preset} needs data of its own: run it by itself, with "
-            f"--stage {cfg.stage} --data FILE.json --image-folder DIR"
-        )
-    if not cfg.samples:
-        raise ValueError("--samples 0 means all of --data; the emoji world needs a number")
-    return World("train", WORLD_TASK[cfg.stage], cfg.samples, cfg.seed, cfg.augment)
+@dataclass
+class TrainConfig(StageSettings, RunSettings, PrecisionSettings, ModelSettings):
+    """All settings; each is a flag."""
+
+    def of(self, *groups):
+        """{name: value} of the settings in these groups."""
+        return {f.name: getattr(self, f.name) for group in groups for f in fields(group)}
+
+    shared = property(lambda self: self.of(ModelSettings))
+    learned = property(lambda self: self.of(ModelSettings, PrecisionSettings, StageSettings))
+
+
+CLIP_L = "openai/clip-vit-large-patch14-336"
+PRESETS = {
+    "mini": dict(clip="data/mini/clip", llm="data/mini/llm"),
+    "smol-mini": dict(clip="data/mini/clip", llm="weights/SmolLM2-135M-Instruct"),
+    "smol": dict(clip="openai/clip-vit-base-patch16", llm="HuggingFaceTB/SmolLM2-135M-Instruct"),
+    "mistral-7b": dict(clip=CLIP_L, llm="mistralai/Mistral-7B-Instruct-v0.2", scales=(1, 3)),
+    "mixtral-8x7b": dict(clip=CLIP_L, llm="mistralai/Mixtral-8x7B-Instruct-v0.1", scales=(1, 3)),
+}
+# The paper's Table 6 (learning rates, lengths), with about as many samples a step: 256, 128, 128.
+# The miniature's were found by trying (docs/LOG.md). SMOL_MINI: only stage 1 has been run.
+SYSTEM, CHAT, PLAIN = "mistral_instruct_system", "mistral_instruct", "plain"
+CHATML, SQUARE = "chatml", "square"
+# fmt: off
+PAPER = {
+    1: dict(template=PLAIN,  lr=1e-3,   rows=4, accumulate=20, row_tokens=2048, image_mode=SQUARE),
+    2: dict(template=SYSTEM, lr=2e-6,   rows=1, accumulate=28, row_tokens=4096),
+    3: dict(template=SYSTEM, lr=4e-6,   rows=1, accumulate=28, row_tokens=4096),
+}
+MINI = {
+    1: dict(template=PLAIN,  lr=2e-3,   samples=3_000, row_tokens=280),
+    2: dict(template=CHAT,   lr=2.5e-4, samples=3_000, row_tokens=224),
+    3: dict(template=CHAT,   lr=2e-4,   samples=5_200, row_tokens=288),
+}
+SMOL_MINI = {
+    1: dict(template=PLAIN,  lr=1e-3,   samples=1_000, rows=2, accumulate=1, row_tokens=216),
+    2: dict(template=CHATML, lr=1e-4,   samples=2_000, rows=2, accumulate=4, row_tokens=384),
+    3: dict(template=CHATML, lr=5e-5,   samples=4_000, rows=2, accumulate=4, row_tokens=384),
+}
+# fmt: on
+SMOL = {1: PAPER[1]} | {k: PAPER[k] | dict(template=CHATML) for k in (2, 3)}
+STAGES = {"mini": MINI, "smol-mini": SMOL_MINI, "smol": SMOL, "mistral-7b": PAPER,
+          "mixtral-8x7b": PAPER}  # fmt: skip
+WORLD_TASK = {1: "name", 2: "describe", 3: "ask"}  # what the emoji world teaches in each stage
+
+
+def resolve(given, stage, target=True):
+    """The settings of one stage: defaults, then preset, table of the stages, command line.
+
+    given: {field: value} from the command line. A stage that runs only because another one needs it
+    (`target=False`) takes its StageSettings from the table.
+    """
+    preset = given.get("preset", "mini")
+    check_choice("preset", preset, PRESETS)
+    own = {field.name for field in fields(StageSettings)}
+    given = {k: v for k, v in given.items() if target or k not in own}
+    cfg = TrainConfig(**(PRESETS[preset] | STAGES[preset][stage] | given))
+    cfg.stage = stage
+    if "bf16" not in given:
+        cfg.bf16 = cfg.estimate or has_fast_bf16(cfg.device)
+    if "compile" not in given:
+        cfg.compile = cfg.device.startswith("cuda")
+    if "workers" not in given:
+        cfg.workers = default_workers(cfg.device)
+    if cfg.data and "samples" not in given:
+        cfg.samples = 0  # all of it, once
+    check_settings(cfg)
+    return cfg
+
+
+def check_settings(cfg):
+    """ValueError, with the flag and the way out, for a value that no training can have."""
+    check_choice("template", cfg.template, TEMPLATES)
+    check_choice("image-mode", cfg.image_mode, MODES)
+    check_choice("weights", cfg.weights, ["", *WEIGHTS])
+    check_choice("moments", cfg.moments, ["", *MOMENTS])
+    for name, choices in (("scratch", cfg.upcycle.split(",")), ("freeze", PARTS)):
+        for part in split_parts(getattr(cfg, name)):
+            check_choice(name, part, choices)
+    if set(split_parts(cfg.freeze)) == set(PARTS):
+        raise ValueError(f"--freeze {cfg.freeze} leaves nothing to learn; freeze at most two parts")
+    most = max(16, 4 * (os.cpu_count() or 1))
+    if cfg.workers > most:
+        raise ValueError(f"--workers {cfg.workers} are too many for this machine; "
+                         f"take up to {most}")  # fmt: skip
+    check_numbers(cfg, above_0=("lr", "clip_grad"), infinite=("clip_grad",),
+                  counts=("rows", "row_tokens", "accumulate", "save_every"))  # fmt: skip
+    if cfg.warmup >= 1:
+        raise ValueError(f"--warmup {cfg.warmup} must be below 1")
+
+
+def split_parts(text):
+    """The parts in a flag such as "clip,mlp"."""
+    return text.split(",") if text else []
+
+
+def learning(cfg):
+    """The submodules of a CuMo that this stage trains."""
+    if cfg.stage == 1:
+        return ["connector"]
+    modules = dict(zip(PARTS, ("vision", "connector", "llm")))
+    return [name for part, name in modules.items() if part not in split_parts(cfg.freeze)]
+
+
+def lr_at(done, cfg):
+    """Learning rate when a share `done` (0 to 1) of the samples is used: warm-up, then cosine. (The
+    number of steps is not known in advance: a row is packed with as many samples as fit.)"""
+    if done < cfg.warmup:
+        return cfg.lr * (done + 1e-3) / (cfg.warmup + 1e-3)
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * min(1, (done - cfg.warmup) / (1 - cfg.warmup))))
+
+
+def stage_plan(cfg):
+    """The memory.Plan of one batch of this stage."""
+    return memory.stage_plan(cfg, learning(cfg))
+
+
+def choose_precision(cfg):
+    """Set what the flags leave open of precision and memory -> memory.Plan."""
+    plan = memory.choose_precision(stage_plan(cfg), cfg.device, memory.chosen(cfg))
+    cfg.weights, cfg.moments, cfg.recompute = plan.weights, plan.moments, plan.recompute
+    return plan
 
 
 # ------------------------------------------------------------------------------ one stage
 
 
-RESUME = ("resume.pt", "resume.old.pt")  # the newest first
-PLACE = ("step", "used", "counts", "seconds")  # how far a Trainer has come
+def build(cfg):
+    """The model a stage starts from (on the CPU), and the folder of its tokenizer."""
+    source = cfg.init or (stage_dir(cfg, cfg.stage - 1) if cfg.stage > 1 else cfg.llm)
+    dtype = torch.float32 if cfg.weights == "fp32" else torch.bfloat16
+    if cfg.stage == 1 and not cfg.init:
+        vision = CLIPVision.from_pretrained(local_folder(cfg.clip), cfg.scales, dtype)
+        llm = LLM.from_pretrained(local_folder(cfg.llm), dtype)
+        with torch.device("meta"):  # random weights of a 7B would take 28 GB, and be thrown away
+            model = CuMo(CuMoConfig(vision.cfg, llm.cfg))
+        model.vision, model.llm = vision, llm
+        model.connector = Connector(vision.cfg.dim * len(vision.cfg.scales), llm.cfg.dim).to(dtype)
+    else:
+        resume.check_sums(source)
+        model = CuMo.from_pretrained(source, dtype=dtype)
+    if cfg.stage == 3 and cfg.upcycle != "none":
+        parts, scratch = cfg.upcycle.split(","), split_parts(cfg.scratch)
+        model = upcycle(model, parts, cfg.num_experts, cfg.top_k, cfg.seed, scratch)
+    model.vision.recompute = model.llm.recompute = bool(cfg.recompute)
+    for name, module in model.named_children():  # vision, connector, llm
+        module.requires_grad_(name in learning(cfg))
+    model.cfg.balance_coef, model.cfg.z_coef = cfg.balance_coef, cfg.z_coef
+    model.cfg.image_mode, model.cfg.template = cfg.image_mode, cfg.template
+    if cfg.template == "plain":  # for captions only; a user's questions need another template
+        model.cfg.template = template_of(Tokenizer.from_pretrained(source))
+    return model, source
 
 
 class Trainer:
-    """Model, optimizer and place in the data of one stage, with everything needed to resume it."""
+    """Model, optimizer and place in the data of one stage."""
 
     def __init__(self, cfg):
-        check_device(cfg.device)
-        fsdp.check_rows(cfg.rows)
+        check_rows(cfg.rows, fsdp.world()[1])
         torch.manual_seed(cfg.seed)
         self.cfg, self.folder = cfg, stage_dir(cfg, cfg.stage)
-        self.data = open_data(cfg)
+        self.data = open_data(cfg, WORLD_TASK[cfg.stage])
         with fsdp.in_turn():
             self.model, source = build(cfg)
             fsdp.shard(self.model, cfg.device, cfg.bf16)
@@ -182,37 +304,35 @@ class Trainer:
             encode, tokenizer=self.tokenizer, template=cfg.template, max_tokens=cfg.row_tokens,
             image_tokens=model.image_tokens, image_size=model.cfg.vision.image_size,
             image_mode=cfg.image_mode)  # fmt: skip
-        skipped = self.folder / "skipped.jsonl" if fsdp.first() else None
+        skipped = self.folder / "skipped.jsonl" if fsdp.is_main() else None
         loader = Loader(self.data, self.order, code, cfg.workers, self.counts, skipped)
         return pack(loader.samples(self.used), cfg.rows, cfg.row_tokens)
 
-    def train_step(self, batches):
-        """One optimizer step over `accumulate` batches -> metrics; None at the end of the data."""
-        cfg, start, before = self.cfg, time.perf_counter(), self.used
-        taken = [batch for _, batch in zip(range(cfg.accumulate), batches)]
-        if not taken:
-            return None
-        tokens, images_seen, metrics = 0, 0, []
-        for batch in taken:
-            mine = fsdp.collate(batch, self.model.image_tokens)
+    def train_step(self, batches, start=None):
+        """One optimizer step over a list of batches, as `batches()` yields them -> metrics.
+
+        start: when reading them began; None: now.
+        """
+        cfg, start, before = self.cfg, start or time.perf_counter(), self.used
+        tokens, n_images, metrics = 0, 0, []
+        for batch in batches:
+            mine = collate(batch, self.model.image_tokens, *fsdp.world())
             with torch.autocast(cfg.device, torch.bfloat16, cfg.bf16 and cfg.weights == "fp32"):
                 out = self.model(**{name: x.to(cfg.device) for name, x in mine.items()})
-            if out.loss.requires_grad:  # else the connector alone learns, and there is no image
-                (out.loss / len(taken)).backward()
-            metrics.append(describe(out))
+            if out.loss.requires_grad:  # not if only the connector learns and there is no image
+                (out.loss / len(batches)).backward()
+            metrics.append(out.metrics())
             tokens += int((batch["segments"] > 0).sum())
-            images_seen += len(batch["images"])
+            n_images += len(batch["images"])
             self.used += batch["samples"]
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.clip_grad)
         norm = fsdp.full(norm).item()
         if not math.isfinite(norm):
             names = [self.data.name(i) for i in self.order[before : self.used].tolist()]
-            good = any((self.folder / name).is_file() for name in RESUME)
+            good = f". The resume point in {self.folder} is good" * resume.is_begun(self.folder)
             raise ValueError(
                 f"the loss or a gradient is not finite in the batch of samples {', '.join(names)}; "
-                "mend them, lower --lr, or try --no-bf16"
-                + f". The last resume point in {self.folder} is good"
-                * good
+                f"correct them, lower --lr, or try --no-bf16{good}"
             )
         lr = lr_at((before + self.used) / 2 / len(self.order), cfg)
         for group in self.optimizer.param_groups:
@@ -222,73 +342,26 @@ class Trainer:
         self.step += 1
         took = time.perf_counter() - start
         self.seconds += took
-        work = memory.operations(self.model.cfg, cfg.stage, tokens, images_seen, cfg.row_tokens)
-        return {"step": self.step, "samples": self.used, **mean(metrics), "lr": lr,
+        work = memory.operations(self.model.cfg, cfg.stage, tokens, n_images, cfg.row_tokens)
+        return {"step": self.step, "samples": self.used, **mean_metrics(metrics), "lr": lr,
                 "grad_norm": norm, "tokens_per_s": round(tokens / took),
                 "samples_per_s": round((self.used - before) / took, 2),
                 "mfu": round(work / took / self.rate / fsdp.world()[1], 4),
                 "memory_gb": round(memory.peak_memory(cfg.device) / memory.GB, 2)}  # fmt: skip
 
-    def save_resume(self):
-        """Write resume.pt aside, then put it in place; the one before stays as resume.old.pt."""
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                 "rng": torch.get_rng_state(), **{k: getattr(self, k) for k in PLACE}}  # fmt: skip
-        state = fsdp.gather(state)
-        if not fsdp.first():
-            return
-        newest, older = (self.folder / name for name in RESUME)
-        aside = self.folder / (newest.name + ".partial")
-        try:
-            sync(self.folder / "metrics.jsonl")
-            torch.save(state, aside)
-            if newest.is_file():
-                newest.replace(older)
-            publish(newest)
-        except (OSError, RuntimeError) as error:  # PyTorch's writer has no OSError
-            aside.unlink(missing_ok=True)
-            raise ValueError(
-                f"{newest} cannot be written (is the disk full?): {error!r:.99}; the one before is "
-                "good, and the same command continues"
-            ) from None
-
-    def load_resume(self):
-        """Go back to the newest resume point that can be read. ValueError if there is none."""
-        for name in RESUME:
-            file = self.folder / name
-            try:
-                check_zip(file)
-                mmap = fsdp.world()[1] > 1  # each process reads its share alone
-                state = torch.load(file, weights_only=True, map_location="cpu", mmap=mmap)
-                break
-            except FileNotFoundError:  # the machine stopped between two renames
-                continue
-            except Exception as error:  # a file that is cut short or damaged raises anything
-                print(f"{file} cannot be read ({error!r:.99}), trying the one before")
-        else:
-            raise ValueError(f"no resume point in {self.folder} can be read; --overwrite begins "
-                             "the stage again")  # fmt: skip
-        fsdp.load(self.model, self.optimizer, state)
-        for name in PLACE:
-            setattr(self, name, state[name])
-        torch.set_rng_state(state["rng"])
-        if not fsdp.first():
-            return
-        log = self.folder / "metrics.jsonl"
-        lines = log.read_bytes().splitlines(keepends=True)[: self.step]
-        os.truncate(log, sum(map(len, lines)))
-
     def loop(self, wandb=None):
         """Train to the end of the data -> True, or until Ctrl-C -> False."""
-        first, device = fsdp.first(), self.cfg.device
+        first, device = fsdp.is_main(), self.cfg.device
         bar = tqdm(total=len(self.order), initial=self.used, unit="sample",
                    desc=f"stage {self.cfg.stage}", disable=not first)  # fmt: skip
         self.model.train()
         log = open(self.folder / "metrics.jsonl" if first else os.devnull, "a", buffering=1)
         with log, bar, closing(self.batches()) as batches:  # closing ends the workers
-            while not fsdp.anyone(self.stop, device):
-                metrics = self.train_step(batches)
-                if metrics is None:
+            while not fsdp.any_rank(self.stop, device):
+                start, taken = time.perf_counter(), list(islice(batches, self.cfg.accumulate))
+                if not taken:
                     return True
+                metrics = self.train_step(taken, start)
                 log.write(json.dumps(metrics) + "\n")
                 if wandb:
                     wandb.log(metrics, step=self.step)
@@ -297,126 +370,65 @@ class Trainer:
                                 tok_s=metrics["tokens_per_s"], mfu=f"{metrics['mfu']:.0%}",
                                 GB=metrics["memory_gb"])  # fmt: skip
                 if self.step % self.cfg.save_every == 0:
-                    self.save_resume()
+                    resume.save(self)
             return False
 
 
-def open_wandb(cfg):
-    """A run of Weights & Biases to log to, if --wandb asks for one. ValueError without it."""
-    if not cfg.wandb:
-        return None
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError("--wandb needs a package: pip install wandb") from None
-    name = f"{pathlib.Path(cfg.out).name}-stage{cfg.stage}"
-    return wandb.init(project="nanocumo", name=name, config=dataclasses.asdict(cfg), resume="allow",
-                      id=name)  # fmt: skip
-
-
-def describe(out):
-    """The numbers of one forward pass that are worth keeping."""
-    metrics = {"loss": out.loss.item(), "lm_loss": out.lm_loss.item()}
-    for part, losses in out.aux.items():
-        if losses:
-            metrics |= {f"{part}_balance": losses[0].item(), f"{part}_z": losses[1].item()}
-            metrics[f"{part}_load"] = out.load[part].tolist()
-            metrics[f"{part}_entropy"] = out.entropy[part].tolist()
-    return metrics
-
-
-def mean(rows):
+def mean_metrics(rows):
     """Mean of each number, or list of numbers, over the rows that have it."""
-    names = {name: None for row in rows for name in row}
-    columns = {name: np.array([row[name] for row in rows if name in row]) for name in names}
-    return {name: values.mean(0).round(6).tolist() for name, values in columns.items()}
-
-
-def announced(cfg, name):
-    """Say what is about to be trained, with which memory; returns the plan (`budget`)."""
-    check_device(cfg.device)
-    plan = choose_precision(cfg)
-    shown = {k: v for k, v in dataclasses.asdict(cfg).items() if v != ""}
-    print(f"{name}: " + " ".join(f"{k}={v}" for k, v in shown.items()))
-    print(f"{name}: takes about {memory.describe(plan)}; "
-          f"the machine has {memory.available_memory(cfg.device) / memory.GB:.0f} GB")  # fmt: skip
-    return plan
+    columns = {key: [row[key] for row in rows if key in row] for row in rows for key in row}
+    return {key: np.mean(values, axis=0).round(6).tolist() for key, values in columns.items()}
 
 
 def train_stage(cfg):
     """Train a stage, from its beginning or its resume point. False: interrupted by the user."""
     folder, name = stage_dir(cfg, cfg.stage), f"stage {cfg.stage}"
-    state = None if cfg.overwrite else read_state(folder)
-    if state:
-        begun = any((folder / name).is_file() for name in RESUME)
-        if begun or state["finished"]:  # else there is nothing to be lost
-            config = state["config"]
-            cfg.weights = cfg.weights or config.get("weights")  # chosen by another card, maybe
-            cfg.moments = cfg.moments or config.get("moments")
-            refuse_difference(cfg, state, folder)
-        if state["finished"]:
-            print(f"{name}: finished in {folder}")
-            return True
-    plan = announced(cfg, name)
-    wandb = open_wandb(cfg) if fsdp.first() else None
+    state = None if cfg.overwrite else resume.earlier_state(cfg, folder)
+    if state and state["finished"]:
+        print(f"{name}: finished in {folder}")
+        return True
+    check_device(cfg.device)
+    plan = choose_precision(cfg)
+    print(f"{name}: " + " ".join(f"{k}={v}" for k, v in asdict(cfg).items() if v != ""))
+    print(f"{name}: takes about {memory.breakdown(plan)}; "
+          f"the machine has {memory.available_memory(cfg.device) / memory.GB:.0f} GB")  # fmt: skip
+    wandb = None
+    if cfg.wandb and fsdp.is_main():
+        from extras.wandb_log import open_wandb
+
+        wandb = open_wandb(cfg)
     trainer = Trainer(cfg)
-    every = sum(p.numel() for p in trainer.model.parameters())
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    sizes = [(p.numel(), p.requires_grad) for p in trainer.model.parameters()]
+    every, trained = sum(n for n, _ in sizes), sum(n for n, learns in sizes if learns)
     print(f"{name}: trains {trained:,} of {every:,} parameters on {len(trainer.order):,} samples")
-    if state and begun:
-        trainer.load_resume()
+    if state:
+        resume.load(trainer)
         print(f"{name}: resumed after {trainer.used:,} samples")
-    elif fsdp.first():
-        begin(folder)
-    if fsdp.first():
-        write_json(folder / "train.json", {"finished": False, "config": dataclasses.asdict(cfg)})
-
-    def stop(*_):
-        trainer.stop = True
-
-    handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    elif fsdp.is_main():
+        resume.begin(folder)
+    if fsdp.is_main():
+        write_json(folder / "train.json", {"finished": False, "config": asdict(cfg)})
+    with resume.stop_on_signals(trainer), memory.advice(plan, cfg.device):
         done = trainer.loop(wandb)
-        if not done:  # saved before a second Ctrl-C counts
-            trainer.save_resume()
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
-            raise
-        saving = "; ".join(memory.remedies(plan)) or "a smaller model"
-        raise ValueError(f"out of memory on {cfg.device}, where {memory.describe(plan)} were "
-                         f"expected. What would help: {saving}") from None  # fmt: skip
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        if not done:
+            resume.save(trainer)
     if not done:
         again = shlex.join(["python", *(word for word in sys.argv if word != "--overwrite")])
         print(f"stopped after {trainer.used:,} samples; the same command continues: {again}")
         return False
     lines = summary(trainer.counts, getattr(trainer.data, "rejected", []), cfg.row_tokens)
-    model = fsdp.whole_model(trainer.model)
-    if fsdp.first():
-        finish(trainer, model)
-        for line in lines:
+    model = fsdp.gather_model(trainer.model)
+    if fsdp.is_main():
+        peak = round(memory.peak_memory(cfg.device) / memory.GB, 2)
+        resume.finish(trainer, model, peak_memory_gb=peak)
+        for line in [f"finished in {trainer.seconds:.0f} s -> {folder}", *lines]:
             print(f"{name}: {line}")
-    fsdp.wait()
+        if cfg.plot:
+            from extras.plots import draw_metrics
+
+            draw_metrics(folder, cfg.stage)
+    fsdp.barrier()
     return True
-
-
-def finish(trainer, model):
-    """Turn a fully trained stage into a checkpoint, and draw its curves."""
-    folder, cfg = trainer.folder, trainer.cfg
-    model.save_pretrained(folder)
-    for file in trainer.tokenizer.files:
-        copy_into(folder, file)
-    seconds = round(trainer.seconds, 1)
-    state = {"finished": True, "seconds": seconds, "samples": trainer.used}
-    state["peak_memory_gb"] = round(memory.peak_memory(cfg.device) / memory.GB, 2)
-    state["crc32"] = checksums(folder)
-    write_json(folder / "train.json", state | {"config": dataclasses.asdict(cfg)})
-    for file in folder.glob("resume*"):
-        file.unlink()
-    print(f"stage {cfg.stage}: finished in {seconds:.0f} s -> {folder}")
-    draw_metrics(folder, cfg.stage)
 
 
 def main():
@@ -428,17 +440,16 @@ def main():
     last = cfg.stage or 3
     first = last if cfg.init else 1
     cfgs = {k: resolve(given, k, cfg.stage in (0, k)) for k in range(first, last + 1)}
-    for stage, stage_cfg in cfgs.items():  # all resolved before the first is trained
+    for stage, stage_cfg in cfgs.items():  # all are resolved before the first is trained
         target = cfg.stage in (0, stage)
         if cfg.estimate:
-            print_estimate(stage_cfg) if target else None
+            if target:
+                print(memory.report(stage_cfg, stage_plan(stage_cfg)))
             continue
         if not target:
-            state = read_state(stage_dir(stage_cfg, stage))
-            if state and state["finished"]:
-                refuse_difference(stage_cfg, state, stage_dir(stage_cfg, stage), SHARED)
+            if resume.is_finished(stage_cfg, stage_dir(stage_cfg, stage)):
                 continue
-            print(f"stage {last} needs stage {stage}, which is not there yet")
+            print(f"stage {last} needs stage {stage}, which is missing")
         if not train_stage(stage_cfg):
             return
 

@@ -1,19 +1,19 @@
 """Co-upcycling: a dense model becomes a sparse one that gives the same answers (section 3.2).
 
 Experts that start from random weights have to learn everything at once; the paper's CLIP-MoE did
-not converge that way. So each expert starts as a copy of the trained MLP it replaces:
+not converge that way. So each expert starts as a copy of the trained MLP that it replaces:
 
     dense          sparse, step 0                        after training
     x -> MLP       x -> router -> MLP, MLP, MLP, MLP     x -> router -> MLP1, MLP2, MLP3, MLP4
 
-With identical experts the router's weights, which sum to 1, cancel out, whatever the router says:
-y = sum_k w_k MLP(x) = MLP(x). So step 0 loses nothing, and because the router starts random, each
-expert then sees other tokens and grows apart from its copies. No noise is added.
+With identical experts the router's weights, which sum to 1, cancel out: y = sum_k w_k MLP(x) =
+MLP(x). So step 0 loses nothing. The router starts random, so each expert then sees other tokens and
+grows apart from the others. No noise is added.
 
     python upcycle.py SRC DST --parts clip,mlp --experts 4 --top-k 2
 
-`--parts llm` upcycles the language model too (paper, Table 3c), `--scratch clip` leaves the experts
-of that part random: the rows of the ablation that show why copies matter.
+`--parts llm` upcycles the language model too (Table 3c). `--scratch clip` leaves the experts of
+that part random, for the rows of the ablation that show why copies matter.
 """
 
 import argparse
@@ -27,14 +27,13 @@ import torch
 from cumo import CuMo
 from data.flags import READ, Parser, run
 from data.hub import TOKENIZERS, local_folder
-from data.weights import load_into
 from mlp_moe import Experts, Router
 
 PARTS = ("clip", "mlp", "llm")
 
 
 def sparse_config(cfg, parts, num_experts, top_k):
-    """`cfg` with the given parts sparse. ValueError for unknown or already sparse parts."""
+    """`cfg` with `parts` sparse. ValueError for unknown or already sparse parts."""
     unknown = [part for part in parts if part not in PARTS]
     if unknown or not parts:
         raise ValueError(f"parts {','.join(parts)!r}: choose from {', '.join(PARTS)}")
@@ -58,38 +57,23 @@ def sparse_config(cfg, parts, num_experts, top_k):
     return cfg
 
 
-def dense_source(name):
-    """The dense weight an expert's weight is copied from; None for a router; else the name itself.
-
-    model.vision_tower...layers.0.experts.3.fc1.weight         <- ...layers.0.mlp.fc1.weight
-    model.mm_projector.experts.3.0.weight                      <- model.mm_projector.0.weight
-    model.layers.0.block_sparse_moe.experts.3.w1.weight        <- ...layers.0.mlp.gate_proj.weight
-    """
-    if name.endswith(".gate.weight"):
-        return None
-    if ".experts." not in name:
-        return name
-    before, after = name.split(".experts.")
-    leaf = after.split(".", 1)[1]
-    if before.startswith("model.vision_tower."):
-        return f"{before}.mlp.{leaf}"
-    if before == "model.mm_projector":
-        return f"{before}.{leaf}"
-    projection = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}[leaf.split(".")[0]]
-    return f"{before.removesuffix('.block_sparse_moe')}.mlp.{projection}.weight"
-
-
-def part_of(name):
-    """The part that a public weight name belongs to."""
-    return {"vision_tower": "clip", "mm_projector": "mlp"}.get(name.split(".")[1], "llm")
+def copy_to_experts(experts, fc1, fc2, gate=None):
+    """Make each of the E experts a copy of one MLP: [D, F] is broadcast over [E, D, F]."""
+    experts.w1.copy_((gate or fc1).weight.T)
+    experts.w2.copy_(fc2.weight.T)
+    if gate is not None:  # SwiGLU: (silu(x w1) * (x w3)) w2
+        experts.w3.copy_(fc1.weight.T)
+    else:
+        experts.b1.copy_(fc1.bias)
+        experts.b2.copy_(fc2.bias)
 
 
 @torch.no_grad()
 def upcycle(model, parts=("clip", "mlp"), num_experts=4, top_k=2, seed=0, scratch=()):
     """A sparse CuMo from a dense one: every expert a copy of the MLP it replaces, routers fresh.
 
-    `seed` draws the routers (the original leaves them unseeded). Of the parts in `scratch` the
-    experts stay random, only the rest is copied. ValueError for unknown or already sparse parts.
+    `seed` draws the routers (CuMo: unseeded). The experts of the parts in `scratch` stay random.
+    ValueError for unknown or already sparse parts.
     """
     if not set(scratch) <= set(parts):
         raise ValueError(f"scratch {','.join(scratch)!r}: choose from {', '.join(parts)}")
@@ -100,15 +84,25 @@ def upcycle(model, parts=("clip", "mlp"), num_experts=4, top_k=2, seed=0, scratc
     sparse = sparse.to_empty(device=weight.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for kind in (Router, Experts) if scratch else (Router,):  # routers first: the same for both
+        for kind in (Router, Experts) if scratch else (Router,):  # routers do not depend on scratch
             for module in (m for m in sparse.modules() if isinstance(m, kind)):
                 module.reset_parameters()
-    dense = model.public_state_dict()
-    targets = sparse.public_state_dict()
-    copied = {n: view for n, view in targets.items()
-              if n in dense or (dense_source(n) and part_of(n) not in scratch)}  # fmt: skip
-    source = {name: dense[name if name in dense else dense_source(name)] for name in copied}
-    load_into(copied, source, source="the dense model")
+
+    dense = model.state_dict()  # 1) what stays: attention, norms, embeddings, other parts
+    for name, tensor in sparse.state_dict().items():
+        if name in dense:
+            tensor.copy_(dense[name])
+    copied = set(parts) - set(scratch)  # 2) what is upcycled
+    if "clip" in copied:
+        for new, old in zip(sparse.vision.layers, model.vision.layers):
+            copy_to_experts(new.moe.experts, old.mlp.fc1, old.mlp.fc2)
+    if "mlp" in copied:
+        fc1, _, fc2 = model.connector.mlp
+        copy_to_experts(sparse.connector.moe.experts, fc1, fc2)
+    if "llm" in copied:
+        for new, old in zip(sparse.llm.model.layers, model.llm.model.layers):
+            experts, mlp = new.block_sparse_moe.experts, old.mlp
+            copy_to_experts(experts, mlp.up_proj, mlp.down_proj, gate=mlp.gate_proj)
     return sparse
 
 
@@ -134,7 +128,7 @@ def main():
         for name in (*TOKENIZERS, "tokenizer_config.json"):
             if (src / name).is_file():
                 shutil.copy(src / name, dst)
-    except BaseException:  # a full disk, Ctrl-C
+    except BaseException:  # a full disk or Ctrl-C: leave nothing half-written
         shutil.rmtree(dst, ignore_errors=True)
         raise
     before, after = (sum(p.numel() for p in m.parameters()) for m in (dense, sparse))

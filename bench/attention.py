@@ -1,9 +1,9 @@
-"""Attention as the two models compute it, beside PyTorch's fused one: forward and backward.
+"""Attention as the models compute it, compared with PyTorch's fused one: forward and backward.
 
     python bench/attention.py
 
-Prints milliseconds of two plain products, of the fused attention and of what we use, and writes
-bench/attention.json. Why `attend` in llm.py and clip_moe.py has two ways.
+Prints the milliseconds of two plain matrix products, of fused attention and of our choice between
+them (`attend` in llm.py and clip_moe.py). Writes bench/attention.json.
 """
 
 import json
@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 import clip_moe
 import llm
-from cumo import has_fast_bf16
+from engine.memory import has_fast_bf16
 
 SHAPES = {  # rows, query heads, key/value heads, tokens, head size
     "mini CLIP": (32, 3, 3, 65, 64),
@@ -49,7 +49,7 @@ def ours(q, k, v, mask):
 
 
 def milliseconds(attend, q, k, v, mask, repeat=10):
-    """The fastest of `repeat` passes; generation (one query) goes forward only."""
+    """The fastest of `repeat` passes; a single query, as in generation, has no backward pass."""
     best = float("inf")
     for _ in range(repeat):
         start = time.perf_counter()
@@ -63,16 +63,18 @@ def milliseconds(attend, q, k, v, mask, repeat=10):
 def main():
     rows = []
     print(f"{'':24} {'dtype':9} {'plain':>8} {'fused':>8} {'ours':>8}  ms")
-    dtypes = [torch.float32] + [torch.bfloat16] * has_fast_bf16("cpu")  # emulated, it says nothing
-    for name, (B, H, G, K, A) in SHAPES.items():
+    dtypes = [torch.float32] + [torch.bfloat16] * has_fast_bf16(
+        "cpu"
+    )  # emulated bf16 is not worth measuring
+    for name, (B, H, G, U, A) in SHAPES.items():
         for dtype in dtypes:
-            T = 1 if "one query" in name else K
+            T = 1 if "one query" in name else U
             q, k, v = (torch.randn(B, h, t, A, dtype=dtype, requires_grad=True)
-                       for h, t in ((H, T), (G, K), (G, K)))  # fmt: skip
-            seen = torch.ones(T, K, dtype=torch.bool)
-            seen = seen.tril(K - T) if G < H else seen
-            mask = torch.zeros(B, 1, T, K, dtype=dtype).masked_fill(~seen, -torch.inf)
-            mask = mask if G < H else None  # CLIP: everyone sees everyone
+                       for h, t in ((H, T), (G, U), (G, U)))  # fmt: skip
+            seen = torch.ones(T, U, dtype=torch.bool)
+            seen = seen.tril(U - T) if G < H else seen
+            mask = torch.zeros(B, 1, T, U, dtype=dtype).masked_fill(~seen, -torch.inf)
+            mask = mask if G < H else None  # CLIP: every patch sees every patch
             row = {way.__name__: milliseconds(way, q, k, v, mask) for way in (plain, fused, ours)}
             rows.append({"shape": name, "dtype": str(dtype)[6:]} | row)
             print(f"{name:24} {str(dtype)[6:]:9} " + " ".join(f"{t:8.2f}" for t in row.values()))

@@ -1,14 +1,13 @@
-"""A training step of CuMo at half the size, as a contestant of bench/speed.py, in a process of
-its own: CLIP-B/16's shape with sparse MLPs, a sparse connector, SmolLM2-135M's shape; forward,
-backward and AdamW, float32 weights under bf16 autocast where the processor has bf16.
+"""A training step of CuMo at half the size, in a process of its own; bench/speed.py races two.
 
     python bench/half_size.py ours           # or: transformers
 
-Each line on standard input asks for one step; printed are its seconds and the peak memory so far,
-in GB. "transformers" is what one would build from its CLIP and Mistral: the experts of the
-original, one by one in a loop, and its fastest attention. Both are compiled block by block, and
-get rows without padding, so that packing gains us nothing here. Neither computes CLIP's last layer,
-whose output nobody uses.
+Each line on standard input runs one step and prints its seconds and the peak memory so far in GB.
+The model has the shapes of CLIP-B/16 with sparse MLPs, a sparse connector and SmolLM2-135M. A step
+is forward, backward and AdamW, with float32 weights under bf16 autocast where the hardware has it.
+"transformers" is the same model made of its CLIP and Mistral, with its fastest attention and the
+original's loop over experts. Both are compiled block by block, get rows without padding, so that
+packing makes no difference, and skip CLIP's last layer, whose output is not used.
 """
 
 import sys
@@ -20,9 +19,9 @@ import torch.nn.functional as F
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # and not this folder, whose tokenizers.py transformers would import
+sys.path[0] = str(ROOT)  # not this folder, whose tokenizers.py transformers would import
 
-from bench.speed import DEVICE, DTYPE, LoopMoE  # noqa: E402
+from bench.peers import DEVICE, DTYPE, LoopMoE  # noqa: E402
 from clip_moe import CLIPVisionConfig  # noqa: E402
 from cumo import IMAGE_TOKEN, CuMo, CuMoConfig  # noqa: E402
 from engine import memory  # noqa: E402
@@ -30,17 +29,17 @@ from llm import LLMConfig  # noqa: E402
 
 VISION = CLIPVisionConfig(224, 16, 768, 3072, 12, 12, num_experts=4)
 LANGUAGE = LLMConfig(49152, 576, 1536, 30, 9, 3, tie_embeddings=True)
-ROWS, TEXT, PATCHES = 4, 316, (224 // 16) ** 2  # an image and 316 tokens of text a row
+ROWS, TEXT, PATCHES = 4, 316, (224 // 16) ** 2  # a row is one image and 316 tokens of text
 
 
 class TransformersCuMo(nn.Module):
-    """The same model out of transformers' parts and the original's loop over experts."""
+    """The same model made of transformers' parts and the original's loop over experts."""
 
     def __init__(self):
         super().__init__()
         import transformers as hf
 
-        clip = hf.CLIPVisionConfig(  # its other defaults are CLIP-B's
+        clip = hf.CLIPVisionConfig(  # CLIP-B/16 is the default otherwise
             hidden_size=768, intermediate_size=3072, image_size=224, patch_size=16,
             num_hidden_layers=11)  # fmt: skip
         self.clip = hf.CLIPVisionModel._from_config(clip, attn_implementation="sdpa")
@@ -64,7 +63,7 @@ class TransformersCuMo(nn.Module):
 
 
 class RoutedLoop(LoopMoE):
-    """With the router's two losses."""
+    """LoopMoE that also appends the router's two losses to `auxes`."""
 
     def __init__(self, auxes, *sizes):
         super().__init__(*sizes)

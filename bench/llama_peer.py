@@ -1,8 +1,9 @@
-"""llama.cpp as a contestant of bench/speed.py, in a process of its own (two pools of threads in one
-would get in each other's way). Started with a .gguf file and a precision; then, for each line "N"
-on standard input, it reads 32 tokens, makes N more, and prints the seconds that took.
+"""llama.cpp in a process of its own, so that its threads do not compete with ours (bench/speed.py).
 
     python bench/llama_peer.py weights/SmolLM2-135M-Instruct.gguf BF16 2     # threads
+
+Each line "n" on standard input reads a prompt of 32 tokens, generates n more, and prints the
+seconds. The weights are converted to F32, BF16 or Q8_0 first.
 """
 
 import ctypes
@@ -17,8 +18,8 @@ import numpy as np
 PROMPT = 32
 
 
-def stored_as(file, precision, out):
-    """`file` with every matrix in F32, BF16 or Q8_0."""
+def convert(file, precision, out):
+    """Convert every matrix of `file` to F32, BF16 or Q8_0 and write the result to `out`."""
     params = llama_cpp.llama_model_quantize_default_params()
     kind = {"F32": "ALL_F32", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}[precision]
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_{kind}")
@@ -29,15 +30,15 @@ def stored_as(file, precision, out):
 
 def main():
     file, precision, threads = sys.argv[1:]
-    said = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # llama.cpp prints to both
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # llama.cpp prints to standard output too
     threads = int(threads)
     with tempfile.TemporaryDirectory() as folder:
         out = os.path.join(folder, "model.gguf")
-        stored_as(file, precision, out)
+        convert(file, precision, out)
         model = llama_cpp.Llama(out, n_ctx=512, n_threads=threads, n_threads_batch=threads,
                                 verbose=False)  # fmt: skip
-    print("ready", file=said, flush=True)
+    print("ready", file=replies, flush=True)
     for line in sys.stdin:
         model.reset()
         start = time.perf_counter()
@@ -47,7 +48,7 @@ def main():
             last = np.ctypeslib.as_array(model._ctx.get_logits(), (model.n_vocab(),))
             assert last.min() < last.max(), "no logits"
             ids = [int(last.argmax())]
-        print(time.perf_counter() - start, file=said, flush=True)
+        print(time.perf_counter() - start, file=replies, flush=True)
 
 
 if __name__ == "__main__":

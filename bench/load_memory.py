@@ -1,9 +1,9 @@
-"""How much memory loading takes: the growth of the peak over the bytes of the loaded model.
+"""Peak memory of loading, divided by the bytes of the loaded model.
 
     python bench/load_memory.py        # writes bench/load_memory.json
 
 A random Mistral of 400 MB in float32 is written in six shards, as safetensors or as pickles, and
-read in a fresh process. 1.0 is the model alone.
+loaded in a new process. A ratio of 1.0 is the model and nothing else.
 """
 
 import json
@@ -23,11 +23,11 @@ from data.weights import read_tensors, write_json, write_tensors
 from llm import LLM, LLMConfig
 
 CONFIG = LLMConfig(vocab_size=8192, dim=512, hidden_dim=2048, n_layers=24, n_heads=8, n_kv_heads=2)
-LIMIT = 1.1  # the promise
+LIMIT = 1.1  # largest ratio that passes
 
 
 def write(folder, form):
-    """The model in `folder`, float32, in shards."""
+    """Write the model into `folder` in float32, in shards."""
     torch.manual_seed(0)
     llm = LLM(CONFIG)
     write_tensors(folder, llm.public_state_dict(), max_shard_bytes=80e6)
@@ -47,21 +47,19 @@ def write(folder, form):
 
 def resident(field):
     """Bytes of this process in memory, now (VmRSS) or at most (VmHWM), mapped files included.
-
-    Not from `resource`: what that calls the peak includes the process that started this one.
-    """
+    The peak of `resource` would include the process that started this one."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) * 1024
 
 
 def load(folder, dtype):
-    """Load once and print what it took; meant for a process that does nothing else."""
-    with tempfile.TemporaryDirectory() as tiny:  # brings in the 75 MB of PyTorch's own code
+    """Load the model once and print the memory it took. Run this in a new process."""
+    with tempfile.TemporaryDirectory() as tiny:  # loads 75 MB of PyTorch's own code
         LLM(replace(CONFIG, vocab_size=8, dim=64, hidden_dim=8, n_layers=1)).save_pretrained(tiny)
         LLM.from_pretrained(tiny)
     before = resident("VmRSS")
     llm = LLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-    for p in llm.parameters():  # what is mapped is read when it is used
+    for p in llm.parameters():  # mapped files enter memory when they are read
         p.detach().flatten()[:: 4096 // p.itemsize].sum()
     grown = resident("VmHWM") - before
     size = sum(p.nbytes for p in llm.parameters())

@@ -1,12 +1,12 @@
-"""A chat of 100,000 tokens with a windowed model: does it get slower, or larger?
+"""A chat of 100,000 tokens with a sliding-window model: do time and memory a token grow?
 
     python bench/long_chat.py           # minutes; writes bench/long_chat.json and .png
-    python bench/long_chat.py --draw    # only the picture again, of what was measured before
+    python bench/long_chat.py --draw    # only the plot, from bench/long_chat.json
 
-The miniature (out/stage3) is given a sliding window and shown picture after picture, with a
-question each, in one conversation. Its cache is a ring of one window, so a token at the end must
-take the time and memory of one at the beginning. (It was trained on one picture at a time, so the
-answers are no test of its sight.)
+The miniature (out/stage3) gets a sliding window, and one question after another in one
+conversation, each about a new picture. Its cache is a ring of one window, so a token at the end
+must take the time and memory of one at the beginning. Its answers are not scored: it was trained on
+one picture at a time.
 """
 
 import argparse
@@ -15,30 +15,29 @@ import pathlib
 import sys
 
 import numpy as np
+from tqdm import tqdm
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
+from bench.speed import machine
+from data import world
+from data.flags import run
+from data.tokenizer import Tokenizer
+from engine.conversation import Conversation
+from extras.plots import COLORS, pyplot, save
+from sample import load
+
 MINIATURE = str(ROOT / "out" / "stage3")
 
-from tqdm import tqdm  # noqa: E402
 
-from bench.speed import machine  # noqa: E402
-from data import world  # noqa: E402
-from data.flags import run  # noqa: E402
-from data.tokenizer import Tokenizer  # noqa: E402
-from engine.conversation import Conversation  # noqa: E402
-from extras.plots import COLORS, pyplot, save  # noqa: E402
-from sample import load  # noqa: E402
-
-
-def resident():
-    """Megabytes of memory that this process holds now."""
+def resident_mb():
+    """Resident memory of this process, MB."""
     status = pathlib.Path("/proc/self/status").read_text()
     return int(status.split("VmRSS:")[1].split()[0]) / 1024
 
 
-def chat(model, tokenizer, tokens, points=50):
-    """-> [{tokens so far, milliseconds to the first token and from then on a token, MB}]."""
+def long_conversation(model, tokenizer, tokens, points=50):
+    """-> [{tokens so far, ms to the first token, ms a token after it, MB}], `points` rows."""
     talk = Conversation(model, tokenizer, max_new_tokens=48, temperature=0.0)
     rows, seen, turn = [], 0, 0
     with tqdm(total=tokens, unit="token", desc="chat") as bar:
@@ -59,14 +58,14 @@ def chat(model, tokenizer, tokens, points=50):
             seen += read
             bar.update(read)
             rows.append({"tokens": seen, "ms_a_token": seconds / made * 1e3,
-                         "ms_to_first_token": first * 1e3, "mb": resident(),
+                         "ms_to_first_token": first * 1e3, "mb": resident_mb(),
                          "turns": turn})  # fmt: skip
     assert len(talk.cache.keys[0, 0, 0]) == model.llm.cfg.sliding_window
     return rows
 
 
-def draw(result, file):
-    """Each measure along the conversation, and a line through its first half's mean."""
+def draw_growth(result, file):
+    """Draw each measure along the conversation, and the mean of its first half as a line."""
     plt, rows = pyplot(), result["rows"]
     if not plt:
         return
@@ -97,26 +96,24 @@ def main():
     parser.add_argument("--model", default=MINIATURE)
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--draw", action="store_true", help="only draw what was measured before")
+    parser.add_argument("--draw", action="store_true", help="only draw the plot again")
     args = parser.parse_args()
     file = ROOT / "bench" / "long_chat.json"
     if args.draw:
-        return draw(json.loads(file.read_text()), file.with_suffix(".png"))
+        return draw_growth(json.loads(file.read_text()), file.with_suffix(".png"))
     model = load(args.model, "cpu")
     model.llm.cfg.sliding_window = args.window
-    rows = chat(model, Tokenizer.from_pretrained(args.model), args.tokens)
+    rows = long_conversation(model, Tokenizer.from_pretrained(args.model), args.tokens)
     name = "the miniature" if args.model == MINIATURE else pathlib.Path(args.model).name
-    if args == parser.parse_args([]):  # the published ones; others are printed only
+    if args == parser.parse_args([]):  # only results of the defaults are published
         result = machine() | {"command": "python bench/long_chat.py", "window": args.window}
-        result |= {"model": name, "precision": "torch.float32", "rows": rows}  # as `load` gives it
+        result |= {"model": name, "precision": "torch.float32", "rows": rows}  # `load`'s default
         file.write_text(json.dumps(result, indent=1) + "\n")
-        draw(result, file.with_suffix(".png"))
+        draw_growth(result, file.with_suffix(".png"))
     half = len(rows) // 2
     for name in ("ms_a_token", "ms_to_first_token", "mb"):
-        first, last = (
-            sum(r[name] for r in part) / len(part) for part in (rows[:half], rows[half:])
-        )
-        print(f"{name}: {first:.3g} in the first half, {last:.3g} in the second")
+        first, second = (np.mean([r[name] for r in part]) for part in (rows[:half], rows[half:]))
+        print(f"{name}: {first:.3g} in the first half, {second:.3g} in the second")
 
 
 if __name__ == "__main__":

@@ -1,31 +1,30 @@
-"""What int8 weights (engine/quant.py) do to memory and to answers.
+"""The effect of int8 weights (engine/quant.py) on memory and answers.
 
     python bench/quant.py                            # writes bench/quant.json
 
-The miniature of the demo (out/stage3) sits the exam of eval.py, and SmolLM2-135M-Instruct
-(weights/, see runs/smollm2.sh) reads English of ours that it cannot have seen, this project's
-documents at the commit that the results name: its loss a token, and how often its likeliest next
-token is the one of the float32 weights.
+The miniature of the demo (out/stage3) takes the exam of eval.py. SmolLM2-135M-Instruct (weights/,
+see runs/smollm2.sh) reads this project's documents, at the commit in the results: its loss a token,
+and how often its most probable next token is that of the float32 weights.
 """
 
 import argparse
 import json
 import pathlib
 import sys
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
-
-from bench.speed import machine  # noqa: E402
-from data.flags import run  # noqa: E402
-from data.tokenizer import Tokenizer  # noqa: E402
-from engine.quant import quantize  # noqa: E402
-from eval import SPLITS, accuracy, exam, means  # noqa: E402
-from llm import LLM  # noqa: E402
-from sample import load  # noqa: E402
+from bench.speed import machine
+from data.flags import run
+from data.tokenizer import Tokenizer
+from engine.quant import quantize
+from eval import SPLITS, accuracy, answer_batch, exam
+from llm import LLM
+from sample import load
 
 PRECISIONS = {"float32": (torch.float32, ""), "bfloat16": (torch.bfloat16, ""),
               "int8": (torch.float32, "int8")}  # fmt: skip
@@ -37,8 +36,8 @@ def megabytes(module):
 
 @torch.no_grad()
 def reading(folder, length=512):
-    """Loss a token of our own documents, and the share of next tokens that are float32's."""
-    tokenizer, likeliest, rows = Tokenizer.from_pretrained(folder), {}, {}
+    """Loss a token of our own documents, and the share of next tokens equal to float32's."""
+    tokenizer, greedy, rows = Tokenizer.from_pretrained(folder), {}, {}
     text = "".join(
         (ROOT / name).read_text() for name in ("README.md", "docs/LOG.md", "data/MIXTURE.md")
     )
@@ -49,22 +48,22 @@ def reading(folder, length=512):
         llm = quantize(llm) if quant else llm
         logits = torch.cat([llm(row[None])[:, :-1].float() for row in ids])
         loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-        likeliest[name] = logits.argmax(-1)
-        same = (likeliest[name] == likeliest["float32"]).float().mean()
+        greedy[name] = logits.argmax(-1)
+        same = (greedy[name] == greedy["float32"]).float().mean()
         rows[name] = {"megabytes": megabytes(llm), "loss": loss.item(), "same": same.item()}
         print(f"SmolLM2, {name}: {rows[name]}")
     return {"tokens": ids.numel(), **rows}
 
 
 def answering(folder, n):
-    """Exact answers of the miniature in percent, and the megabytes of its language model."""
+    """Share of exact answers of the miniature, and the megabytes of its language model."""
     rows, tokenizer = {}, Tokenizer.from_pretrained(folder)
     for name, (dtype, quant) in PRECISIONS.items():
         model = load(folder, "cpu", dtype, quant)
         rows[name] = {"megabytes": megabytes(model.llm)}
+        ask = partial(answer_batch, model, tokenizer)
         for split in SPLITS:
-            hits = accuracy(model, tokenizer, exam(split, n, 1), 50, label=f"{name} {split}")
-            rows[name][split] = means(hits)["all"]
+            rows[name][split] = accuracy(ask, exam(split, n, 1), 50, f"{name} {split}")["all"]
         print(f"miniature, {name}: {rows[name]}")
     return {"questions": n, **rows}
 
@@ -78,7 +77,7 @@ def main():
     result = machine() | {"command": "python bench/quant.py"}
     result |= {"smollm2": reading(args.llm), "miniature": answering(args.model, args.n)}
     if args != parser.parse_args([]):
-        print("bench/quant.json stays as it is: it has the results of the defaults")
+        print("bench/quant.json is not written: it has the results of the defaults")
         return
     (ROOT / "bench" / "quant.json").write_text(json.dumps(result, indent=1) + "\n")
 

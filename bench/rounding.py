@@ -1,17 +1,17 @@
-"""Fine-tuning at a learning rate below bf16's rounding step: who still learns?
+"""Fine-tuning at a learning rate below bf16's rounding step: which optimizer still learns?
 
-    python bench/rounding.py        # about two minutes on one core
+    python bench/rounding.py        # about a minute on one core
 
-A small language model guesses the next character from the 16 before it. It has learned the emoji
-world's captions and very few of its questions; now it learns these, in 1,000 steps at 4e-6, the
-rate of CuMo's stage 3.
-Every run starts from the same weights, numbers that bf16 holds, and sees the same batches; what
-differs is how weights and moments are kept (engine/optim.py). "nearest" is torch.optim.AdamW on
-bf16 parameters. All arithmetic but the optimizer's is float32, so only rounding is compared.
+A small language model predicts the next character from the 16 before it. It is pretrained on the
+emoji world's captions and very few of its questions; then it learns the questions, in 1,000 steps
+at 4e-6, the rate of CuMo's stage 3. Every run starts from the same weights, which bf16 represents
+exactly, and sees the same batches. Runs differ in the precision of weights and moments
+(engine/optim.py). "nearest" is torch.optim.AdamW on bf16 parameters. All arithmetic but the
+optimizer's is float32, so only rounding is compared.
 
-Writes bench/rounding.json: the loss of every run (means of 20 steps), its largest deviation from
-the float32 run's in any of them, that of the last 100 steps, and the bytes a parameter takes,
-counted. Draws bench/rounding.png.
+Writes bench/rounding.json: each run's loss (means of 20 steps), its largest deviation from the
+float32 run over any 20 steps, its deviation over the last 100, and the measured bytes a parameter.
+Draws bench/rounding.png.
 """
 
 import pathlib
@@ -33,11 +33,11 @@ from extras.plots import pyplot
 LR, STEPS, CONTEXT, SMOOTH = 4e-6, 1000, 16, 20
 NEAREST = ("nearest", "nearest")
 RUNS = [("fp32", "fp32"), ("bf16-master", "fp32"), ("bf16-sr", "fp32"), ("bf16-sr", "bf16"),
-        ("bf16-sr", "int8"), ("fp32", "bf16"), ("fp32", "int8"), NEAREST]  # fmt: skip
+        ("fp32", "bf16"), NEAREST]  # fmt: skip
 
 
 def read(task, scenes, seed):
-    """Characters of `scenes` captions, or of as many pairs of questions with their answers."""
+    """Characters of `scenes` captions, or of two questions and answers for each scene."""
     rng, lines = np.random.default_rng(seed), []
     for _ in range(scenes):
         scene = world.sample_scene(rng, "train")
@@ -47,7 +47,7 @@ def read(task, scenes, seed):
 
 
 def initial(hidden, seed=0):
-    """Embedding, two layers: the next character from the last 16."""
+    """Weights of an embedding and two layers that predict a character from the last 16."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {(128, 16): 1, (hidden, CONTEXT * 16): (CONTEXT * 16) ** -0.5, (128, hidden): 0.01}
     return [std * torch.randn(shape, generator=generator) for shape, std in shapes.items()]
@@ -60,7 +60,7 @@ def loss_of(params, windows):
 
 
 def train(params, optimizer, text, steps, batch):
-    """The loss of each step; the batches depend on the number of the step alone."""
+    """Train in place -> the loss of each step. A batch depends only on its step's number."""
     losses = []
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
@@ -81,7 +81,7 @@ def pretrained(hidden, steps, batch, scenes):
 
 
 def fine_tune(weights, moments, start, text, batch):
-    """1,000 steps -> (loss of each step, bytes a parameter)."""
+    """Train for 1,000 steps -> (loss of each step, bytes a parameter)."""
     dtype = torch.bfloat16 if weights == "nearest" else WEIGHTS[weights]
     params = [nn.Parameter(w.to(dtype, copy=True)) for w in start]
     if weights == "nearest":
@@ -95,7 +95,7 @@ def fine_tune(weights, moments, start, text, batch):
 
 
 def deviations(losses, exact):
-    """Largest deviation from the float32 run in any 20 steps, and that of the last 100."""
+    """(largest deviation from the float32 run over any 20 steps, deviation over the last 100)"""
     run, fp32 = (np.reshape(x, (-1, SMOOTH)).mean(1) for x in (losses, exact))
     return float(abs(run / fp32 - 1).max()), float(
         np.mean(losses[-100:]) / np.mean(exact[-100:]) - 1
@@ -109,17 +109,16 @@ def draw(rows, file):
     curves = {(row["weights"], row["moments"]): np.array(row["loss"]) for row in rows}
     exact, five = curves["fp32", "fp32"], np.ones(5) / 5
     steps = (np.arange(len(exact)) + 0.5) * SMOOTH
-    shown = {  # colours of Okabe and Ito, which the colour-blind can tell apart, and other dashes
+    shown = {  # Okabe and Ito's colours, safe for colour blindness
         ("fp32", "fp32"): ("float32, 16 bytes a parameter", "#000000", "-", 2),
         ("bf16-sr", "fp32"): ("bf16, stochastic rounding, 12", "#56B4E9", "--", 2),
         ("bf16-sr", "bf16"): ("... bf16 moments, 8", "#E69F00", "-.", 1.5),
-        ("bf16-sr", "int8"): ("... int8 moments, 6", "#009E73", ":", 2),
         NEAREST: ("plain bf16, rounded to nearest", "#D55E00", "-", 2),
     }
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
     for key, (label, color, dash, width) in shown.items():
         style = dict(color=color, linestyle=dash, linewidth=width)
-        # the batches differ in difficulty, the same for all: a mean of 100 steps shows the way
+        # a moving mean of 100 steps, because batches differ in difficulty
         left.plot(steps[2:-2], np.convolve(curves[key], five, "valid"), label=label, **style)
         if key != ("fp32", "fp32"):
             right.plot(steps, 100 * (curves[key] / exact - 1), **style)

@@ -1,11 +1,11 @@
-"""SmolLM2 under the miniature CLIP: does training the connector alone make it see?
+"""SmolLM2 with the miniature CLIP: is training the connector enough to name pictures?
 
     python train.py --preset smol-mini --stage 1 --samples 600 --out out/smol_mini
     python bench/smol_mini.py out/smol_mini/stage1 --captions 100
 
-Writes bench/smol_mini.json: the loss of the training by tenths; and, if `--captions` is not 0, of
-so many pictures of single things never trained on, the loss and the share of greedy captions that
-are exactly right, before the stage, after it, and after it with the pictures painted over.
+Writes bench/smol_mini.json: the training loss by tenths. With `--captions N` also the loss and the
+share of exactly right greedy captions on N held-out pictures of single objects: before the stage,
+after it, and after it with blank pictures.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
-
 import train
 from cumo import CuMo
 from data.chat import IGNORE
@@ -28,23 +27,23 @@ from data.world import World
 BATCH = 20
 
 
-def pad(rows, fill):
+def pad_right(rows, fill):
     length = max(map(len, rows))
     return torch.tensor([row + [fill] * (length - len(row)) for row in rows])
 
 
 @torch.no_grad()
-def measure(model, tokenizer, samples, blank=False):
-    """(mean loss of a caption's tokens, share of captions that are right, the first five said)."""
+def caption_scores(model, tokenizer, samples, blank=False):
+    """-> {loss: mean over captions, exact: share of right captions, said: the first five}."""
     model.eval()
-    size, loss, said = model.cfg.vision.image_size, 0.0, []
+    size, loss, captions = model.cfg.vision.image_size, 0.0, []
     for k in range(0, len(samples), BATCH):
         some = samples[k : k + BATCH]
         coded = [encode(s, tokenizer, "plain", model.image_tokens, size) for s in some]
-        images = torch.stack([image for _, _, (image,), _ in coded])
+        images = torch.stack([torch.from_numpy(image) for _, _, (image,), _ in coded])
         images = torch.zeros_like(images) if blank else images
-        ids, labels = pad([c[0] for c in coded], 0), pad([c[1] for c in coded], IGNORE)
-        segments = pad([[1] * len(c[0]) for c in coded], 0)
+        ids, labels = pad_right([c[0] for c in coded], 0), pad_right([c[1] for c in coded], IGNORE)
+        segments = pad_right([[1] * len(c[0]) for c in coded], 0)
         logits = model(ids, images, segments=segments).logits
         losses = torch.nn.functional.cross_entropy(
             logits[:, :-1].transpose(1, 2), labels[:, 1:], ignore_index=IGNORE, reduction="none"
@@ -52,14 +51,14 @@ def measure(model, tokenizer, samples, blank=False):
         loss += (losses.sum(1) / (labels != IGNORE).sum(1)).sum().item()
         prompts = ids[:, : 1 + model.image_tokens]
         answers = model.generate(prompts, images, max_new_tokens=12).tolist()
-        said += [tokenizer.decode(answer).split("\n")[0] for answer in answers]
-    right = [s["conversations"][1]["value"] == text for s, text in zip(samples, said)]
+        captions += [tokenizer.decode(answer).split("\n")[0] for answer in answers]
+    right = [s["conversations"][1]["value"] == text for s, text in zip(samples, captions)]
     return {"loss": round(loss / len(samples), 3), "exact": sum(right) / len(right),
-            "said": said[:5]}  # fmt: skip
+            "said": captions[:5]}  # fmt: skip
 
 
 def curve(folder):
-    """[samples used, mean loss] of each tenth of the training's steps."""
+    """[[samples used, mean loss]] of each tenth of the training's steps."""
     metrics = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
     tenth = -(-len(metrics) // 10)
     parts = [metrics[k : k + tenth] for k in range(0, len(metrics), tenth)]
@@ -82,12 +81,12 @@ def main():
     if args.captions:
         tokenizer, world = Tokenizer.from_pretrained(args.folder), World("seen", "name", 10_000)
         samples = [world[i] for i in range(args.captions)]
-        torch.manual_seed(cfg.seed)  # as the training did, so that the connector starts the same
+        torch.manual_seed(cfg.seed)  # the connector starts as in the training
         model = train.build(cfg)[0]
-        rows = {"before": measure(model, tokenizer, samples)}
+        rows = {"before": caption_scores(model, tokenizer, samples)}
         model = CuMo.from_pretrained(args.folder)
-        rows["after"] = measure(model, tokenizer, samples)
-        rows["after, blank pictures"] = measure(model, tokenizer, samples, blank=True)
+        rows["after"] = caption_scores(model, tokenizer, samples)
+        rows["after, blank pictures"] = caption_scores(model, tokenizer, samples, blank=True)
         wanted = [s["conversations"][1]["value"] for s in samples[:5]]
         content |= {"captions": args.captions, "wanted": wanted} | rows
     (ROOT / "bench" / "smol_mini.json").write_text(json.dumps(content, indent=1) + "\n")

@@ -1,30 +1,27 @@
-"""How fast, how large, beside whom: every figure in one run, peers and us in turn.
+"""Speed and memory of every part, compared with peers in the same run on the same machine.
 
     python bench/speed.py                  # all sections
     python bench/speed.py moe llm          # some of them
     python bench/speed.py moe --runs 9
 
-"Fast" means nothing without the peer in the same run on the same machine. So each case is a race:
-after a warm-up the contestants take turns, run by run, and whatever slows the machine slows all of
-them. What is printed is the median of each and its ratio to ours (2.0: ours takes half the time);
+Each case is a race. After a warm-up the contestants take turns, so whatever slows the machine slows
+all of them. Printed is each one's median time and its ratio to ours (2.0: ours takes half as long);
 `bench/<machine>-<precision>.json` keeps every sample, the versions and the commit.
 
-    moe     the sparse block, forward and backward, beside a dense MLP of the same active work, the
-            original's loop over samples and experts, and transformers' Mixtral block; and beside
-            itself with more experts
-    scale   the sparse block again, with more and more images; attention with and without window
-    decode  tokens one by one beside transformers and llama.cpp, and the memory's own speed
-    llm     the language model, forward and backward, beside transformers' Mistral
-    train   a step of half of CuMo beside the same built from transformers' parts; and of the
-            miniature beside the machine's matrix product: MFU
-    start   seconds from the command to the first word about a picture
-    load    from_pretrained beside transformers: seconds, and the peak of memory
-    memory  the estimate (engine/memory.py) beside the peak that a training really took
-    tokenizer   seconds a megabyte, beside the reference libraries
+    moe        forward and backward of the sparse block; peers: a dense MLP of the same active work,
+               the original's loop, transformers' Mixtral block, and our block with more experts
+    scale      the sparse block with more and more images; attention with and without a window
+    decode     the first token, and each next one; peers: transformers, llama.cpp, memory bandwidth
+    llm        forward and backward of the language model; peer: transformers' Mistral
+    train      a training step of CuMo at half the size; peer: transformers' parts. A step of the
+               miniature; peer: one large matrix product (MFU)
+    start      seconds from the command to the first word about a picture
+    load       from_pretrained; peer: transformers
+    memory     the peak memory of a training; peer: its estimate (engine/memory.py)
+    tokenizer  seconds a megabyte; peers: the reference libraries
 
-All peers run at their best setting here: bfloat16 where the processor multiplies it in hardware,
-float32 elsewhere, PyTorch's fused attention, grouped products, and torch.compile like ours (but for
-the loop, which that makes slower). "eager" is ours without it.
+All peers run at their best setting: bfloat16 where the hardware has it, fused attention, grouped
+products, and torch.compile (except the loop, which gets slower). "eager" is ours without it.
 """
 
 import argparse
@@ -43,21 +40,19 @@ import time
 import torch
 from torch import nn
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # not this folder, whose tokenizers.py transformers would import
 import train
-from cumo import has_fast_bf16
+from bench.peers import DEVICE, DTYPE, DenseMLP, LoopMoE, Process
 from data import flags
 from data.weights import write_json, write_tensors
 from engine import memory
 from engine.decode import fast_step, huge_pages
 from engine.quant import quantize
 from llm import LLM, LLMConfig, attention_mask, flex_attend
-from mlp_moe import ACTIVATIONS, SparseMoE
+from mlp_moe import SparseMoE
 from runs.pictures import draw_ratios
 from sample import find_model
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPE = torch.bfloat16 if has_fast_bf16(DEVICE) else torch.float32
 
 # name -> (dim, hidden, out, images, tokens an image, activation)
 MOE_SHAPES = {
@@ -71,7 +66,7 @@ MOE_SHAPES = {
 
 
 def race(contestants, runs):
-    """{name: function} -> {name: [seconds, ...]}, run in turn after one warm-up each."""
+    """{name: function} -> {name: [seconds, ...]}: one warm-up each, then `runs` turns."""
     seconds = {name: [] for name in contestants}
     for turn in range(runs + 1):
         for name, run in contestants.items():
@@ -85,7 +80,7 @@ def race(contestants, runs):
 
 
 def row(section, case, seconds, **more):
-    """A line of the table: medians, and how many times ours each peer takes."""
+    """A row of the table: each median, and its ratio to the first one, which is ours."""
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ours = next(iter(medians.values()))
     ratios = {name: round(value / ours, 3) for name, value in medians.items()}
@@ -96,11 +91,12 @@ def row(section, case, seconds, **more):
             "spread": spread, "seconds": seconds} | more  # fmt: skip
 
 
-def forward_backward(module, x, pick=lambda y: y):
-    """A function that runs both passes of module(x) and forgets the gradients."""
+def forward_backward(module, x):
+    """A function that runs both passes of module(x) and drops the gradients."""
 
     def run():
-        y = pick(module(x))
+        y = module(x)
+        y = y[0] if isinstance(y, tuple) else y
         y.backward(torch.ones_like(y))
         for p in [*module.parameters(), x]:
             p.grad = None
@@ -108,67 +104,7 @@ def forward_backward(module, x, pick=lambda y: y):
     return run
 
 
-class Process:
-    """A contestant in a process of its own, so that its threads and memory are its own:
-    (line) -> the numbers that it prints in reply."""
-
-    def __init__(self, script, *words):
-        words = [sys.executable, str(ROOT / "bench" / script), *map(str, words)]
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        self.process = subprocess.Popen(words, text=True, **pipes)
-        ready = self.process.stdout.readline()
-        assert ready == "ready\n", f"{' '.join(words[1:])} did not start; run it by hand"
-
-    def __call__(self, line=""):
-        self.process.stdin.write(f"{line}\n")
-        self.process.stdin.flush()
-        return [float(x) for x in self.process.stdout.readline().split()]
-
-    def close(self):
-        self.process.communicate()
-
-
 # ------------------------------------------------------------------------------ sections
-
-
-class DenseMLP(nn.Sequential):
-    def __init__(self, dim, hidden, out, act):
-        super().__init__(nn.Linear(dim, hidden), Activation(act), nn.Linear(hidden, out))
-
-
-class Activation(nn.Module):
-    def __init__(self, name):
-        super().__init__()
-        self.function = ACTIVATIONS[name]
-
-    def forward(self, x):
-        return self.function(x)
-
-
-class LoopMoE(nn.Module):
-    """The same block as the original runs it: sample by sample, expert by expert."""
-
-    def __init__(self, dim, hidden, out, act, num_experts=4, top_k=2):
-        super().__init__()
-        self.gate, self.top_k = nn.Linear(dim, num_experts, bias=False), top_k
-        self.experts = nn.ModuleList(DenseMLP(dim, hidden, out, act) for _ in range(num_experts))
-        self.out = out
-
-    def forward(self, x):
-        weights, choice = self.gate(x).float().softmax(-1).topk(self.top_k)
-        weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
-        samples = []
-        for x_TD, weights_TK, choice_TK in zip(x, weights, choice):
-            y = x_TD.new_zeros(len(x_TD), self.out)
-            for e, expert in enumerate(self.experts):
-                token, slot = torch.where(choice_TK == e)
-                y = y.index_add(0, token, weights_TK[token, slot, None] * expert(x_TD[token]))
-            samples.append(y)
-        return torch.stack(samples)
-
-
-def first(y):
-    return y[0] if isinstance(y, tuple) else y
 
 
 def moe(runs):
@@ -183,12 +119,12 @@ def moe(runs):
         modules = {"ours": torch.compile(ours), "ours, eager": ours,
                    "dense, same work": torch.compile(dense),
                    "loop": LoopMoE(dim, hidden, out, act).to(DEVICE, DTYPE)}  # fmt: skip
-        contestants = {name: forward_backward(module, x, first) for name, module in modules.items()}
+        contestants = {name: forward_backward(module, x) for name, module in modules.items()}
         rows.append(row("moe", f"{case}, {images} images", race(contestants, runs)))
-        contestants = {f"{E} experts": forward_backward(torch.compile(block(E)), x, first)
+        contestants = {f"{E} experts": forward_backward(torch.compile(block(E)), x)
                        for E in (4, 8, 16, 32)}  # fmt: skip
         rows.append(row("moe", f"{case}, more experts", race(contestants, runs)))
-        torch.compiler.reset()  # the next shape is compiled for itself
+        torch.compiler.reset()  # else the next shape would compile with dynamic sizes
     rows.append(mixtral_block(runs))
     return rows
 
@@ -200,7 +136,7 @@ def scale(runs):
     contestants = {}
     for images in (16, 8, 4, 2, 1):
         x = torch.randn(images, tokens, dim, device=DEVICE, dtype=DTYPE, requires_grad=True)
-        contestants[f"{images} images"] = forward_backward(block, x, first)
+        contestants[f"{images} images"] = forward_backward(block, x)
     seconds = race(contestants, runs)
     result = row("scale", "CLIP-L's block, images", seconds)
     a_image = {n: t / int(n.split()[0]) for n, t in result["medians"].items()}
@@ -210,7 +146,7 @@ def scale(runs):
 
 @torch.no_grad()
 def attention(runs, tokens=32768, window=4096, heads=2, head_dim=64):
-    """FlexAttention forward with the block masks of llm.py: 32k tokens, window of 4k or none."""
+    """FlexAttention forward with the block masks of llm.py: 32k tokens, a window of 4k or none."""
     shape = (1, heads, tokens, head_dim)
     q, k, v = (torch.randn(shape, device=DEVICE, dtype=DTYPE) for _ in range(3))
     places = torch.stack((torch.arange(tokens), torch.ones(tokens, dtype=torch.int64)))
@@ -222,7 +158,7 @@ def attention(runs, tokens=32768, window=4096, heads=2, head_dim=64):
 
 
 def mixtral_block(runs, dim=1024, hidden=3584, tokens=1024):
-    """SwiGLU experts, 8 of them, beside transformers' block for the same model."""
+    """The block with 8 SwiGLU experts; peer: transformers' block for Mixtral."""
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
@@ -234,14 +170,14 @@ def mixtral_block(runs, dim=1024, hidden=3584, tokens=1024):
         nn.init.normal_(p, std=0.02)
     ours = SparseMoE(dim, hidden, 8, 2, act="silu", gated=True, bias=False).to(DEVICE, DTYPE)
     x = torch.randn(1, tokens, dim, device=DEVICE, dtype=DTYPE, requires_grad=True)
-    contestants = {"ours": forward_backward(torch.compile(ours), x, first),
-                   "ours, eager": forward_backward(ours, x, first),
-                   "transformers": forward_backward(torch.compile(theirs), x, first)}  # fmt: skip
+    contestants = {"ours": forward_backward(torch.compile(ours), x),
+                   "ours, eager": forward_backward(ours, x),
+                   "transformers": forward_backward(torch.compile(theirs), x)}  # fmt: skip
     return row("moe", f"Mixtral's block, {tokens} tokens", race(contestants, runs))
 
 
 def llm(runs, layers=6, rows=2, tokens=512):
-    """SmolLM2-135M's shape, a fifth of its layers; the head and the loss are in it."""
+    """SmolLM2-135M's shape with a fifth of its layers, head and loss included."""
     import transformers
 
     cfg = LLMConfig(49152, 576, 1536, layers, 9, 3, tie_embeddings=True)
@@ -268,7 +204,7 @@ def llm(runs, layers=6, rows=2, tokens=512):
 
 
 def training(stage=3, **options):
-    """A Trainer of the miniature in a folder of its own, and its batches."""
+    """(a Trainer of the miniature, its batches, its temporary folder)"""
     place = tempfile.TemporaryDirectory()
     given = {"out": place.name, "init": str(ROOT / "out" / "stage2")} | options
     cfg = train.resolve(given, stage)
@@ -285,14 +221,14 @@ def train_(runs):
 
 
 def half_size(runs):
-    """A step of CuMo at half the size (bench/half_size.py) beside one built from transformers."""
+    """A step of CuMo at half the size; peer: one built from transformers (bench/half_size.py)."""
     seconds, memory = {"ours": [], "transformers": []}, {}
-    for _ in range(2):  # one after the other: 24 GB do not hold both
+    for _ in range(2):  # one process at a time, because 24 GB do not hold both
         for name in seconds:
             step = Process("half_size.py", name)
             steps = [step() for _ in range(3 + (runs + 1) // 2)]
             step.close()
-            seconds[name] += [took for took, _ in steps[3:]]  # the first touch fresh memory
+            seconds[name] += [took for took, _ in steps[3:]]  # the first steps touch fresh memory
             memory[name] = max(gb for _, gb in steps)
     result = row("train", "half size, one step", seconds, peak_memory_gb=memory)
     print("        peak memory " + "; ".join(f"{n} {gb:.1f} GB" for n, gb in memory.items()))
@@ -300,14 +236,14 @@ def half_size(runs):
 
 
 def miniature(runs):
-    """Stage 3 of the miniature; the peer is a large matrix product of as many operations."""
+    """Stage 3 of the miniature; peer: a large matrix product of as many operations."""
     trainer, batches, place = training()
     dtype = torch.bfloat16 if trainer.cfg.bf16 else torch.float32
     seconds, products, shares, speeds = [], [], [], []
-    trainer.train_step(batches)
+    trainer.train_step([next(batches)])
     for _ in range(runs):
         before = trainer.seconds
-        metrics = trainer.train_step(batches)
+        metrics = trainer.train_step([next(batches)])
         took, rate = trainer.seconds - before, memory.product_rate(DEVICE, dtype)
         work = metrics["mfu"] * trainer.rate * took
         seconds.append(took)
@@ -335,7 +271,7 @@ def load(runs, layers=12):
         del model
         gc.collect()
 
-        def read(model):  # a number of each page, as transformers only maps the file until then
+        def read(model):  # transformers maps the file; touching each page loads it
             return [p.flatten()[::2048].sum().item() for p in model.parameters()]
 
         contestants = {
@@ -350,12 +286,12 @@ def load(runs, layers=12):
 
 
 def peak_memory(runs):
-    """Peak memory of a training in a process of its own, above what importing takes."""
+    """Peak memory of a training in a process of its own, minus the peak after the imports."""
     rows = []
     for name, options in {
         "float32": "",
         "recomputing": "--recompute",
-        "bf16-sr, int8 moments": "--weights bf16-sr --moments int8",
+        "bf16-sr, bf16 moments": "--weights bf16-sr --moments bf16",
     }.items():
         code = (
             "import sys, torch, train; from bench import speed; from engine import memory;"
@@ -363,7 +299,7 @@ def peak_memory(runs):
             "start = memory.peak_memory('cpu'); given = {k: getattr(cfg, k) for k in given};"
             "trainer, batches, place = speed.training(**given);"
             "plan = train.choose_precision(trainer.cfg);"
-            "[trainer.train_step(batches) for _ in range(3)];"
+            "[trainer.train_step([next(batches)]) for _ in range(3)];"
             "print(memory.peak_memory(trainer.cfg.device) - start, memory.total(plan))"
         )
         words = [sys.executable, "-c", code, "--rows", "16", *options.split()]
@@ -389,7 +325,7 @@ def start(runs):
 
 
 def bandwidth(x):
-    """Bytes a second at which all cores together read memory: the sum of x, median of five."""
+    """Bytes a second at which all cores together read x to sum it: the median of five."""
     seconds = []
     for _ in range(5):
         begin = time.perf_counter()
@@ -399,7 +335,7 @@ def bandwidth(x):
 
 
 def decode(runs):
-    """SmolLM2-135M, batch 1, 32 tokens read: until the first token, and then a token."""
+    """SmolLM2-135M, batch 1, a prompt of 32 tokens: seconds to the first token and a next one."""
     rows = []
     for precision in ("float32", str(DTYPE)[6:], "int8"):
         if not any(precision in r["case"] for r in rows):
@@ -449,16 +385,16 @@ def decode_at(precision, runs, tokens=96):
         peer = Process("llama_peer.py", packed, kind, torch.get_num_threads())
         contestants[f"llama.cpp {kind}"] = lambda n: peer(n)[0]
     firsts, nexts = ({name: [] for name in contestants} for _ in range(2))
-    # 512 MB on pages as large as those of the weights; small ones are read more slowly
+    # 512 MB on huge pages like those of the weights, because small pages are read more slowly
     memory = huge_pages(2**29).view(torch.float32).to(DEVICE).normal_()
     speeds = []
-    for turn in range(runs + 2):  # two to warm up: the second shape compiles once more
+    for turn in range(runs + 2):  # two warm-ups, because the second shape compiles again
         for name, seconds in contestants.items():
             first, whole = seconds(1), seconds(1 + tokens)
             if turn > 1:
                 firsts[name].append(first)
                 nexts[name].append((whole - first) / tokens)
-            if turn > 1 and name == "ours, compiled":  # the memory's speed changes while one looks
+            if turn > 1 and name == "ours, compiled":  # bandwidth changes over time
                 speeds.append(bandwidth(memory))
     if peer:
         peer.close()
@@ -468,14 +404,14 @@ def decode_at(precision, runs, tokens=96):
     speed = statistics.median(speeds)
     shares = [size / each / now for each, now in zip(nexts["ours, compiled"], speeds)]
     share = statistics.median(shares)
-    print(f"        {size / 2**20:.0f} MB; {share:.0%} of the {speed / 1e9:.0f} GB/s at which "
-          "memory is read")  # fmt: skip
+    print(f"        {size / 2**20:.0f} MB; {share:.0%} of the memory bandwidth, "
+          f"{speed / 1e9:.0f} GB/s")  # fmt: skip
     return [first, rest | {"bytes": size, "gb_s": speed / 1e9, "share_of_bandwidth": share,
                            "shares": shares, "speeds": speeds}]  # fmt: skip
 
 
 def many_answers(runs, rows=16, tokens=32):
-    """16 prompts of unequal length at once, beside one: seconds a token of one answer each."""
+    """16 prompts of unequal length in a batch, compared with one: seconds a token and answer."""
     _, _, llm = smollm2(str(DTYPE)[6:])
     ids = torch.randint(1000, (rows, 32), device=DEVICE)
     segments = (torch.arange(32) >= torch.arange(rows)[:, None]).long().to(DEVICE)
@@ -494,7 +430,7 @@ def many_answers(runs, rows=16, tokens=32):
 
 
 def tokenizer(runs):
-    """Seconds a megabyte beside the reference libraries, over 10 MB (bench/tokenizers.py)."""
+    """Seconds a megabyte, over 10 MB; peers: the reference libraries (bench/tokenizers.py)."""
     subprocess.run([sys.executable, ROOT / "bench" / "tokenizers.py"], check=True)
     measured = json.loads((ROOT / "bench" / "tokenizers.json").read_text())["rows"]
     rows = []
@@ -506,17 +442,9 @@ def tokenizer(runs):
     return rows
 
 
-SECTIONS = {
-    "moe": moe,
-    "start": start,
-    "scale": scale,
-    "decode": decode,
-    "llm": llm,
-    "train": train_,
-    "load": load,
-    "memory": peak_memory,
-    "tokenizer": tokenizer,
-}
+SECTIONS = {"moe": moe, "start": start, "scale": scale, "decode": decode, "llm": llm,
+            "train": train_, "load": load, "memory": peak_memory,
+            "tokenizer": tokenizer}  # fmt: skip
 
 
 def machine():
@@ -532,11 +460,7 @@ def machine():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument(
-        "sections",
-        nargs="*",
-        help="moe start scale decode llm train load memory tokenizer; none: all",
-    )
+    parser.add_argument("sections", nargs="*", help=f"{' '.join(SECTIONS)}; none: all")
     parser.add_argument("--runs", type=int, default=5, help="runs of each, in turn")
     args = parser.parse_args()
     unknown = [name for name in args.sections if name not in SECTIONS]

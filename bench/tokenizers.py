@@ -1,13 +1,12 @@
-"""Our tokenizer beside the libraries it stands for: the same ids? and how fast?
+"""Our tokenizer compared with the reference libraries: are the ids equal, and how fast is it?
 
     python bench/tokenizers.py     # 10 MB, some minutes; prints a table, writes tokenizers.json
 
-Five kinds of text of about 2 MB each, made from what is on the disk, the same at each run on one
-machine: Python's own sources; the documents of the installed packages; words of many languages, one
-script a text (the pieces of Mistral's tekken vocabulary); emoji and the names of Unicode; and code
-points drawn at random. Each reference reads the same texts in the same run, alternating with ours,
-and its best of three times counts (seconds of the processor, so other jobs matter less). SmolLM2 is
-measured when its weights' folder is there.
+Five kinds of text of about 2 MB each, from local files, equal in each run on a machine: Python's
+own sources; the documents of the installed packages; words of many languages, one script a text
+(the pieces of Mistral's tekken vocabulary); emoji and Unicode names; random code points. Each
+reference encodes the same texts, alternating with ours. The best CPU time of three rounds counts,
+so other jobs matter less. SmolLM2 is measured if its weights are in weights/.
 
 Needs the packages of the extra `test`. One thread each.
 """
@@ -28,7 +27,7 @@ import time
 import unicodedata
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # instead of bench/, where this file has the name of a library
+sys.path[0] = str(ROOT)  # not bench/, where this file would be found as the library tokenizers
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import mistral_common
@@ -40,22 +39,22 @@ from data.tokenizer import Tokenizer
 
 MISTRAL = pathlib.Path(mistral_common.__file__).parent / "data"
 TEKKEN = MISTRAL / "tekken_240911.json"
-CHARACTERS = 4_000  # of one text, about
+CHARACTERS = 4_000  # about the length of a text
 
 
-def cut(text):
+def split_text(text):
     return [text[k : k + CHARACTERS] for k in range(0, len(text), CHARACTERS)]
 
 
 def files(folder, *patterns):
-    """The contents of files of a tree, in the order of their names."""
+    """Yields the contents of the files of a tree, sorted by name."""
     for file in sorted(f for pattern in patterns for f in pathlib.Path(folder).rglob(pattern)):
         if file.is_file() and "site-packages" not in str(file.relative_to(folder)):
             yield file.read_text(encoding="utf-8", errors="replace")
 
 
 def languages(rng):
-    """Endless texts of words of one script each."""
+    """Yields texts without end, each with words of one script."""
     scripts = {}
     for token in json.loads(TEKKEN.read_text())["vocab"]:
         word = base64.b64decode(token["token_bytes"]).decode(errors="ignore").strip()
@@ -79,15 +78,15 @@ def emoji(rng):
         yield some + "\n".join(rng.choices(names, k=CHARACTERS // 50))
 
 
-def anything(rng):
+def random_unicode(rng):
     ranges = [(0, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000)]
     while True:
         some = rng.choices(ranges, k=CHARACTERS)
         yield "".join(chr(rng.randrange(*limits)) + " " * (rng.random() < 0.1) for limits in some)
 
 
-def corpus(size):
-    """{kind: texts}, `size` bytes of UTF-8 each, or what there is."""
+def texts_by_kind(size):
+    """{kind: texts}, `size` bytes of UTF-8 each, or less if there is less."""
     rng = random.Random(0)
     paths = sysconfig.get_paths()
     sources = {
@@ -95,12 +94,12 @@ def corpus(size):
         "documents": files(paths["purelib"], "*.md", "*.rst", "*.txt", "METADATA", "LICENSE*"),
         "languages": languages(rng),
         "emoji, names": emoji(rng),
-        "random Unicode": anything(rng),
+        "random Unicode": random_unicode(rng),
     }
     out = {}
     for kind, texts in sources.items():
         out[kind], left = [], size
-        for text in (part for whole in texts for part in cut(whole)):
+        for text in (part for whole in texts for part in split_text(whole)):
             out[kind].append(text)
             left -= len(text.encode())
             if left <= 0:
@@ -108,8 +107,8 @@ def corpus(size):
     return out
 
 
-def pairs(folder):
-    """(name, our encode, the reference's encode) of each kind of tokenizer file."""
+def tokenizer_pairs(folder):
+    """Yields (name, our encode, the reference's encode) for each kind of tokenizer file."""
 
     def ours(name, *sources):
         (folder / name).mkdir()
@@ -117,7 +116,7 @@ def pairs(folder):
             shutil.copy(source, folder / name / target)
         return Tokenizer.from_pretrained(folder / name).encode
 
-    def library(file):  # which would find special tokens in the text, so it is given none
+    def library(file):  # without added tokens, since it would find them in the text
         spec = json.loads(file.read_text()) | {"added_tokens": []}
         reference = tokenizers.Tokenizer.from_str(json.dumps(spec))
         return lambda text: reference.encode(text, add_special_tokens=False).ids
@@ -137,7 +136,7 @@ def pairs(folder):
 
 
 def compare(ours, reference, texts, repeats=3):
-    """(texts with other ids, our seconds, the reference's), the best times of `repeats` rounds."""
+    """-> (texts with different ids, our CPU seconds, the reference's), best of `repeats` rounds."""
     best, different = [float("inf")] * 2, 0
     for _ in range(repeats):
         results = []
@@ -153,11 +152,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--mb", type=float, default=10, help="megabytes of text [10]")
     args = parser.parse_args()
-    rows, texts = [], corpus(args.mb * 1e6 / 5)
+    rows, texts = [], texts_by_kind(args.mb * 1e6 / 5)
     print(f"{'tokenizer, reference':28} {'text':15} {'MB':>5} {'differ':>7} {'ours':>6} "
-          f"{'theirs':>7} {'ratio':>6}  MB/s")  # fmt: skip
+          f"{'theirs':>7} {'ratio':>6}  in MB/s")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        for name, ours, reference in pairs(pathlib.Path(folder)):
+        for name, ours, reference in tokenizer_pairs(pathlib.Path(folder)):
             total = [0, 0, 0, 0]
             for kind, some in [*texts.items(), ("all", [])]:
                 measured = total

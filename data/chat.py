@@ -1,4 +1,4 @@
-"""Conversations to token ids and labels, segment by segment, in the templates of the original.
+"""Conversations to token ids and labels, in the prompt templates of the original.
 
     plain              <s><image>ANSWER\\n
     mistral_instruct   <s><s>[INST] <image>\\nQUESTION [/INST] ANSWER </s>[INST] NEXT [/INST] ...
@@ -6,19 +6,21 @@
                        <|im_start|>user\\n<image>\\nQUESTION<|im_end|>\\n
                        <|im_start|>assistant\\nANSWER<|im_end|>\\n<|im_start|>user\\n ...
 
-(`mistral_instruct_system` puts a system prompt before the first question; `chatml` is SmolLM2's,
-with the system message that its own template adds.) Labels are made while tokenizing: what the
-assistant says, its closing `</s>` or `<|im_end|>` included, is learned, everything else is IGNORE.
-So no text, whatever it contains, can shift them.
+`mistral_instruct_system` puts a system prompt before the first question. `chatml` is SmolLM2's
+template, with the system message that SmolLM2 adds by default.
 
-CuMo: the original finds its labels afterwards, by counting tokens between the `</s>` and `[/INST] `
-of the finished text. Where the text itself holds such a mark, or an answer is empty, it silently
-learns nothing from the sample. Here a mark is text like any other, and a sample with an empty turn
-is `Rejected`.
+The assistant's answers and their closing `</s>` or `<|im_end|>` are learned; every other token has
+the label IGNORE. Labels are made while tokenizing, segment by segment, so nothing in the text can
+shift them.
+
+CuMo: the original makes labels from the finished text, by counting tokens between `</s>` and
+`[/INST] `. If the text itself holds such a mark, or an answer is empty, the original silently
+learns nothing from the sample. Here a mark is ordinary text, and a sample with an empty turn is
+`Rejected`.
 """
 
 IGNORE = -100  # label of a token that is not learned
-IMAGE_TOKEN = -200  # one of these stands for each visual token of an image
+IMAGE_TOKEN = -200  # id of every visual token of an image
 IMAGE_TAG = "<image>"
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -30,13 +32,30 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 
 
 class Rejected(ValueError):
-    """A sample from which nothing can be learned; a training leaves it out and counts it."""
+    """A sample from which nothing can be learned; training leaves it out and counts it."""
 
 
-def check(conversation, n_images, where):
-    """The turns of a conversation, or a ValueError with the sample's name (`where`) and its fault.
+def template_of(tokenizer):
+    """The template of a language model without vision, guessed from its special tokens."""
+    return "chatml" if "<|im_start|>" in tokenizer.special else "mistral_instruct"
 
-    CuMo: a first turn that is the assistant's is dropped (such samples are cut out of longer ones).
+
+def check_template(template, tokenizer):
+    """ValueError if the template is unknown or the tokenizer lacks its special tokens."""
+    if template not in TEMPLATES:
+        raise ValueError(f"template {template!r} is unknown; choose from {', '.join(TEMPLATES)}")
+    for mark in ("<|im_start|>", "<|im_end|>") if template == "chatml" else ():
+        if mark not in tokenizer.special:
+            raise ValueError(f"template chatml needs the token {mark}, which this tokenizer lacks; "
+                             "take mistral_instruct")  # fmt: skip
+
+
+def check_turns(conversation, n_images, where, template=""):
+    """The turns of a conversation. `where` names the sample in errors.
+
+    ValueError for a faulty conversation, `Rejected` for one with an empty turn or no question.
+    CuMo: if the assistant speaks first, that turn is dropped (such samples are cut from longer
+    conversations).
     """
     if not isinstance(conversation, list):
         raise ValueError(f"{where}: a conversation is a list of turns, not {conversation!r:.60}")
@@ -49,10 +68,9 @@ def check(conversation, n_images, where):
             raise ValueError(f'{where}: turn {k} needs "from" and a text "value", got {turn!r:.80}')
         if not isinstance(turn["from"], str) or turn["from"] not in ROLES:
             raise ValueError(f"{where}: turn {k} is from {turn['from']!r:.40}, which is no role; "
-                             "turns are from human and gpt")  # fmt: skip
-    turns = conversation
-    if turns and ROLES[turns[0]["from"]] == "assistant":
-        turns = turns[1:]
+                             "the roles are human and gpt")  # fmt: skip
+    late = conversation and ROLES[conversation[0]["from"]] == "assistant"
+    turns = conversation[1:] if late else conversation
     for k, turn in enumerate(turns):
         if ROLES[turn["from"]] != ("user", "assistant")[k % 2]:
             raise ValueError(f"{where}: {turn['from']} speaks twice in a row, at "
@@ -63,15 +81,15 @@ def check(conversation, n_images, where):
     if tags != n_images:
         raise ValueError(f"{where}: the number of images is {n_images}, of {IMAGE_TAG} tags in the "
                          f"questions {tags}; each image needs one tag")  # fmt: skip
-    return turns
-
-
-def lacks(turns):
-    """What keeps these turns from teaching anything, or None."""
     for k, turn in enumerate(turns):
         if not turn["value"].strip():
-            return f"{('question', 'answer')[k % 2]} {k // 2 + 1} is empty"
-    return None if len(turns) > 1 else "it has no answer" if turns else "it has no question"
+            raise Rejected(f"{where}: {('question', 'answer')[k % 2]} {k // 2 + 1} is empty")
+    if not turns:
+        raise Rejected(f"{where}: it has no question")
+    if template == "plain" and (len(turns) > 2 or n_images == 0):
+        raise ValueError(f"{where}: template plain takes an image and its caption, not "
+                         f"{len(turns)} turns and {n_images} images")  # fmt: skip
+    return turns
 
 
 def place_tags(text):
@@ -80,111 +98,88 @@ def place_tags(text):
     return (f"{IMAGE_TAG}\n" * n + text.replace(IMAGE_TAG, "").strip()).strip() if n else text
 
 
-def template_of(tokenizer):
-    """The template of a bare language model's conversations, from the tokens it has."""
-    return "chatml" if "<|im_start|>" in tokenizer.special else "mistral_instruct"
+def encode_prompt(text, tokenizer, image_tokens):
+    """The ids of a text, each `<image>` in it as `image_tokens` IMAGE_TOKENs."""
+    first, *rest = text.split(IMAGE_TAG)
+    ids = tokenizer.encode(first)
+    for chunk in rest:
+        ids += [IMAGE_TOKEN] * image_tokens + tokenizer.encode(chunk)
+    return ids
 
 
-def check_template(template, tokenizer):
-    """ValueError for a template that is unknown, or needs tokens that the tokenizer lacks."""
-    if template not in TEMPLATES:
-        raise ValueError(f"template {template!r} is unknown; choose from {', '.join(TEMPLATES)}")
-    for mark in ("<|im_start|>", "<|im_end|>") if template == "chatml" else ():
-        if mark not in tokenizer.special:
-            raise ValueError(f"template chatml needs the token {mark}, which this tokenizer lacks; "
-                             "take mistral_instruct")  # fmt: skip
+def write_plain(turns, tokenizer, image_tokens):
+    """Yields (ids, learned): images and the caption. The question is ignored."""
+    n_images = turns[0]["value"].count(IMAGE_TAG)
+    yield [tokenizer.bos] + [IMAGE_TOKEN] * (n_images * image_tokens), False
+    for turn in turns[1:]:
+        yield tokenizer.encode(turn["value"] + "\n"), True
 
 
-class Transcript:
-    """Token ids and labels of a conversation while it is written, piece by piece."""
+def write_mistral(turns, tokenizer, image_tokens, system):
+    """Yields (ids, learned). `[INST]` and `[/INST]` are ordinary text here, as in Mistral-7B v0.1
+    and v0.2."""
+    system = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else ""
+    yield [tokenizer.bos] * 2, False  # CuMo: one <s> from the tokenizer, one from the template
+    for k, turn in enumerate(turns):
+        if k % 2 == 0:
+            text = f"[INST] {'' if k else system}{place_tags(turn['value'])} [/INST]"
+            yield encode_prompt(text, tokenizer, image_tokens), False
+        else:
+            yield tokenizer.encode(f" {turn['value']} ", start=False) + [tokenizer.eos], True
 
-    def __init__(self, tokenizer, image_tokens):
-        self.tokenizer, self.image_tokens, self.ids, self.labels = tokenizer, image_tokens, [], []
 
-    def text(self, text, learn=False, start=True):
-        """Each `<image>` in it becomes `image_tokens` IMAGE_TOKENs. `start`: as in `encode`."""
-        for k, chunk in enumerate(text.split(IMAGE_TAG)):
-            image = [IMAGE_TOKEN] * self.image_tokens if k else []
-            ids = self.tokenizer.encode(chunk, start=start)
-            self.ids += image + ids
-            self.labels += [IGNORE] * len(image) + (ids if learn else [IGNORE] * len(ids))
+def write_chatml(turns, tokenizer, image_tokens):
+    """Yields (ids, learned), the ids that `transformers` makes with SmolLM2's template.
 
-    def token(self, token, learn=False):
-        self.ids.append(token)
-        self.labels.append(token if learn else IGNORE)
+    One exception: an answer is tokenized alone, as the model generates it. `transformers` may
+    merge blanks at the start of an answer with the line break before it.
+    """
+    begin, end = (tokenizer.special[mark] for mark in ("<|im_start|>", "<|im_end|>"))
+    line_break = tokenizer.encode("\n")
+    yield [begin, *tokenizer.encode(f"system\n{SMOL_SYSTEM}"), end, *line_break], False
+    for k, turn in enumerate(turns):
+        if k % 2 == 0:
+            text = f"user\n{place_tags(turn['value'])}"
+            yield [begin, *encode_prompt(text, tokenizer, image_tokens), end, *line_break], False
+            yield [begin, *tokenizer.encode("assistant\n")], False
+        else:
+            yield [*tokenizer.encode(turn["value"]), end], True
+            yield line_break, False
+
+
+def write(turns, tokenizer, template, image_tokens):
+    """Turns that `check_turns` has accepted -> (ids, labels)."""
+    if template == "plain":
+        pieces = write_plain(turns, tokenizer, image_tokens)
+    elif template == "chatml":
+        pieces = write_chatml(turns, tokenizer, image_tokens)
+    else:
+        system = SYSTEM if template.endswith("system") else ""
+        pieces = write_mistral(turns, tokenizer, image_tokens, system)
+    ids, labels = [], []
+    for piece, learned in pieces:
+        ids += piece
+        labels += piece if learned else [IGNORE] * len(piece)
+    return ids, labels
 
 
 def render(conversation, tokenizer, template="mistral_instruct", image_tokens=0, n_images=0,
            where="sample"):  # fmt: skip
     """A conversation `[{"from", "value"}, ...]` as (ids, labels), two lists of equal length.
 
-    Each `<image>` becomes `image_tokens` IMAGE_TOKENs. A conversation that ends with a question is
-    a prompt: its ids end where the answer begins. Raises ValueError, naming `where`, for unknown
-    roles, tags that do not match `n_images`, empty questions and answers.
+    Each `<image>` becomes `image_tokens` IMAGE_TOKENs. If the last turn is a question, the ids end
+    where the answer would begin. Errors: those of `check_template` and `check_turns`.
     """
     check_template(template, tokenizer)
-    turns = check(conversation, n_images, where)
-    fault = lacks(turns)
-    if fault and not (len(turns) == 1 and turns[0]["value"].strip()):
-        raise Rejected(f"{where}: {fault}")
-    out = Transcript(tokenizer, image_tokens)
-    if template == "plain":
-        if len(turns) > 2 or n_images == 0:
-            raise ValueError(f"{where}: template plain takes an image and its caption; here are "
-                             f"{len(turns)} turns and images: {n_images}")  # fmt: skip
-        out.token(tokenizer.bos)
-        out.text(IMAGE_TAG * n_images)
-        if len(turns) == 2:
-            out.text(turns[1]["value"] + "\n", learn=True)
-    elif template == "chatml":
-        write_chatml(out, turns)
-    else:
-        write_mistral(out, turns, SYSTEM if template.endswith("system") else "")
-    return out.ids, out.labels
+    turns = check_turns(conversation, n_images, where, template)
+    return write(turns, tokenizer, template, image_tokens)
 
 
 def render_next(question, tokenizer, template, image_tokens=0, n_images=0, where="sample"):
-    """The ids of one more question, from behind the last answer's end token to where the next
-    answer begins: what `render` would append to such a conversation."""
+    """The ids that one more question appends to a conversation: from the end token of the last
+    answer (not included) to where the next answer begins."""
     turns = [{"from": who, "value": "-"} for who in ("human", "gpt")]
     turns.append({"from": "human", "value": question})
     ids, labels = render(turns, tokenizer, template, image_tokens, n_images, where)
     end = max(i for i, label in enumerate(labels) if label != IGNORE)
     return ids[end + 1 :]
-
-
-def write_mistral(out, turns, system):
-    """`[INST]` and `[/INST]` are letters, as they were to Mistral-7B v0.1 and v0.2."""
-    out.token(out.tokenizer.bos)
-    out.token(out.tokenizer.bos)  # CuMo: the tokenizer's <s>, and a second one from the template
-    system = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else ""
-    for k, turn in enumerate(turns):
-        if k % 2 == 0:
-            out.text(f"[INST] {'' if k else system}{place_tags(turn['value'])} [/INST]")
-        else:
-            out.text(f" {turn['value']} ", learn=True, start=False)
-            out.token(out.tokenizer.eos, learn=True)
-
-
-def write_chatml(out, turns):
-    """The ids are those of `transformers` with SmolLM2's own template, with one exception: an
-    answer is a text of its own here, as it is when the model writes it. `transformers` tokenizes it
-    with the line break before it, to which blanks at the answer's beginning may be joined."""
-    begin, end = (out.tokenizer.special[mark] for mark in ("<|im_start|>", "<|im_end|>"))
-
-    def message(text):
-        out.token(begin)
-        out.text(text)
-        out.token(end)
-        out.text("\n")
-
-    message(f"system\n{SMOL_SYSTEM}")
-    for k, turn in enumerate(turns):
-        if k % 2 == 0:
-            message(f"user\n{place_tags(turn['value'])}")
-            out.token(begin)
-            out.text("assistant\n")
-        else:
-            out.text(turn["value"], learn=True)
-            out.token(end, learn=True)
-            out.text("\n")

@@ -1,19 +1,22 @@
-"""Look at a LLaVA data set before training on it: what would be rejected, cut, or learned.
+"""Check a LLaVA data set before training on it: what would be rejected, cut, or learned.
 
     python -m data.check my.json --image-folder pics            # the miniature
     python -m data.check my.json --image-folder pics --llm weights/mistral --clip weights/clip \\
         --row-tokens 4096 --show 3
     python -m data.check captions.json --image-folder pics --template plain   # as stage 1 reads it
 
-Every record is read, every picture opened and every conversation tokenized, as a training would. A
-faulty record (roles, image tags, a picture that is missing) stops a training; one with a damaged
-picture is skipped, unless they are more than 1 %; one that teaches nothing (an empty answer, or
-none within --row-tokens) is left out. All are listed with id and reason. A conversation longer than
---row-tokens is cut: it loses its last questions and answers. The exit status is 1 if a training
-would stop, or have nothing to learn, and else 0.
+Every record is read, every picture opened and every conversation tokenized, as in training.
 
-`--show N` prints the first N samples; what is learned is green, or, where there are no colours (not
-a terminal, or NO_COLOR is set), stands between « and ».
+    stops       a faulty record: roles, image tags, a missing picture. Training would not start.
+    skipped     its picture is damaged. More than 1 % of them would end a training.
+    left out    it teaches nothing: an empty answer, or none within --row-tokens.
+    cut         longer than --row-tokens; it loses its last questions and answers.
+
+All but the last kind are listed with id and reason. The exit status is 1 if training would stop or
+would have nothing to learn, else 0.
+
+`--show N` prints the first N samples. Learned text is green, or between « and » where there are no
+colours (no terminal, or NO_COLOR is set).
 """
 
 import os
@@ -25,7 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.chat import IGNORE, IMAGE_TOKEN, Rejected, check_template, render, template_of
-from data.flags import parse, run
+from data.flags import check_choice, parse, run
 from data.hub import local_folder
 from data.images import MODES
 from data.llava import Unreadable, check_record, check_row, encode, open_sample, read_records
@@ -37,18 +40,18 @@ from data.weights import read_config
 @dataclass
 class CheckConfig:
     data: str  # LLaVA JSON or JSONL
-    image_folder: str = ""  # where the image paths start
+    image_folder: str = ""  # the folder that the image paths are relative to
     llm: str = "data/mini/llm"  # folder with the tokenizer
     clip: str = "data/mini/clip"  # folder with CLIP's config.json
-    template: str = ""  # how conversations are written; empty: as the tokenizer suggests
+    template: str = ""  # prompt template of the conversations; empty: the tokenizer's
     image_mode: str = "pad"  # how pictures become square: pad or square
-    row_tokens: int = 256  # tokens a row; a conversation loses the turns that go past it
+    row_tokens: int = 256  # tokens a row; a longer conversation loses its last turns
     show: int = 0  # samples to show
-    list: int = 20  # rejected records to list; 0: all of them
+    list: int = 20  # records of each kind to list; 0: all of them
 
 
 class Report:
-    """What was found: of every used sample its lengths, of every other one its reason."""
+    """What was found: the lengths of the samples used, the reasons for all others."""
 
     def __init__(self):
         self.faults, self.skipped, self.left_out, self.sizes = [], [], [], []
@@ -62,12 +65,12 @@ class Report:
         self.dropped += coded.dropped
 
     def stops(self, n):
-        """Whether a training would end at a fault, or at more broken pictures than it bears."""
+        """Whether training on these `n` records would stop."""
         return bool(self.faults) or too_many(len(self.skipped), n)
 
     def print(self, cfg, n):
         print(f"{cfg.data}: {n:,} records; {len(self.lengths):,} are used, {len(self.left_out):,} "
-              f"left out, {len(self.skipped):,} skipped, {len(self.faults):,} would stop a "
+              f"left out, {len(self.skipped):,} skipped, {len(self.faults):,} would stop "
               "training")  # fmt: skip
         kinds = ("stops", self.faults), ("skipped", self.skipped), ("left out", self.left_out)
         for kind, reasons in kinds:
@@ -77,7 +80,7 @@ class Report:
             if len(reasons) > len(shown):
                 print(f"  {kind}: {len(reasons) - len(shown):,} more; --list 0 lists all")
         if too_many(len(self.skipped), n):
-            print(f"{len(self.skipped):,} of {n:,} cannot be read; so many would stop a training")
+            print(f"{len(self.skipped):,} of {n:,} cannot be read; so many would stop training")
         if self.sizes:
             w, h = np.array(self.sizes).T
             print(f"images: {len(w):,}; width {w.min()} to {w.max()}, median {np.median(w):.0f}; "
@@ -87,7 +90,7 @@ class Report:
             percentiles("of them learned", self.learned)
             print(f"longer than --row-tokens {cfg.row_tokens}, hence cut: {self.cut:,} "
                   f"({100 * self.cut / len(self.lengths):.1f} %), by {self.dropped:,} questions "
-                  "and answers")  # fmt: skip
+                  "with their answers")  # fmt: skip
 
 
 def percentiles(name, values):
@@ -97,7 +100,7 @@ def percentiles(name, values):
 
 
 def painted(ids, labels, tokenizer, color):
-    """A sample as text, its special tokens by name, what is learned in green or in « »."""
+    """A sample as text: special tokens by name, learned text in green or in « »."""
     name = {i: token for token, i in tokenizer.special.items()}
     green, plain = ("\033[32m", "\033[0m") if color else ("«", "»")
 
@@ -128,8 +131,7 @@ def main():
     size, patches = clip["image_size"], (clip["image_size"] // clip["patch_size"]) ** 2
     template = cfg.template or template_of(tokenizer)
     check_template(template, tokenizer)
-    if cfg.image_mode not in MODES:
-        raise ValueError(f"--image-mode {cfg.image_mode!r} is unknown; choose from {MODES}")
+    check_choice("image-mode", cfg.image_mode, MODES)
     check_row(cfg.row_tokens, tokenizer, template, patches)
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     report, shown, records = Report(), [], read_records(cfg.data)

@@ -1,10 +1,11 @@
-"""The exam on the emoji world: questions about fresh scenes, and how well one can guess.
+"""The exam on the emoji world: questions about new scenes, and a baseline that only guesses.
 
     asked = exam("pairs", n=80, seed=1)         # [(type, question, answer, picture), ...]
     guess = fixed_answers()                     # {"Is there _?": "yes", ...}
 
-The splits are those of data/world.py that nobody trains on. A fixed answer is the one most often
-right, in training, for questions of the same form; a model that does not look cannot beat it.
+The splits are those of data/world.py that are not trained on. A fixed answer is the most frequent
+answer in the training data to questions of the same form. A model that ignores the picture cannot
+beat it.
 """
 
 import collections
@@ -18,7 +19,7 @@ SPLITS = ("seen", "pairs", "style")
 
 
 def exam(split, n, seed):
-    """`n` questions of a split, every type in turn: [(type, question, answer, picture)]."""
+    """`n` questions of a split, all types in turn: [(type, question, answer, picture)]."""
     asked, i = [], 0
     while len(asked) < n:
         rng = np.random.default_rng((seed, world.SPLITS.index(split), 99, i))
@@ -32,14 +33,14 @@ def exam(split, n, seed):
 
 
 def question_form(question):
-    """The question with every concept and place blanked: what can be known without the picture."""
+    """The question with every concept and category replaced by `_`."""
     words = "|".join(sorted({*world.CONCEPTS, *map(world.plural, world.CONCEPTS),
                              *world.CATEGORIES.values()}, key=len, reverse=True))  # fmt: skip
     return re.sub(rf"\b(an? )?({words})\b", "_", question)
 
 
 def fixed_answers(n=4000):
-    """question form -> the answer most often right in training."""
+    """question form -> its most frequent answer in the training data."""
     counts = collections.defaultdict(collections.Counter)
     for i in range(n):
         rng = np.random.default_rng((3, 99, i))

@@ -7,21 +7,24 @@
 
     cfg, given = parse(Config)      # --lr 1e-4 --no-compile; `given` are the names set by the user
 
-A field without a default is an argument without a name: `python -m data.check my.json`. A mistyped
-flag exits with the nearest name, a mistyped value with what is expected.
+A field without a default is a positional argument: `python -m data.check my.json`. A mistyped flag
+exits with the nearest name, a wrong value with what is expected.
 """
 
 import argparse
 import dataclasses
 import difflib
 import inspect
+import math
 import re
 import sys
 import typing
 
+import torch
+
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line with the way out; exit status 2."""
+    """argparse whose errors are one line that says what to do; exit status 2."""
 
     def error(self, message):
         unknown = re.fullmatch(r"unrecognized arguments: (\S+).*", message, re.S)
@@ -32,14 +35,14 @@ class Parser(argparse.ArgumentParser):
             hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
             message = f"unknown flag {flag}; {hint}"
         elif unknown:
-            message = (f"{unknown[1]!r} belongs to no flag; a switch takes no value, it is written "
+            message = (f"{unknown[1]!r} belongs to no flag; a switch takes no value, write it "
                        "--name or --no-name")  # fmt: skip
         message = re.sub(r": ignored explicit .*", " is a switch and takes no value", message)
         self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}\n")
 
 
 def converter(convert, expected):
-    """A `type` for argparse that says what it expected."""
+    """A `type` for argparse whose errors say what is `expected`."""
 
     def read(text):
         try:
@@ -60,24 +63,25 @@ def seed(text):
 
 
 READ = {
-    "seed": converter(seed, "a whole number from 0 to 2^63 - 1"),
-    int: converter(int, "a whole number"),
+    "seed": converter(seed, "an integer from 0 to 2^63 - 1"),
+    int: converter(int, "an integer"),
     float: converter(float, "a number"),
-    tuple: converter(lambda text: tuple(map(int, text.split(","))), "whole numbers, as in 1,3"),
+    tuple: converter(lambda text: tuple(map(int, text.split(","))), "integers such as 1,3"),
     str: str,
 }
 
 
 def help_lines(cls):
-    """field name -> the comment behind it in the source."""
-    return dict(re.findall(r"^\s+(\w+):[^#\n]*# (.+)$", inspect.getsource(cls), re.M))
+    """field name -> the comment behind it in the source, of `cls` and of those it inherits from."""
+    sources = [inspect.getsource(c) for c in cls.__mro__ if dataclasses.is_dataclass(c)]
+    return dict(re.findall(r"^\s+(\w+):[^#\n]*# (.+)$", "\n".join(sources), re.M))
 
 
 def parse(cls, argv=None, description=""):
     """Read `argv` into (instance of the dataclass `cls`, set of the field names that were given).
 
-    bool becomes `--x / --no-x` (bool | None: it may be that neither was said), int, float and str
-    what they are, a tuple comma-separated integers, a tuple[str, ...] one or more words.
+    A bool (or bool | None) becomes `--x / --no-x`, a tuple comma-separated integers, a
+    tuple[str, ...] one or more words; int, float and str are read as such.
     """
     parser = Parser(description=description, allow_abbrev=False)
     comments, types = help_lines(cls), typing.get_type_hints(cls)
@@ -103,8 +107,39 @@ def parse(cls, argv=None, description=""):
     return cls(**given), set(given)
 
 
+def check_choice(flag, value, choices):
+    """ValueError unless `value` is one of the `choices`."""
+    if value not in choices:
+        raise ValueError(
+            f"--{flag} {value!r} is unknown; choose from {', '.join(filter(None, choices))}"
+        )
+
+
+def check_numbers(cfg, above_0=(), counts=(), infinite=()):
+    """ValueError for a number in `cfg` below 0; for one in `above_0` or `counts` that is not above
+    0 or not 1 or more; for an infinite one, unless in `infinite`."""
+    for field in dataclasses.fields(cfg):
+        name, value = field.name, getattr(cfg, field.name)
+        if type(value) not in (int, float):
+            continue
+        least = "above 0" if name in above_0 else "1 or more" if name in counts else "0 or more"
+        good = value > 0 if name in above_0 else value >= (name in counts)
+        if good and value == math.inf and name not in infinite:
+            good, least = False, "finite"
+        if not good:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be {least}")
+
+
+def check_device(name):
+    """ValueError unless this machine has the device called `name`."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {name}: this machine has no such device; try cpu") from None
+
+
 def run(main):
-    """Call `main()`; ValueError and OSError get one line and exit status 1, no traceback."""
+    """Call `main()`. ValueError and OSError end in one line and exit status 1, no traceback."""
     try:
         main()
     except (ValueError, OSError) as error:

@@ -1,23 +1,24 @@
-"""From the name of a model to the folder its files lie in.
+"""From the name of a model to the local folder with its files.
 
     local_folder("mistralai/Mistral-7B-Instruct-v0.2")  ->  Path
 
-tries, in this order, and takes the first that is complete:
+uses the first of these that is complete:
 
-    the name itself           a folder (or file) of this machine
-    weights/<last part>       where `hf download NAME --local-dir weights/...` puts it
-    the Hugging Face cache    where other programs have downloaded it, read without their package
-    a download                through `huggingface_hub`, if it is installed, into that cache
+    the name itself           a local folder or file; data/mini/... is also found next to the code
+    weights/<last part>       where `hf download NAME --local-dir weights/...` puts it, in the
+                              working folder or next to the code
+    the Hugging Face cache    where other programs have downloaded it; read without their package
+    a download                into that cache, through `huggingface_hub`, if it is installed
 
-The cache is a plain folder tree, `$HF_HUB_CACHE`, else `$HF_HOME/hub`, else
+The cache is a plain folder tree in `$HF_HUB_CACHE`, or `$HF_HOME/hub`, or
 `~/.cache/huggingface/hub`:
 
     models--mistralai--Mistral-7B-Instruct-v0.2/
-        refs/main                   the commit that "main" meant at the last download
-        snapshots/<commit>/...      its files, as links into blobs/; what is not whole is not there
+        refs/main                   the commit of "main" at the last download
+        snapshots/<commit>/...      its files, as links into blobs/; unfinished files are missing
 
-Only what we read is fetched: the config, the tokenizer, and one copy of the weights, in safetensors
-if there is one. `HF_HUB_OFFLINE=1` forbids the network.
+Only the files that we read are downloaded: the config, the tokenizer, and one copy of the weights,
+safetensors if possible. `HF_HUB_OFFLINE=1` forbids downloads.
 """
 
 import os
@@ -26,10 +27,11 @@ from pathlib import Path
 
 from data.weights import STAGE_FILES, WEIGHT_FILES, shards_of
 
+ROOT = Path(__file__).resolve().parents[1]  # the checkout, with the shipped data/mini
 TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tekken.json")
 SAFETENSORS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")
-FETCHED = {  # what is wanted -> the files to download, and those to take if they bring no weights
+DOWNLOADED = {  # `want` -> the files to download, and more of them if these have no weights
     "model": (("config.json", "tokenizer_config.json", *TOKENIZERS, *SAFETENSORS, *STAGE_FILES),
               PICKLES),
     "config": (("config.json",), ()),
@@ -38,33 +40,37 @@ FETCHED = {  # what is wanted -> the files to download, and those to take if the
 
 
 def local_folder(name: str | Path, want: str = "model") -> Path:
-    """The local folder of a model, fetched if need be; `want` is "model", "config" or "tokenizer".
+    """The local folder of a model, downloaded if necessary; `want`: "model", "config", "tokenizer".
 
-    A `Path` is always a place on this machine, a `str` may also be a name such as "org/model".
-    ValueError, with the command that fetches the files, when they are nowhere to be had.
+    A `Path` is always local, a `str` may also be a name on the hub such as "org/model".
+    ValueError, with the command that downloads the files, if they cannot be found.
     """
     path, text = Path(name), str(name)
     if text and path.exists():
         return path
-    part = r"\w[\w.-]*"  # as the hub itself has it, and no way out of the cache's folder
+    if path.parts[:2] == ("data", "mini") and ".." not in path.parts and (ROOT / path).exists():
+        return ROOT / path  # shipped with the code, for scripts started from another folder
+    part = r"\w[\w.-]*"  # the hub's own rule; such a name cannot leave the cache's folder
     named = re.fullmatch(f"{part}/{part}", text, re.ASCII) and isinstance(name, str)
     if not named or ".." in text or "--" in text:
-        raise ValueError(f"{text!r} does not exist; give a local folder, or a name of the hub "
+        raise ValueError(f"{text!r} does not exist; give a local folder, or a name on the hub "
                          "with one slash, as in `hf download org/model`")  # fmt: skip
     local = Path("weights") / path.name
-    found = local if is_complete(local, want) else cached(name, want)
-    return found or download(name, want, local)
+    for folder in (local, ROOT / local):
+        if is_complete(folder, want):
+            return folder
+    return cached(name, want) or download(name, want, local)
 
 
 def cache_folder() -> Path:
-    """Where every program of Hugging Face's keeps its downloads."""
+    """Where Hugging Face's programs keep their downloads."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     home = os.environ.get("HF_HOME") or Path(home) / "huggingface"
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
 
 
 def cached(name: str, want: str) -> Path | None:
-    """The snapshot of `name` in the cache, None unless all that is wanted is there."""
+    """The snapshot of `name` in the cache; None if any wanted file is missing."""
     folder = cache_folder() / ("models--" + name.replace("/", "--"))
     ref = folder / "refs" / "main"
     commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else ""
@@ -73,7 +79,7 @@ def cached(name: str, want: str) -> Path | None:
 
 
 def is_complete(folder: Path, want: str) -> bool:
-    """Whether `folder` holds what is wanted; of weights, every shard that their index names."""
+    """Whether `folder` holds the wanted files, with every shard that an index of weights names."""
     if want == "tokenizer":
         return any((folder / file).is_file() for file in TOKENIZERS)
     if not (folder / "config.json").is_file():
@@ -83,24 +89,26 @@ def is_complete(folder: Path, want: str) -> bool:
 
 
 def download(name: str, want: str, local: Path) -> Path:
-    """Fetch `name` into the cache. ValueError with the way out where that cannot be done."""
+    """Download `name` into the cache. ValueError, with what to do instead, if that fails."""
     file = "config.json " if want == "config" else ""
     advice = f"fetch it with `hf download {name} {file}--local-dir {local}`"
-    missing = f"{name!r} is no local folder and not (whole) in {cache_folder()}"
+    missing = f"{name!r} is no local folder and not completely in {cache_folder()}"
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise ValueError(f"{missing}, and HF_HUB_OFFLINE forbids the network; {advice}")
+        raise ValueError(f"{missing}, and HF_HUB_OFFLINE forbids downloads; {advice}")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise ValueError(f"{missing}; {advice} (`pip install huggingface_hub`)") from None
-    first, instead = FETCHED[want]
+    first, instead = DOWNLOADED[want]
     for patterns in (first, first + instead):
-        try:  # goes on where an interrupted download ended
+        try:  # continues an interrupted download
             found = snapshot_download(name, allow_patterns=patterns, cache_dir=cache_folder())
-        except Exception as error:  # theirs are of many kinds; each has a message
+        except Exception as error:  # many types, all with a message
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"{missing}, and could not be fetched ({reason:.200}); "
+            raise ValueError(f"{missing}, and could not be downloaded ({reason:.200}); "
                              f"{advice}") from None  # fmt: skip
         if is_complete(Path(found), want):
             return Path(found)
-    raise ValueError(f"{name!r} was fetched, but {found} holds no complete {want}: is it a model?")
+    raise ValueError(
+        f"{name!r} was downloaded, but {found} holds no complete {want}: is it a model?"
+    )

@@ -4,10 +4,11 @@
       "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
                         {"from": "gpt", "value": "a cat"}]}, ...]
 
-`image` may be missing (a text-only sample) or a list (one `<image>` tag for each). The whole file
-is checked before the first step of a training: a faulty record is an error, and so is an image
-that is not there; a record that teaches nothing (an empty answer) is left out and its reason kept
-in `rejected`. A picture itself is opened when its turn comes; data/check.py opens them all.
+`image` may be missing (a text-only sample) or a list, with one `<image>` tag for each entry.
+
+The whole file is checked before the first training step. A faulty record or a missing image file
+is an error. A record that teaches nothing (an empty answer) is left out, and the reason is kept in
+`rejected`. A picture is only opened when its sample is used; data/check.py opens all of them.
 """
 
 import json
@@ -17,19 +18,22 @@ import re
 from bisect import bisect_right
 from typing import NamedTuple
 
-from data.chat import IGNORE, IMAGE_TAG, Rejected, check, lacks, render
-from data.images import open_image, preprocess
+from data.chat import IGNORE, IMAGE_TAG, Rejected, check_turns, render, write
+from data.images import open_image, pixels_of
 
 
 class Unreadable(ValueError):
-    """(id, path, reason) of a sample whose picture cannot be used; a training skips it."""
+    """(id, path, reason) of a sample whose picture cannot be used; training skips it."""
 
     def __str__(self):
         return f"sample {self.args[0]}: {self.args[2]}"
 
 
+# ------------------------------------------------------------------------------ records on disk
+
+
 def read_records(path):
-    """The records of a .json list or a .jsonl file. ValueError with the line if it is neither."""
+    """The records of a .json list or a .jsonl file. ValueError, with the line, otherwise."""
     path = pathlib.Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -40,14 +44,15 @@ def read_records(path):
         raise ValueError(f"{path}: is not UTF-8 text; --data wants a JSON or JSONL file") from None
     if path.suffix == ".jsonl":
         lines = enumerate(text.split("\n"), start=1)  # splitlines would also cut at U+2028
-        return [parse(line, f"{path}, line {n}") for n, line in lines if line.strip()]
-    records = parse(text, path)
+        return [parse_json(line, f"{path}, line {n}") for n, line in lines if line.strip()]
+    records = parse_json(text, path)
     if not isinstance(records, list):
         raise ValueError(f"{path}: holds a {type(records).__name__}, not a list of samples")
     return records
 
 
-def parse(text, where):
+def parse_json(text, where):
+    """The value of a JSON text. ValueError, one line that starts with `where`, if it has none."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -58,27 +63,11 @@ def parse(text, where):
         hint += f"; the last id before it is {before[-1]:.60}" if before else ""
         raise ValueError(f"{where}: is not valid JSON ({error}){hint}") from None
     except ValueError:
-        raise ValueError(f"{where}: holds a number of too many digits") from None
-
-
-def check_record(record, k, path, folder):
-    """The image paths of record `k` of the file `path`, all of them inside `folder`.
-
-    ValueError, naming the record, for a fault; `Rejected` where there is nothing to learn.
-    """
-    name = record.get("id") if isinstance(record, dict) else None
-    where = f"{path}: record {k} (id {name!r:.60})"
-    paths = image_paths(record, folder, where)
-    fault = lacks(check(record["conversations"], len(paths), where))
-    absent = [image for image in paths if not os.path.isfile(image)]
-    if absent:
-        raise ValueError(f"{where}: no image {str(absent[0])!r:.300}; see --image-folder")
-    if fault:
-        raise Rejected(f"{where}: {fault}")
-    return paths
+        raise ValueError(f"{where}: holds a number with too many digits") from None
 
 
 def image_paths(record, folder, where):
+    """The paths of a record's images, all inside `folder`. ValueError for any other path."""
     if not isinstance(record, dict) or "conversations" not in record:
         raise ValueError(f'{where}: has no field "conversations"')
     names = record.get("image") or []
@@ -88,6 +77,22 @@ def image_paths(record, folder, where):
         if path is None or path.is_absolute() or ".." in path.parts:
             raise ValueError(f"{where}: image {name!r:.80} is no path inside --image-folder")
     return [pathlib.Path(folder) / name for name in names]
+
+
+def check_record(record, k, path, folder):
+    """The image paths of record `k` of the file `path`.
+
+    ValueError, naming the record, for a fault; `Rejected` if it teaches nothing.
+    """
+    name = record.get("id") if isinstance(record, dict) else None
+    where = f"{path}: record {k} (id {name!r:.60})"
+    paths = image_paths(record, folder, where)
+    absent = [image for image in paths if not os.path.isfile(image)]
+    if absent:
+        raise ValueError(f"{where}: no image {str(absent[0])!r:.300}; see --image-folder")
+    if len(check_turns(record["conversations"], len(paths), where)) == 1:
+        raise Rejected(f"{where}: it has no answer")
+    return paths
 
 
 def open_sample(record, name, paths):
@@ -102,7 +107,7 @@ def open_sample(record, name, paths):
 
 
 class LlavaData:
-    """The samples of a LLaVA file, of its first `limit` records (0: of all); used like World."""
+    """The samples of a LLaVA file, used like `World`. `limit`: only its first records; 0: all."""
 
     def __init__(self, path, image_folder="", limit=0):
         self.folder, self.records, self.rejected, faults = image_folder, [], [], []
@@ -129,50 +134,49 @@ class LlavaData:
         return open_sample(record, self.name(i), image_paths(record, self.folder, f"record {k}"))
 
     def name(self, i):
-        """The sample's id, or its place in the file."""
+        """The sample's id, or else the number of its record."""
         k, record = self.records[i]
         return str(record.get("id", k))
 
 
+# ------------------------------------------------------------------------------ samples to arrays
+
+
 class Encoded(NamedTuple):
     ids: list
-    labels: list  # of equal length; IGNORE where nothing is learned
-    images: list  # of tensors [3, S, S]
+    labels: list  # as long as `ids`; IGNORE where nothing is learned
+    images: list  # of arrays [3, S, S]
     dropped: int  # pairs of question and answer that did not fit
 
 
 def encode(sample, tokenizer, template, image_tokens, image_size, image_mode="pad",
            max_tokens=None):  # fmt: skip
-    """A sample, ready to be packed. One longer than `max_tokens` loses its last questions, with
-    their answers and images. `Rejected` when nothing is left to learn, `Unreadable` for a picture
-    that cannot be made square.
+    """A sample -> Encoded, ready to be packed.
 
-    CuMo: the original cuts anywhere, also in an image, whose features then go nowhere.
+    A sample longer than `max_tokens` loses its last questions, with their answers and images.
+    Errors: those of `check_turns`; `Rejected` if nothing is left to learn; `Unreadable` for a
+    picture that cannot be made square.
+    CuMo: the original cuts at any token, even inside an image, and ignores the image's features.
     """
     where, images = f"sample {sample['id']}", sample["images"]
-    turns = check(sample["conversations"], len(images), where)
-
-    def first(pairs):
-        """The first `pairs` of question and answer as (ids, labels, number of images)."""
-        kept = turns[: 2 * pairs]
-        n = sum(turn["value"].count(IMAGE_TAG) for turn in kept)
-        return *render(kept, tokenizer, template, image_tokens, n, where), n
-
-    pairs = (len(turns) + 1) // 2  # the last may be a question alone
-    ids, labels, n = first(pairs)
-    fit = pairs
+    turns = check_turns(sample["conversations"], len(images), where, template)
+    how = tokenizer, template, image_tokens
+    ids, labels = write(turns, *how)
+    pairs = fit = (len(turns) + 1) // 2  # the last may be a question alone
     if max_tokens and len(ids) > max_tokens:
-        fit = bisect_right(range(1, pairs), max_tokens, key=lambda k: len(first(k)[0]))
+        length = lambda pairs: len(write(turns[: 2 * pairs], *how)[0])
+        fit = bisect_right(range(1, pairs), max_tokens, key=length)
         if not fit:
             raise Rejected(f"{where}: its first question and answer alone do not fit in "
                            f"--row-tokens {max_tokens}")  # fmt: skip
-        ids, labels, n = first(fit)
+        turns = turns[: 2 * fit]
+        ids, labels = write(turns, *how)
     if all(label == IGNORE for label in labels):
         raise Rejected(f"{where}: there is no answer to learn in its {len(ids)} tokens")
     pixels = []
-    for image in images[:n]:
+    for image in images[: sum(turn["value"].count(IMAGE_TAG) for turn in turns)]:
         try:
-            pixels.append(preprocess(image, image_size, image_mode))
+            pixels.append(pixels_of(image, image_size, image_mode))
         except ValueError as error:
             path = getattr(image, "filename", "")
             raise Unreadable(sample["id"], path, str(error)) from None
@@ -180,11 +184,11 @@ def encode(sample, tokenizer, template, image_tokens, image_size, image_mode="pa
 
 
 def check_row(row_tokens, tokenizer, template, image_tokens):
-    """ValueError if a row of `row_tokens` has no room for an image and the words around it."""
+    """ValueError if a row of `row_tokens` has no room for an image, a question and an answer."""
     talk = [{"from": "human", "value": IMAGE_TAG}, {"from": "gpt", "value": "a"}]
     least = len(render(talk, tokenizer, template, image_tokens, n_images=1)[0])
     if row_tokens < least:
-        enough = -(-(least + 64) // 64) * 64  # 64 tokens or more for a question and its answer
+        enough = -(-(least + 64) // 64) * 64  # at least 64 tokens for question and answer
         raise ValueError(f"--row-tokens {row_tokens} is too short: an image takes {image_tokens} "
                          f"tokens, {least} with what template {template} writes around it; take "
                          f"--row-tokens {enough} or more")  # fmt: skip

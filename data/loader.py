@@ -1,23 +1,24 @@
-"""Samples of a data set in a given order, from a given place on, read by worker processes.
+"""Samples of a data set in a given order, from any place on, read ahead by worker processes.
 
     order     7 2 9 4 0 ...  ---> worker 1   7 . 9 . 0 ---.
     (data_order, --seed)      '-> worker 2   . 2 . 4 .   ---+--> 7 2 9 4 0 ...  --> packing
 
-A worker opens the pictures of its samples, makes tensors of them, and tokens of the conversations;
-it works ahead of the training, which so never waits for a disk. What comes out, and in which order,
-does not depend on the number of workers. With 0 the training does it all itself.
+A worker opens the pictures of its samples and tokenizes the conversations. Workers run ahead of
+the training, so the training does not wait for the disk. The samples and their order do not depend
+on the number of workers; with 0 workers the training process reads them itself. Every sample is
+counted as one of four kinds:
 
     used        goes on to the packing
     cut         the same, but its last turns did not fit in a row (data/llava.py)
     rejected    teaches nothing
     skipped     its picture cannot be read; listed in OUT/stageN/skipped.jsonl
 
-A rejected or skipped sample leaves an empty one in its place, so a place in the order says exactly
-how far a training has come. A faulty sample (say, with an unknown role) ends the training.
+An empty sample takes the place of a rejected or skipped one, so the number of samples used says
+exactly how far a training is. A faulty sample (an unknown role, for example) ends the training.
 
-A few broken pictures are no reason to stop for; a folder that has gone is. So a training ends when
-more than 1 % of the samples it has met so far, and at least 10, were skipped: of fewer, one
-percent says nothing, and the first sample alone could end it.
+A few broken pictures should not stop a training; a missing folder should. So a training ends when
+more than 1 % of the samples so far, and at least 10, were skipped. Without the lower limit the
+first broken picture could end it.
 """
 
 import json
@@ -32,12 +33,29 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data.chat import Rejected
-from data.llava import Unreadable
+from data.llava import LlavaData, Unreadable
+from data.world import World
 
 KINDS = "used", "cut", "rejected", "skipped"
-EMPTY = [], [], []  # in the place of a sample that cannot be used
-SKIPPED_SHARE, SKIPPED_LEAST = 0.01, 10  # more than this share, and so many, end a training
-AHEAD = 4  # samples that each worker holds ready
+EMPTY = [], [], []  # takes the place of a sample that cannot be used
+SKIPPED_SHARE, SKIPPED_LEAST = 0.01, 10  # a training ends above this share and from this number on
+AHEAD = 4  # samples that each worker keeps ready
+
+
+def open_data(cfg, task):
+    """The samples of --data, or those of a `task` of the emoji world; cfg: a train.TrainConfig."""
+    if cfg.data:
+        return LlavaData(cfg.data, cfg.image_folder, cfg.limit)
+    if cfg.limit:
+        raise ValueError(f"--limit {cfg.limit} is for --data; the emoji world has --samples")
+    if cfg.preset not in ("mini", "smol-mini"):
+        raise ValueError(
+            f"stage {cfg.stage} of {cfg.preset} needs data of its own: run it by itself, with "
+            f"--stage {cfg.stage} --data FILE.json --image-folder DIR"
+        )
+    if not cfg.samples:
+        raise ValueError("--samples 0 means all of --data; the emoji world needs a number")
+    return World("train", task, cfg.samples, cfg.seed, cfg.augment)
 
 
 def data_order(n, samples, seed):
@@ -48,8 +66,8 @@ def data_order(n, samples, seed):
 
 
 def default_workers(device):
-    """None beside a CPU that has to train; 4 to feed a GPU (each reads some 50 photos a second), or
-    as many as there are cores for each of this machine's training processes."""
+    """0 for training on a CPU, which has no core to spare; for a GPU up to 4 (each reads about 50
+    photos a second), but no more than this process's share of the cores."""
     if not device.startswith("cuda"):
         return 0
     affinity = getattr(os, "sched_getaffinity", None)  # Linux: the cores we may use
@@ -58,8 +76,8 @@ def default_workers(device):
 
 
 def summary(counts, rejected, row_tokens):
-    """What a training says of its samples at its end. ValueError if it could learn from none.
-    rejected: the reasons of those that were left out before it began."""
+    """Lines about the samples that a finished training left out or cut. ValueError if it could use
+    none. rejected: the reasons of the samples left out before the first step."""
     if not counts["used"] + counts["cut"]:
         raise ValueError(f"none of the {sum(counts.values())} samples holds an answer to learn "
                          f"within --row-tokens {row_tokens}; {counts['skipped']} of them were "
@@ -73,16 +91,20 @@ def summary(counts, rejected, row_tokens):
 
 
 def too_many(skipped, seen):
+    """Whether so many skipped samples of those `seen` end a training."""
     return skipped >= SKIPPED_LEAST and skipped > SKIPPED_SHARE * seen
 
 
-def as_it_is(x):  # DataLoader's own way walks through every list of token ids
+def unchanged(x):  # DataLoader's default would convert every list of token ids
     return x
 
 
 def start_worker(_):
-    """Ctrl-C and SIGTERM often reach the whole group: the parent alone answers, and saves. (A
-    second SIGTERM is meant for us.) When the parent dies, however it does, so do we."""
+    """Leave signals to the parent process, and exit when it dies.
+
+    Ctrl-C and SIGTERM often reach the whole process group; the parent alone saves and stops the
+    workers. A second SIGTERM comes from the parent and ends the worker.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
@@ -94,10 +116,10 @@ def start_worker(_):
 
 
 class Loader:
-    """Serves `data` in `order` (indices), through `code`: sample -> `data.llava.Encoded`.
+    """Serves `data` in `order` (indices), each sample through `code`: sample -> `Encoded`.
 
-    counts: how many of each of KINDS so far, kept up to date here. log: the file that lists skipped
-    samples; None: they are listed nowhere.
+    counts: number of samples of each of the KINDS so far, updated here. log: the file that lists
+    skipped samples, or None.
     """
 
     def __init__(self, data, order, code, workers=0, counts=None, log=None):
@@ -105,22 +127,23 @@ class Loader:
         self.counts, self.log = dict.fromkeys(KINDS, 0) if counts is None else counts, log
 
     def __getitem__(self, i):
-        """`data[i]` encoded, by a worker. Its fault is handed over, not raised, to come out as it
-        is. Pictures go as arrays: tensors would lie in shared memory, of which a container has
-        64 MB, until the last of their step is there."""
+        """`data[i]` encoded, perhaps in a worker. A fault is returned, so that the training process
+        can raise it unchanged. Pictures stay arrays: tensors would be sent through shared memory,
+        and a container often has only 64 MB of it."""
         try:
-            coded = self.code(self.data[i])
+            return self.code(self.data[i])
         except (ValueError, OSError) as fault:
             return fault
-        return coded._replace(images=[image.numpy() for image in coded.images])
 
     def samples(self, start=0):
         """Yields (ids, labels, images [3, S, S]) from place `start` of the order on."""
-        listed = self.listed_before(start)
-        for place, coded in enumerate(self.stream(start), start):
+        reasons = self.open_log(start)
+        order = self.order[start:].tolist()
+        stream = self.read_ahead(order) if self.workers else (self[i] for i in order)
+        for place, coded in enumerate(stream, start):
             sample, kind = EMPTY, "skipped"
             if isinstance(coded, Unreadable):
-                self.skip(coded, place, listed)
+                self.skip(coded, place, reasons)
             elif isinstance(coded, Rejected):
                 kind = "rejected"
                 if self.counts[kind] < 3:
@@ -128,25 +151,26 @@ class Loader:
             elif isinstance(coded, Exception):
                 raise coded
             else:
-                sample = coded.ids, coded.labels, [torch.from_numpy(x) for x in coded.images]
+                sample = coded.ids, coded.labels, coded.images
                 kind = "cut" if coded.dropped else "used"
             yield sample
-            # Only now: a sample that `pack` keeps for its next batch is not used yet, and comes
-            # again after a resume.
+            # Count after the yield: a sample that `pack` keeps for its next batch is not used yet,
+            # and a resumed training reads it again.
             self.counts[kind] += 1
 
-    def stream(self, start):
-        """What `self[i]` is for the order from `start` on, computed ahead by the workers."""
-        generator = torch.Generator()  # else DataLoader draws its seed from the training's
-        options = dict(batch_size=None, collate_fn=as_it_is, generator=generator)
-        if self.workers:
-            fork = "fork" if sys.platform == "linux" else None  # records need not be copied
-            options |= dict(num_workers=self.workers, prefetch_factor=AHEAD,
-                            worker_init_fn=start_worker, multiprocessing_context=fork)  # fmt: skip
-        stream = iter(DataLoader(self, sampler=self.order[start:].tolist(), **options))
+    def read_ahead(self, order):
+        """Yields `self[i]` for i in `order`, computed ahead by the workers."""
+        generator = torch.Generator()  # without it, DataLoader draws from the training's generator
+        fork = "fork" if sys.platform == "linux" else None  # records need not be copied
+        loader = DataLoader(
+            self, sampler=order, batch_size=None, collate_fn=unchanged, generator=generator,
+            num_workers=self.workers, prefetch_factor=AHEAD, worker_init_fn=start_worker,
+            multiprocessing_context=fork)  # fmt: skip
+        stream = iter(loader)
         main = threading.current_thread() is threading.main_thread()
-        if self.workers and main and hasattr(signal, "SIGCHLD"):
-            # DataLoader would raise a worker's death wherever the training is; wait for `next`
+        if main and hasattr(signal, "SIGCHLD"):
+            # DataLoader's handler raises a worker's death anywhere in the training. Without it,
+            # `next` raises.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
             yield from stream
@@ -156,12 +180,11 @@ class Loader:
             raise ValueError(f"a process that reads the data has died ({error}), maybe for lack of "
                              "memory; try fewer --workers") from None  # fmt: skip
         finally:
-            if self.workers:  # now; when garbage is collected it takes them 10 seconds
-                stream._shutdown_workers()
+            stream._shutdown_workers()  # garbage collection would take 10 seconds
 
-    def listed_before(self, start):
-        """{(id, path): reason} of what the log held when a training was at `start`; later lines
-        are removed, and one that was cut short, as their samples come again."""
+    def open_log(self, start):
+        """{(id, path): reason} of the samples skipped before place `start`. Later lines are removed
+        from the log, since their samples come again, and so is a line that was cut short."""
         if not (self.log and self.log.is_file()):
             return {}
         lines = self.log.read_bytes().splitlines(keepends=True)
@@ -169,22 +192,22 @@ class Loader:
         os.truncate(self.log, sum(map(len, lines)))
         return {(row["id"], row["path"]): row["reason"] for row in map(json.loads, lines)}
 
-    def skip(self, fault, place, listed):
-        """List a sample (once, if it comes every epoch), and end the training if they are many."""
+    def skip(self, fault, place, reasons):
+        """Log a skipped sample (once, not every epoch). ValueError if too many were skipped."""
         name, path, reason = fault.args
-        if (name, path) not in listed:
-            listed[name, path] = reason
+        if (name, path) not in reasons:
+            reasons[name, path] = reason
             if self.log:
                 line = {"place": place, "id": name, "path": path, "reason": reason}
                 with open(self.log, "a") as file:
                     file.write(json.dumps(line) + "\n")
-            if len(listed) <= 3:
+            if len(reasons) <= 3:
                 tqdm.write(f"skipped: {fault}")
         skipped = self.counts["skipped"] + 1
         if too_many(skipped, place + 1):
-            first = "; ".join(list(listed.values())[:3])
+            first = "; ".join(list(reasons.values())[:3])
             raise ValueError(
                 f"{skipped} of the first {place + 1:,} samples have a picture that cannot be read, "
                 f"which is more than {100 * SKIPPED_SHARE:.0f} %: {first}; ... {self.log} lists "
-                "them. Mend them, then the same command continues"
+                "them all. Repair the pictures, then the same command continues"
             )

@@ -1,28 +1,28 @@
-"""Whole conversations laid end to end in rows of one fixed length.
+"""Packing: whole conversations end to end in rows of one fixed length.
 
     row      | sample 1          | sample 2     | sample 3       |..|
     segments | 1 1 1 1 1 1 1 1 1 | 2 2 2 2 2 2  | 3 3 3 3 3 3 3  |00|
 
-`segments` tells attention who belongs together (0 is padding) and where positions restart, so a
-packed row gives the same numbers as its samples alone, shapes never change, and little is spent on
-padding.
+`segments` numbers the samples of a row; 0 is padding. Attention stays inside a segment and
+positions restart with it, so a packed row gives the same numbers as its samples alone. Shapes never
+change, and few tokens are padding.
 """
 
+import numpy as np
 import torch
 
-from data.chat import IGNORE
+from data.chat import IGNORE, IMAGE_TOKEN
 
-PAD = 0  # token id under padding; never seen by anyone, segments say so
+PAD = 0  # token id under padding; its value does not matter
 
 
 def pack(samples, rows, length):
-    """First-fit: put `samples` [(ids, labels, images)] into `rows` rows of `length` tokens.
+    """First-fit packing of `samples` [(ids, labels, images)] into batches of `rows` rows.
 
-    Yields batches `{"tokens", "labels", "segments": [rows, length] int64, "images": list in reading
-    order, "samples": how many}`. A sample goes into the first row with room; one that fits nowhere
-    closes the batch and opens the next, so batch after batch uses the samples in their order. An
-    empty sample takes no room but is counted: the place of one that was rejected.
-    ValueError for a sample longer than a row.
+    A sample goes into the first row with enough room. If no row has room, the batch is finished and
+    the sample opens the next one, so the batches use the samples in their order. An empty sample
+    stands for a rejected one: it takes no room but is counted. ValueError for a sample longer than
+    `length`. Yields the batches of `assemble`.
     """
     batch, used = [[] for _ in range(rows)], [0] * rows
     for ids, labels, images in samples:
@@ -40,7 +40,8 @@ def pack(samples, rows, length):
 
 
 def assemble(batch, length):
-    """Rows of samples -> one batch of tensors."""
+    """Rows of samples -> {"tokens", "labels", "segments": [rows, length] int64, "images":
+    [n, 3, S, S] in reading order, "samples": how many}."""
     tokens = torch.full((len(batch), length), PAD)
     labels = torch.full((len(batch), length), IGNORE)
     segments = torch.zeros(len(batch), length, dtype=torch.long)
@@ -50,9 +51,33 @@ def assemble(batch, length):
         for k, (ids, targets, pictures) in enumerate(row):
             here = slice(at, at + len(ids))
             tokens[r, here], labels[r, here] = torch.tensor(ids), torch.tensor(targets)
-            labels[r, at : at + 1] = IGNORE  # nobody predicts the first token of a conversation
+            labels[r, at : at + 1] = IGNORE  # nothing predicts the first token of a conversation
             segments[r, here] = k + 1
             images.extend(pictures)
             at += len(ids)
+    images = torch.from_numpy(np.stack(images)) if images else torch.empty(0, 3, 0, 0)
     return {"tokens": tokens, "labels": labels, "segments": segments, "images": images,
             "samples": sum(map(len, batch))}  # fmt: skip
+
+
+def collate(batch, image_tokens, rank=0, world=1):
+    """A packed batch -> the arguments of CuMo.forward for the rows of `rank` out of `world` ranks.
+
+    "images" is missing if the batch has none, and empty if only rows of other ranks have some.
+    """
+    rows = len(batch["tokens"])
+    check_rows(rows, world)
+    mine = slice(rank * rows // world, (rank + 1) * rows // world)
+    given = {name: batch[name][mine] for name in ("tokens", "labels", "segments")}
+    if len(batch["images"]):
+        ends = (batch["tokens"] == IMAGE_TOKEN).sum(1).cumsum(0) // image_tokens
+        ends = [0, *ends.tolist()]  # ends[r]: images of the rows before r
+        given["images"] = batch["images"][ends[mine.start] : ends[mine.stop]]
+    return given
+
+
+def check_rows(rows, world):
+    """ValueError unless every one of `world` ranks gets the same number of rows."""
+    if rows % world:
+        raise ValueError(f"--rows {rows} cannot be shared evenly by {world} processes; use a "
+                         f"multiple of {world}: --rows {-(-rows // world) * world}")  # fmt: skip

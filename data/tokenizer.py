@@ -1,24 +1,24 @@
-"""Text to token ids and back; the whole of byte-pair encoding is left to tiktoken.
+"""Text to token ids and back; tiktoken does the byte-pair encoding.
 
-A byte-pair encoder starts from small units and keeps joining the two neighbours whose joined piece
-stands first in its table. tiktoken starts from bytes and reads such a table, `piece -> rank`.
-Three kinds of files are translated into it, and a second table says which ids each rank stands for:
+A byte-pair encoder starts from small units and repeatedly joins the two neighbours whose joined
+piece has the lowest rank in a table. tiktoken starts from bytes and takes a table `piece -> rank`.
+Three kinds of files are translated into such a table; a second table maps ranks to token ids:
 
-    tokenizer.json     byte-level BPE (GPT-2, SmolLM2, our miniature): its merges are the order.
-    tokenizer.model    SentencePiece BPE (Mistral, Mixtral, Llama 2): a space is written `▁`, also
-                       before the first word, and a character without a piece becomes its bytes.
-                       Here the units are characters, so the table puts together each character
-                       first, byte by byte, and then the longer pieces by their score:
+    tokenizer.json     byte-level BPE (GPT-2, SmolLM2, our miniature); the merges give the ranks.
+    tokenizer.model    SentencePiece BPE (Mistral, Mixtral, Llama 2). A space is written `▁`, also
+                       before the first word; a character without a piece becomes its bytes.
+                       SentencePiece starts from characters, so the table first builds every
+                       character from its bytes, then the longer pieces in the order of their score:
 
                            256 bytes | E2 96, E2 96 81 = ▁ | ... every character ... | ▁t | in | ...
 
-                       UTF-8 never confuses two characters; hence the ids are SentencePiece's own.
-                       (A `tokenizer.json` made from such a file works too.)
-    tekken.json        Mistral's later files (Nemo, Pixtral): already tiktoken's table; the special
-                       tokens take the first ids, so a piece's id is its rank and their number.
+                       No character's UTF-8 bytes contain another's, so the ids are exactly
+                       SentencePiece's. (A `tokenizer.json` made from such a file works too.)
+    tekken.json        Mistral's later files (Nemo, Pixtral): already a table for tiktoken. Special
+                       tokens have the first ids, so a piece's id is its rank plus their number.
 
-Special tokens (`<s>`, `</s>`, `[INST]`) are never found in text: whoever wants one asks for it by
-name, so a user who types `</s>` gets its letters and no control token.
+Special tokens (`<s>`, `</s>`, `[INST]`) are never recognised in text, only looked up by name. A
+user who types `</s>` gets ordinary letters, not a control token.
 """
 
 import base64
@@ -33,28 +33,29 @@ from data.hub import local_folder
 
 # GPT-2's pattern: words keep their leading space, numbers and punctuation stay apart.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-# The same where each digit is a token of its own, without the space before it (SmolLM2).
+# The same, but each digit is a word of its own, without the space before it (SmolLM2).
 DIGITS_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
 WORD = r"[\p{L}\p{N}]"
-UNASSIGNED = "\uffff"  # neither letter nor number in any Unicode
+UNASSIGNED = "\uffff"  # neither letter nor number in any version of Unicode
 MARK = "▁"  # SentencePiece's space, U+2581
-# No piece has a MARK after another character, so text may be cut before every run of them.
+# No piece has a MARK after another character, so text may be cut before every run of MARKs.
 MARK_PATTERN = f"{MARK}*[^{MARK}]+|{MARK}+"
 
 
 @functools.cache
 def words_of_tiktoken():
-    """An encoding whose ids are the bytes of the letters and numbers in a text."""
+    """An encoding that gives the UTF-8 bytes of the letters and numbers in a text, by tiktoken's
+    own version of Unicode."""
     bytes_alone = {bytes([b]): b for b in range(256)}
     return tiktoken.Encoding("", pat_str=WORD, mergeable_ranks=bytes_alone, special_tokens={})
 
 
 class Tokenizer:
-    """`encode(text) -> ids`, `decode(ids) -> text`; `special["</s>"]` gives a control token's id.
+    """`encode(text) -> ids`, `decode(ids) -> text`; `special["</s>"]` is a special token's id.
 
     pieces: {bytes: tuple of ids}, in the order in which they are joined. fallback: the ids of the
-    256 bytes, if it is a SentencePiece. names: the special tokens that begin and end a text.
-    `files` are what it was read from, to be copied beside a checkpoint.
+    256 bytes, for SentencePiece only. names: the special tokens at the beginning and end of a text.
+    files: the files it was read from, copied into every checkpoint.
     """
 
     def __init__(self, pieces, special, pattern, fallback=(), names=("<s>", "</s>"), files=()):
@@ -73,23 +74,23 @@ class Tokenizer:
         self.bytes_of = {i: bytes([b]) for b, i in enumerate(fallback)}
         self.bytes_of |= {ids[0]: piece for piece, ids in pieces.items() if len(ids) == 1}
         self.vocab_size = max(*(max(ids, default=0) for ids in self.ids), *special.values()) + 1
-        self.gone = bytes(b for b in range(256) if pieces[bytes([b])] == ())  # have no token
+        self.gone = bytes(b for b in range(256) if pieces[bytes([b])] == ())  # without a token
         ranks = {piece: rank for rank, piece in enumerate(pieces)}
         self.bpe = tiktoken.Encoding(
             "nanocumo", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
         )
 
     def encode(self, text, start=True):
-        """Token ids of `text`, no special token added. `start=False`: it goes on after other text
-        (only SentencePiece cares: it writes a space before the beginning of a text)."""
+        """Token ids of `text`, without special tokens. `start=False`: the text continues another
+        one, so SentencePiece puts no space before it."""
         if self.mark and text:
             text = (self.mark if start else "") + text.replace(" ", self.mark)
         raw = text.encode(errors="replace") if self.gone else b""
         whole = len(raw.translate(None, self.gone)) == len(raw)
         try:
             ranks = self.bpe.encode_ordinary(text) if whole else self.ranks_around_gaps(text)
-        except BaseException as error:  # of a pattern that cuts out nothing, or goes round for ever
-            if type(error).__name__ != "PanicException":  # which Rust raises, and is no Exception
+        except BaseException as error:  # Rust's PanicException is not an Exception
+            if type(error).__name__ != "PanicException":  # its pattern matches nothing, or too long
                 raise
             source = self.files[0] if self.files else "the tokenizer"
             raise ValueError(f"{source}: its pattern {self.pattern!r:.80} does not cut every text "
@@ -98,10 +99,10 @@ class Tokenizer:
 
     def ranks_around_gaps(self, text):
         """Ranks of a text with bytes that have no token (SmolLM2: some control characters). Like
-        `tokenizers`, take them out of a word first, then join what has become neighbours."""
-        import regex  # tiktoken needs it too, but has cut text itself, by an older Unicode
+        `tokenizers`, remove these bytes from each word first, then merge the rest."""
+        import regex  # installed with tiktoken; its Unicode is newer than the one in tiktoken
 
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as tiktoken
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # like tiktoken
         words = "".join(set(regex.findall(WORD, text)))
         known = bytes(words_of_tiktoken().encode_ordinary(words)).decode()
         plain = text.translate({ord(c): UNASSIGNED for c in set(words) - set(known)})
@@ -111,15 +112,15 @@ class Tokenizer:
         return [rank for word in words for rank in self.bpe._encode_single_piece(word)]
 
     def decode(self, ids):
-        """The text of `ids`; special tokens are left out. Bytes that are no UTF-8 become U+FFFD."""
+        """The text of `ids` without special tokens. Bytes that are not UTF-8 become U+FFFD."""
         text = b"".join(self.bytes_of.get(int(i), b"") for i in ids).decode(errors="replace")
         return text.removeprefix(self.mark).replace(self.mark, " ") if self.mark else text
 
     @classmethod
     def from_pretrained(cls, path):
-        """Read a model directory's `tokenizer.model`, or else its `tekken.json`, or else its
-        `tokenizer.json`; the names of the first and last token from `tokenizer_config.json`.
-        ValueError for kinds unknown here."""
+        """Read the first of `tokenizer.model`, `tekken.json` and `tokenizer.json` that a model
+        directory has, and the names of bos and eos from `tokenizer_config.json`. ValueError for a
+        damaged file or an unknown kind."""
         path = local_folder(path, "tokenizer")
         read = {"tokenizer.model": read_sentencepiece, "tekken.json": read_tekken,
                 "tokenizer.json": read_tokenizer_json}  # fmt: skip
@@ -134,7 +135,7 @@ class Tokenizer:
             names = [name["content"] if isinstance(name, dict) else name for name in names]
             return cls(*read[file.name](file), names=names, files=files)
         except (LookupError, TypeError, AttributeError, struct.error, ValueError) as error:
-            if str(error).startswith(f"{file}: "):  # it is told already
+            if str(error).startswith(f"{file}: "):  # raised by `read`, already clear
                 raise
             raise ValueError(f"{file}: is damaged or not a {file.name} ({error!r:.80})") from None
 
@@ -150,7 +151,7 @@ def read_json(file):
 
 
 def byte_alphabet():
-    """GPT-2's printable stand-in for each byte, as used in the pieces of `tokenizer.json`."""
+    """byte -> the printable character that stands for it in `tokenizer.json` (from GPT-2)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
@@ -166,10 +167,10 @@ def read_tokenizer_json(file):
     joined = list(dict.fromkeys(a + b for a, b in merges))
     special = {t["content"]: t["id"] for t in spec["added_tokens"] if t["special"]}
 
-    if spec["model"].get("byte_fallback"):  # SentencePiece in the clothes of `tokenizers`
+    if spec["model"].get("byte_fallback"):  # converted from SentencePiece
         steps = str([spec["normalizer"], spec["pre_tokenizer"]])
         if "Prepend" not in steps and "Metaspace" not in steps:
-            raise ValueError(f"{file}: writes no {MARK} before a text, which is not known here")
+            raise ValueError(f"{file}: puts no {MARK} before a text; this kind is not known here")
         characters = [piece for piece in vocab if len(piece) == 1]
         fallback = [vocab[f"<0x{b:02X}>"] for b in range(256)]
         pieces = {piece: vocab[piece] for piece in characters + joined if piece not in special}
@@ -200,7 +201,7 @@ def split_pattern(file, spec):
 
 # ---------------------------------------------------------------------------------- tekken.json
 
-# Files older than version v11 do not list their special tokens; these are the first.
+# Files before version v11 do not list their special tokens; they have these first.
 TEKKEN_SPECIAL = (
     "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] "
     "[/TOOL_RESULTS] [TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] "
@@ -209,21 +210,23 @@ TEKKEN_SPECIAL = (
 
 
 def read_tekken(file):
-    """The arguments of `Tokenizer` from a file of Mistral's own `mistral-common`."""
+    """The arguments of `Tokenizer` from a file of Mistral's `mistral-common`."""
     spec = read_json(file)
-    config, listed = spec["config"], spec.get("special_tokens")
+    config, own = spec["config"], spec.get("special_tokens")
     special = {name: i for i, name in enumerate(TEKKEN_SPECIAL)}
-    if listed:
-        special = {token["token_str"]: token["rank"] for token in listed}
+    if own:
+        special = {token["token_str"]: token["rank"] for token in own}
     first = config["default_num_special_tokens"]
     if not 0 <= first <= 2**20:
         raise ValueError(f"{file}: cannot have {first!r:.40} special tokens")
     special |= {f"<SPECIAL_{i}>": i for i in range(len(special), first)}
-    # the file holds more pieces than the model has embeddings
+    # the file has more pieces than the model has embeddings
     vocab = spec["vocab"][: config["default_vocab_size"] - first]
     pieces = {base64.b64decode(t["token_bytes"]): (first + t["rank"],) for t in vocab}
     if not pieces or [i for (i,) in pieces.values()] != [*range(first, first + len(vocab))]:
-        raise ValueError(f"{file}: its pieces are not in the order of their ranks; fetch it again")
+        raise ValueError(
+            f"{file}: its pieces are not in the order of their ranks; download it again"
+        )
     return pieces, special, config["pattern"]
 
 
@@ -231,7 +234,7 @@ def read_tekken(file):
 
 
 def protobuf(message):
-    """The fields of a protobuf message, in order: (number, an int or the raw bytes)."""
+    """Yields the fields of a protobuf message: (number, an int or raw bytes)."""
     at = 0
 
     def varint():
@@ -257,13 +260,13 @@ def protobuf(message):
 
 
 def read_sentencepiece(file):
-    """The arguments of `Tokenizer` from a SentencePiece model of Mistral's and Llama 2's kind."""
+    """The arguments of `Tokenizer` from a SentencePiece model like Mistral's and Llama 2's."""
     model = list(protobuf(file.read_bytes()))
     trainer, normalizer = (dict(protobuf(dict(model)[number])) for number in (2, 3))
     changes_text = normalizer.get(2) or normalizer.get(4, 1) or not normalizer.get(3, 1)
     if trainer.get(3) != 2 or changes_text:
-        raise ValueError(f"{file}: is no SentencePiece BPE that takes text as it is and puts a "
-                         "space before it, as Mistral's and Llama 2's do")  # fmt: skip
+        raise ValueError(f"{file}: is no SentencePiece BPE without normalization and with a space "
+                         "before the text, like Mistral's and Llama 2's")  # fmt: skip
     scored, special, fallback = [], {}, {}
     for i, field in enumerate(value for number, value in model if number == 1):
         piece = dict(protobuf(field))
@@ -272,7 +275,7 @@ def read_sentencepiece(file):
             scored.append((-struct.unpack("<f", piece[2])[0], i, text))
         elif kind == 6:  # a byte, <0x41>
             fallback[int(text[3:5], 16)] = i
-        elif kind in (2, 3, 4):  # unknown, control, user-defined: by name only
+        elif kind in (2, 3, 4):  # unknown, control, user-defined: looked up by name only
             special[text] = i
     pieces = {text: i for _, i, text in sorted(scored)}
     fallback = [fallback[b] for b in range(256)]
@@ -280,9 +283,9 @@ def read_sentencepiece(file):
 
 
 def sentencepiece_table(file, pieces, fallback):
-    """{text: id}, best first, and the ids of the 256 bytes -> {bytes: ids} in tiktoken's order."""
+    """{text: id}, best score first, and the ids of the 256 bytes -> {bytes: ids}, by rank."""
     if any(MARK in piece.lstrip(MARK) for piece in pieces):
-        raise ValueError(f"{file}: has pieces of several words, which are not known here")
+        raise ValueError(f"{file}: has pieces of several words; this kind is not known here")
     table = {bytes([b]): (i,) for b, i in enumerate(fallback)}
     for character in dict.fromkeys("".join(pieces)):
         raw = character.encode()
@@ -299,7 +302,8 @@ def sentencepiece_table(file, pieces, fallback):
 def train_bpe(texts, vocab_size, special=("<unk>", "<s>", "</s>")):
     """Learn byte-level BPE merges from `texts` and return the contents of a `tokenizer.json`.
 
-    Counting whole words once and merging inside them is all there is to BPE (Sennrich et al. 2016).
+    Count the words once, then merge the most frequent pair inside them, again and again (Sennrich
+    et al. 2016).
     """
     import collections
 
@@ -325,7 +329,7 @@ def train_bpe(texts, vocab_size, special=("<unk>", "<s>", "</s>")):
 
 
 def byte_level_json(vocab, merges, special, single_digits=False):
-    """The contents of a `tokenizer.json`. single_digits: each digit a word of its own (SmolLM2)."""
+    """The contents of a `tokenizer.json`. single_digits: each digit is its own word (SmolLM2)."""
     added = [
         {"id": vocab[t], "content": t, "special": True, "single_word": False, "lstrip": False,
          "rstrip": False, "normalized": False} for t in special

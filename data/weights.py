@@ -1,33 +1,26 @@
 """Weights on disk: reading, writing, and putting each tensor where it belongs.
 
-Public models come as a directory in Hugging Face's layout: a `config.json`, and beside it the
-tensors in one of three forms, looked for in this order:
+A public model is a directory in Hugging Face's layout: a `config.json` and its tensors in one of
+three forms, looked for in this order:
 
     model.safetensors                         one file
-    model.safetensors.index.json              big ones: {"weight_map": {tensor name: shard file}}
+    model.safetensors.index.json              a large model: {"weight_map": {tensor name: shard}}
       + model-00001-of-00003.safetensors ...
-    pytorch_model.bin (or its .index.json)    old ones: a pickle, opened with weights_only=True,
-                                              so that it can carry tensors but run no code
+    pytorch_model.bin (or its .index.json)    an old model: a pickle, opened with weights_only=True,
+                                              so it can hold tensors but run no code
 
-Nothing here holds a whole model: `read_tensors` yields one tensor at a time out of memory-mapped
-files (pickles older than torch 1.6 cannot be mapped, and are read whole). `load_into` lets a
-parameter of the file's own type be the map, which takes no time: a page is read when it is first
-used, shared between processes, and copied when training first writes to it, or when
-engine/decode.py moves it. Whatever is cast, moved or stacked is copied straight into its place and
-forgotten; what has been read of a map stays in memory until it is closed, so files are mapped anew
-every 16 MiB. A 47-billion-parameter model thus needs the memory of its parameters and of one tensor
-more (bench/load_memory.py).
+A model describes itself as {public name: view of a parameter}. Saving reads these views, and
+`load_into` writes through them. It is strict: missing, unexpected and misshapen names are collected
+into one error. `fill` loads a whole model: it compares names and shapes with the files' headers
+before it allocates memory, then copies one tensor at a time. A tensor that already has the
+parameter's dtype is memory-mapped instead of copied: its pages are read at first use and copied
+when training first writes to them. Files are mapped again every 16 MiB, because pages that have
+been read stay in memory while the map is open. Loading so takes the memory of the parameters plus
+one tensor (bench/load_memory.py).
 
-`load_into` is also where every strict check of this project lives. A model describes itself as a
-dictionary {public name: view of a parameter} and the same dictionary serves both directions:
-saving reads the views, loading writes through them. Names too many, names too few and wrong shapes
-are collected and raised together, because a model loaded "almost" is the bug that takes a week to
-find. Loading is rehearsed on the meta device, where copying costs nothing, so a config that does
-not belong to its weights is told before any memory is taken.
-
-Files are written aside, flushed to the disk, then renamed: a reader sees the old file or the new
-one. A sharded save takes its index away first and puts it back last, so an interrupted one reads
-as "no weights here" and never as a mixture of two models.
+Files are written under another name, flushed to disk, then renamed, so a reader finds the old file
+or the new one. A sharded save removes its index first and writes it last: an interrupted save reads
+as "no weights here", never as a mixture of two models.
 """
 
 import dataclasses
@@ -50,7 +43,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-STAGE_FILES = {  # of the original's first two stages -> what its names lack
+STAGE_FILES = {  # file of the original's first two stages -> prefix that its names lack
     "mm_projector.bin": "model.mm_projector.",
     "clip.bin": "model.vision_tower.",
 }
@@ -59,7 +52,7 @@ LARGEST = {"n_layers": 2**10, "num_experts": 2**10, "mlp_experts": 2**10, "max_p
 
 
 def read_config(path: str | Path) -> dict:
-    """The config.json of a model directory (or of the directory a weight file lies in)."""
+    """The config.json of a model directory, or of the directory of a weight file."""
     folder = _existing(path)
     file = (folder if folder.is_dir() else folder.parent) / "config.json"
     if not file.is_file():
@@ -68,8 +61,8 @@ def read_config(path: str | Path) -> dict:
 
 
 def fingerprint(path: str | Path) -> str:
-    """16 letters that change with the model in a folder: with the name, size or time of change of
-    its config, tokenizer and weights. None of them is read, so it takes no time."""
+    """16 letters that change when the name, size or modification time of the config, the tokenizer
+    or a weight file in a folder changes. No file is read."""
     folder = _existing(path) if Path(path).is_dir() else Path(path).parent
     kinds = "config.json", "tokenizer*", "tekken.json", "*.safetensors", "*.bin"
     files = sorted(file for kind in kinds for file in folder.glob(kind))
@@ -77,8 +70,11 @@ def fingerprint(path: str | Path) -> str:
     return hashlib.sha256(repr(state).encode()).hexdigest()[:16]
 
 
-def read_tensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) pairs of a model directory or of one weight file, a shard at a time."""
+def read_tensors(path: str | Path, headers: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) pairs of a model directory or of one weight file, a shard at a time.
+
+    With `headers` no values are read: tensors of safetensors are then on the meta device.
+    """
     path = _existing(path)
     if path.is_dir():
         found = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
@@ -86,7 +82,7 @@ def read_tensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
             raise ValueError(f"no weights in {path}: expected one of {', '.join(WEIGHT_FILES)}")
         path = found[0]
     if not path.name.endswith(".index.json"):
-        return _read_file(path)
+        return _read_file(path, headers)
     shard_of, missing = shards_of(path)
     folder, shards = path.parent, sorted(set(shard_of.values()))
     if missing:
@@ -94,14 +90,12 @@ def read_tensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
             f"{folder} lacks {len(missing)} of {len(shards)} shards: "
             f"{', '.join(missing)}; the download is incomplete"
         )
-    return (pair for shard in shards for pair in _read_shard(folder / shard, shard_of))
+    return (pair for shard in shards for pair in _read_shard(folder / shard, shard_of, headers))
 
 
 def shards_of(index: Path) -> tuple[dict[str, str], list[str]]:
-    """{tensor name: shard} of an index file, and the shards that are not there.
-
-    A file of weights itself has none of either.
-    """
+    """{tensor name: shard} of an index file, and the missing shards; both empty for a file of
+    weights."""
     if not index.name.endswith(".index.json"):
         return {}, []
     shard_of = _read_json(index).get("weight_map")
@@ -109,20 +103,20 @@ def shards_of(index: Path) -> tuple[dict[str, str], list[str]]:
         raise ValueError(f"{index} has no weight_map from tensor names to file names")
     shards = sorted(set(shard_of.values()))
     for shard in shards:
-        # a plain name, never a path: an index must not make us open files elsewhere on the disk
+        # a plain name, never a path: an index must not open files elsewhere on the disk
         if shard in ("", ".", "..") or "/" in shard or "\\" in shard:
             raise ValueError(f"{index} points outside its folder: {shard!r}")
     return shard_of, [shard for shard in shards if not (index.parent / shard).is_file()]
 
 
-def read_stage_files(path: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) pairs of what the original's stages write beside the shards, if it is there.
+def read_stage_files(path: str | Path, headers: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) pairs of the files that the original's first two stages write.
 
-    They are the newer ones: loaded last, they replace what a shard says of the same weights.
+    They are newer than the shards: loaded last, they replace the shards' values.
     """
     for file, prefix in STAGE_FILES.items():
         if (Path(path) / file).is_file():
-            for name, tensor in _read_file(Path(path) / file):
+            for name, tensor in _read_file(Path(path) / file, headers):
                 yield prefix + name.split("mm_projector.")[-1], tensor
 
 
@@ -152,11 +146,11 @@ def write_tensors(
         aside = folder / (file + ".partial")
         try:
             save_file(copies, aside, {"format": "pt"} | (metadata or {}))
-        except SafetensorError as error:  # which is what it makes of a full disk
-            for half in folder.glob("model*.safetensors.partial"):  # of earlier shards, too
+        except SafetensorError as error:  # safetensors' error when the disk is full
+            for half in folder.glob("model*.safetensors.partial"):  # also of earlier shards
                 half.unlink()
             raise OSError(f"{aside} cannot be written ({error}); is the disk full?") from None
-        aside.chmod(0o644)  # as any other file; save_file keeps others from reading
+        aside.chmod(0o644)  # save_file lets only its owner read
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if count > 1:
         whole.unlink(missing_ok=True)
@@ -175,7 +169,7 @@ def write_tensors(
 
 
 def make_folder(path: str | Path, flag: str = "--out") -> Path:
-    """The folder at `path`, made if need be. ValueError if nothing can be written there."""
+    """The folder at `path`, created if needed. ValueError if it cannot be written to."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         why = None if os.access(path, os.W_OK) else "Permission denied"
@@ -187,7 +181,7 @@ def make_folder(path: str | Path, flag: str = "--out") -> Path:
 
 
 def write_json(file: str | Path, content: dict) -> None:
-    """Write a JSON file so that a reader sees the old one or the new one, never half of it."""
+    """Write a JSON file atomically: a reader sees the old file or the new one."""
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.with_name(file.name + ".partial").write_text(json.dumps(content, indent=2) + "\n")
@@ -195,14 +189,14 @@ def write_json(file: str | Path, content: dict) -> None:
 
 
 def copy_into(folder: str | Path, file: str | Path) -> None:
-    """Copy a file, so that a reader sees the old one or the new one, never half of it."""
+    """Copy a file atomically: a reader sees the old file or the new one."""
     copy = Path(folder) / Path(file).name
     shutil.copy(file, copy.with_name(copy.name + ".partial"))
     publish(copy)
 
 
 def check_fields(config: object) -> None:
-    """ValueError unless every number of a config dataclass is of its kind and of a sane size."""
+    """ValueError unless every number of a config dataclass has its type and a plausible size."""
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
         whole = type(value) is int
@@ -214,11 +208,20 @@ def check_fields(config: object) -> None:
         elif field.type is int or field.type == int | None and value is not None:
             least, most = int("experts" not in name), LARGEST.get(name, 2**20)
             good = whole and least <= value <= most
-            wanted = f"a whole number from {least} to {most}"
+            wanted = f"an integer from {least} to {most}"
         else:
             continue
         if not good:
             raise ValueError(f"config: {name}={value!r:.80} must be {wanted}")
+
+
+def config_from_names(cls, config: dict, names: dict[str, str], defaults: dict | None = None):
+    """A config dataclass from a public config.json; `names` is {our field: its public name}."""
+    given = {ours: config[theirs] for ours, theirs in names.items() if theirs in config}
+    try:
+        return cls(**(defaults or {}) | given)
+    except TypeError as error:  # names the required fields that are missing
+        raise ValueError(f"config.json is incomplete: {error}") from None
 
 
 @torch.no_grad()
@@ -231,10 +234,10 @@ def load_into(
 ) -> None:
     """Copy each tensor into the target of its name, casting as needed; every mismatch is an error.
 
-    `targets` are parameters or views of them: the copies land in the model. With `mapped` a whole
-    parameter takes the very memory of a tensor of its type, the pages of a mapped file. Names for
-    which `skip` is true are passed over. ValueError lists missing, unexpected and misshapen names;
-    the model is then partly overwritten and must not be used.
+    `targets` are parameters or views of them, so the copies change the model; targets on the meta
+    device are only compared. With `mapped`, a parameter of the tensor's dtype uses the tensor's own
+    memory. Names for which `skip` is true are ignored. ValueError lists missing, unexpected and
+    misshapen names; the model is then partly overwritten and must not be used.
     """
     missing, unexpected, misshapen, taken = dict.fromkeys(targets), [], [], set()
     for name, tensor in tensors.items() if isinstance(tensors, dict) else tensors:
@@ -244,7 +247,7 @@ def load_into(
                 if mapped and _can_take(targets[name], tensor, taken):
                     targets[name].data = tensor
                     taken.add(tensor.data_ptr())
-                elif not targets[name].is_meta:  # a rehearsal
+                elif not targets[name].is_meta:
                     targets[name].copy_(tensor)
             else:
                 misshapen.append(
@@ -258,8 +261,26 @@ def load_into(
         raise ValueError(f"{source} does not fit this model; " + "; ".join(problems))
 
 
+def fill(
+    model: nn.Module,
+    read: Callable[[bool], Iterator[tuple[str, Tensor]]],
+    device: torch.device | str | None = None,
+    skip: Callable[[str], bool] = lambda name: False,
+    source: str = "checkpoint",
+) -> nn.Module:
+    """Load a model that was built on the meta device, and return it on `device` (None: CPU).
+
+    `read(headers)` yields its tensors, as `read_tensors` does. ValueError as in `load_into`, raised
+    from the headers alone, before any memory is allocated.
+    """
+    load_into(model.public_state_dict(), read(True), skip, source)
+    model = model.to_empty(device=device or "cpu")
+    load_into(model.public_state_dict(keep_vars=True), read(False), skip, source, mapped=True)
+    return model
+
+
 def _can_take(target: Tensor, tensor: Tensor, taken: set[int]) -> bool:
-    """Whether a parameter may have this tensor's memory; no other parameter must share it."""
+    """Whether a parameter may use this tensor's memory, which no other parameter may share."""
     return (isinstance(target, nn.Parameter) and target.device == tensor.device
             and target.dtype == tensor.dtype and tensor.is_contiguous()
             and tensor.nbytes == tensor.untyped_storage().nbytes()
@@ -283,26 +304,29 @@ def _read_json(file: Path) -> dict:
     return content
 
 
-def _read_file(file: Path) -> Iterator[tuple[str, Tensor]]:
+def _read_file(file: Path, headers: bool = False) -> Iterator[tuple[str, Tensor]]:
     done = 0
-    while tensors := _map_file(file, done):  # the map before it goes, and its pages with it
+    while tensors := _map_file(file, done, headers):  # replaces the last map, freeing its pages
         yield from tensors.items()
         done += len(tensors)
 
 
-def _map_file(file: Path, start: int) -> dict[str, Tensor]:
+def _map_file(file: Path, start: int, headers: bool) -> dict[str, Tensor]:
     """The next MAPPED_AT_ONCE bytes of tensors, from the `start`-th; none is read before use."""
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
                 names = list(opened.keys())[start:]
+                if headers:
+                    shapes = {name: opened.get_slice(name).get_shape() for name in names}
+                    return {name: torch.empty(s, device="meta") for name, s in shapes.items()}
                 return _first_of((name, opened.get_tensor(name)) for name in names)
         # files older than torch 1.6 are no zip archives and cannot be mapped
         mapped = zipfile.is_zipfile(file)
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged or incomplete ({error}); fetch it again") from None
-    except Exception as error:  # a damaged pickle fails in any way there is
+    except Exception as error:  # a damaged pickle can raise anything
         reason = str(error).split("\n")[0] or type(error).__name__
         raise ValueError(f"{file} cannot be read as weights ({reason})") from None
     if not isinstance(content, dict) or not all(
@@ -311,7 +335,7 @@ def _map_file(file: Path, start: int) -> dict[str, Tensor]:
     ):  # fmt: skip
         raise ValueError(f"{file} cannot be read as weights (it holds no tensors by name)")
     rest = list(content.items())[start:]
-    return _first_of(rest) if mapped else dict(rest)  # which have been read all the same
+    return _first_of(rest) if mapped else dict(rest)
 
 
 def _first_of(pairs: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
@@ -324,9 +348,9 @@ def _first_of(pairs: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_shard(file: Path, shard_of: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+def _read_shard(file: Path, shard_of: dict, headers: bool) -> Iterator[tuple[str, Tensor]]:
     promised = {name for name, shard in shard_of.items() if shard == file.name}
-    for name, tensor in _read_file(file):
+    for name, tensor in _read_file(file, headers):
         if name in promised:
             promised.remove(name)
             yield name, tensor
@@ -335,24 +359,24 @@ def _read_shard(file: Path, shard_of: dict[str, str]) -> Iterator[tuple[str, Ten
 
 
 def check_zip(file: Path) -> None:
-    """BadZipFile unless every part of a file of torch.save has its checksum; loading ignores it."""
+    """BadZipFile if a checksum in a file of torch.save is wrong; torch.load does not check it."""
     with zipfile.ZipFile(file) as archive:
         if damaged := archive.testzip():
             raise zipfile.BadZipFile(f"{damaged} is damaged")
 
 
 def sync(file: Path) -> None:
-    """Have what is written to a file on the disk."""
+    """Flush what was written to a file to the disk."""
     with open(file, "rb+") as written:
         os.fsync(written.fileno())
 
 
 def publish(file: Path) -> None:
-    """Flush `file`.partial to the disk, then rename it: the one step that cannot be halved."""
+    """Flush `file`.partial to the disk, then rename it, which is atomic."""
     partial = file.with_name(file.name + ".partial")
     sync(partial)
     os.replace(partial, file)
-    if os.name == "posix":  # where a new name, too, is on the disk only once its folder is flushed
+    if os.name == "posix":  # a new name is on the disk only after its folder is flushed
         folder = os.open(file.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)

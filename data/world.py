@@ -1,23 +1,23 @@
-"""The emoji world: pictures, captions and questions without a download, drawn from a seed.
+"""The emoji world: pictures, captions and questions generated from a seed, without a download.
 
 A scene is a plain background with one object in the middle, or two to four objects in the cells of
-a 2x2 grid, each an emoji from `data/emoji/` with a little jitter, rotation and mirroring:
+a 2x2 grid. Each object is an emoji from `data/emoji/`, slightly shifted, rotated and mirrored:
 
     +--------+     "on a blue background: a cat at the top left, a bus at the bottom right."
     | cat .  |     "Is there a dog?"            "no"
     |  .  bus|     "What is at the top left?"   "a cat"
     +--------+     "Is the bus left or right of the cat?"   "right"
 
-Everything about scene `i` of a split follows from `(seed, split, i)`, so a data set is a number and
-never a folder. What is held out, and what it tests:
+Sample `i` depends on `(seed, split, task, i)` alone, so a data set needs no files. The splits, one
+for training and three for the evaluation:
 
     train   Noto and Twemoji drawings
-    seen    fresh scenes of the same kind
-    pairs   every scene has two concepts that never meet in training (a tenth of all pairs)
+    seen    new scenes of the same kind
+    pairs   every scene has two concepts that never occur together in training
     style   Fluent 3D drawings, a style never trained on
 
-Samples are LLaVA's, `{"id", "images", "conversations": [{"from": "human", "value": ...}, ...]}`,
-with pictures in place of paths, and the `types` of the questions for the evaluation.
+Samples have the form of LLaVA's, `{"id", "images", "conversations": [{"from": "human", "value":
+...}, ...]}`, with PIL images instead of paths, and the `types` of the questions.
 """
 
 import functools
@@ -28,8 +28,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageFilter
 
-HERE = pathlib.Path(__file__).parent / "emoji"
-SIDE, GLYPH = 64, 64  # pixels: a scene, a glyph in the atlas
+HERE = pathlib.Path(__file__).resolve().parent / "emoji"
+SIDE, GLYPH = 64, 64  # side in pixels of a scene and of a glyph in the atlas
 SPLITS = ("train", "seen", "pairs", "style")
 STYLES = {"train": ("noto", "twemoji"), "seen": ("noto", "twemoji"),
           "pairs": ("noto", "twemoji"), "style": ("fluent",)}  # fmt: skip
@@ -42,6 +42,14 @@ COLORS = {"white": (250, 250, 250), "gray": (150, 150, 150), "black": (20, 20, 2
 CONCEPTS_JSON = json.loads((HERE / "concepts.json").read_text())
 CATEGORIES = {name: concept["category"] for name, concept in CONCEPTS_JSON.items()}
 CONCEPTS = tuple(CATEGORIES)
+PAIRS = [(c, d) for i, c in enumerate(CONCEPTS) for d in CONCEPTS[:i]]
+HELD_OUT = frozenset(  # a tenth of all unordered pairs; no training scene contains one
+    frozenset(PAIRS[k])
+    for k in np.random.default_rng(2405).permutation(len(PAIRS))[: len(PAIRS) // 10]
+)
+PARTNERS = {  # concept -> the concepts it meets only in the split `pairs`
+    c: sorted(d for d in CONCEPTS if frozenset((c, d)) in HELD_OUT) for c in CONCEPTS
+}
 QUESTION_TYPES = ("what", "existence", "count", "where", "kind", "background", "side", "list")
 
 
@@ -57,7 +65,7 @@ class Object:
 @dataclass(frozen=True)
 class Scene:
     background: str
-    objects: tuple  # of Object, in reading order
+    objects: tuple  # tuple of Object, in reading order
     style: str
 
 
@@ -96,22 +104,6 @@ def caption(scene):
 
 
 @functools.cache
-def held_out_pairs():
-    """The tenth of all unordered pairs of concepts that no training scene contains."""
-    n = len(CONCEPTS)
-    pairs = [(i, j) for i in range(n) for j in range(i)]
-    chosen = np.random.default_rng(2405).permutation(len(pairs))[: len(pairs) // 10]
-    return frozenset(frozenset((CONCEPTS[pairs[k][0]], CONCEPTS[pairs[k][1]])) for k in chosen)
-
-
-@functools.cache
-def partners():
-    """concept -> the concepts it meets only in the `pairs` split."""
-    held_out = held_out_pairs()
-    return {c: sorted(d for d in CONCEPTS if frozenset((c, d)) in held_out) for c in CONCEPTS}
-
-
-@functools.cache
 def atlas(style):
     """The glyphs of one style, [concepts, 64, 64, 4] uint8, in the order of CONCEPTS."""
     sheet = np.asarray(Image.open(HERE / f"{style}.webp").convert("RGBA"))
@@ -122,7 +114,7 @@ def atlas(style):
 
 @functools.cache
 def backgrounds(style):
-    """concept -> the colours it stands out from: most of its pixels differ clearly from them."""
+    """concept -> the background colours from which most of its pixels clearly differ."""
     allowed = {}
     for name, glyph in zip(CONCEPTS, atlas(style)):
         pixels = glyph[glyph[..., 3] > 128][:, :3].astype(float)
@@ -132,21 +124,21 @@ def backgrounds(style):
 
 
 def pick_names(rng, split, n):
-    """`n` concepts for one scene; held-out pairs meet only, and always, in the split `pairs`."""
+    """`n` concepts for one scene: with a held-out pair in the split `pairs`, else without."""
     while True:
         names = [CONCEPTS[i] for i in rng.integers(len(CONCEPTS), size=n)]
         if split == "pairs" and n > 1:
-            names[1] = partners()[names[0]][rng.integers(len(partners()[names[0]]))]
+            names[1] = PARTNERS[names[0]][rng.integers(len(PARTNERS[names[0]]))]
         elif n > 1 and rng.random() < 0.15:
-            names[1] = names[0]  # two of a kind, for the counting
+            names[1] = names[0]  # two of a kind, for questions that count
         unordered = [frozenset((x, y)) for i, x in enumerate(names) for y in names[:i]]
-        if split == "pairs" or not any(pair in held_out_pairs() for pair in unordered):
+        if split == "pairs" or not any(pair in HELD_OUT for pair in unordered):
             return [names[i] for i in rng.permutation(n)]
 
 
 def sample_scene(rng, split, n_objects=None):
-    """A random scene of `split` (ValueError for an unknown one) with 1 to 4 objects, or as many as
-    asked for; in the split `pairs` there are always two at least."""
+    """A random scene of `split` with `n_objects` (None: 1 to 4) objects; at least 2 in `pairs`.
+    ValueError for an unknown split."""
     assert n_objects in (None, 1, 2, 3, 4), "one object in each cell of a 2x2 grid"
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is unknown; the emoji world has {', '.join(SPLITS)}")
@@ -173,7 +165,7 @@ def sample_scene(rng, split, n_objects=None):
 
 
 def recolor(glyph, rng):
-    """The same drawing in other paint: channels mixed, colours paler or richer, lit from a side."""
+    """The glyph in other colours: channels mixed, saturation changed, lit from one side."""
     rgb = glyph[..., :3].astype(np.float32)
     mix = np.eye(3, dtype=np.float32) + rng.normal(0, 0.1, (3, 3)).astype(np.float32)
     mix /= mix.sum(1, keepdims=True)
@@ -187,8 +179,8 @@ def recolor(glyph, rng):
 
 
 def draw(scene, rng=None, scale=1):
-    """The picture of a scene, 64x64 RGB, or `scale` times that for people to look at. With `rng`,
-    each glyph is recoloured (augmentation)."""
+    """The picture of a scene, RGB, 64 pixels wide and high, times `scale`. With `rng`, each glyph
+    is recoloured and sometimes blurred (augmentation)."""
     canvas = Image.new("RGB", (SIDE * scale, SIDE * scale), COLORS[scene.background])
     for o in scene.objects:
         glyph = atlas(scene.style)[CONCEPTS.index(o.name)]
@@ -228,10 +220,12 @@ def ask_existence(scene, rng):
         name, answer = choose(rng, *present), "yes"
     else:
         kinds = {CATEGORIES[n] for n in present} if rng.random() < 0.5 else set(CATEGORIES.values())
-        # never a held-out partner of what is there: training would teach that they do not meet
-        partner = {p for name in present for p in partners()[name]}
+        # never ask about a held-out partner: training would teach that such pairs do not occur
+        partner = {p for name in present for p in PARTNERS[name]}
         absent = [c for c in CONCEPTS if c not in present and c not in partner]
-        alike = [c for c in absent if CATEGORIES[c] in kinds]  # empty if a category is all there
+        alike = [
+            c for c in absent if CATEGORIES[c] in kinds
+        ]  # empty if all of a category is present
         name, answer = choose(rng, *(alike or absent)), "no"
     return choose(rng, f"Is there {a(name)}?", f"Do you see {a(name)}?"), answer
 
@@ -255,7 +249,7 @@ def ask_where(scene, rng):
 
 
 def ask_kind(scene, rng):
-    """Only where one answer is right: a duck beside a cat leaves open which animal is meant."""
+    """None if two answers would be right: with a duck and a cat, "which animal?" is ambiguous."""
     kinds = [CATEGORIES[o.name] for o in scene.objects]
     asked = []
     for o in scene.objects:
@@ -299,7 +293,7 @@ DESCRIBE = "Describe the picture."
 
 
 def questions(scene, rng, n, types=QUESTION_TYPES):
-    """`n` different questions about a scene, types drawn alike: [(type, question, answer)]."""
+    """`n` different questions about a scene, of random types: [(type, question, answer)]."""
     asked = []
     while len(asked) < n:
         kind = types[rng.integers(len(types))]
@@ -314,9 +308,7 @@ def questions(scene, rng, n, types=QUESTION_TYPES):
 
 class World:
     """`size` samples of a split. `task`: "name" (stage 1), "describe" (stage 2) or "ask" (stage 3).
-
-    Sample `i` depends on `(seed, split, task, i)` alone. `augment` recolours the drawings.
-    """
+    `augment` recolours the drawings."""
 
     tasks = ("name", "describe", "ask")
 
@@ -341,8 +333,8 @@ class World:
         elif self.task == "describe" or (self.split == "train" and rng.random() < 0.1):
             turns = [("describe", DESCRIBE, caption(scene))]
         else:
-            # The harder ones more often; "Is there a cat?" first: once a question has named the
-            # cat, the answer stands in the text.
+            # The harder types are asked more often. "Is there a cat?" comes first: after a question
+            # that names the cat, the text alone gives the answer.
             types = (*QUESTION_TYPES, "existence", "existence", "kind", "list")
             turns = questions(scene, rng, int(rng.integers(3, 6)), types)
             turns.sort(key=lambda turn: turn[0] != "existence")

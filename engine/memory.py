@@ -1,31 +1,30 @@
-"""What a training takes, told before anything is loaded: gigabytes by part, operations by token.
+"""The memory and arithmetic that a training needs, estimated before anything is loaded.
 
     python train.py --preset mistral-7b --stage 3 --estimate
 
-Four things fill a card. Three of them follow from the number of parameters alone:
+Three of the four parts follow from the number of parameters alone (engine/optim.py):
 
-    weights     every parameter, 4 bytes in float32, 2 in bf16 (a master copy: 4 more)
-    gradients   every parameter that learns, in the weights' own precision
-    moments     AdamW's two averages for each of these, 4, 2 or 1 bytes each
+    weights      every parameter, 4 bytes in float32 or 2 in bf16
+    gradients    every parameter that learns, in the precision of the weights
+    optimizer    two moments for each of these, 4 or 2 bytes each, and 4 for a master copy
+    activations  what the forward pass keeps for the backward pass; grows with the tokens of a batch
 
-and activations, what the forward pass keeps for the backward pass, from the tokens of a batch too.
-A block of the language model keeps, for every token, what goes into each of its products:
+For each token, a block of the language model keeps the inputs of its products:
 
-    x, norm(x) | q k v | attention's output | x, norm(x) | gate, up, silu(gate), their product
+    x, norm(x) | q k v | attention output | x, norm(x) | gate, up, silu(gate), their product
 
-some 20 D numbers; 32 such blocks of Mistral-7B, 82 GB for 4 rows of 4,096 tokens. With `recompute`
-a block keeps its input alone, and computes the rest again when its turn comes on the way back: one
-block's activations (and their gradients) at a time instead of all, for a third more arithmetic.
+about 20 D numbers, or 82 GB for the 32 blocks of Mistral-7B and 4 rows of 4,096 tokens. Under
+gradient checkpointing (`recompute`) a block keeps only its input and computes the rest again in the
+backward pass. Then only one block's activations and their gradients exist at a time, for a third
+more arithmetic. CLIP needs as much as the language model: at scales 1,3 it reads 5,770 tokens an
+image.
 
-CLIP counts as much as the language model here: at scales 1,3 it runs over 10 x 577 tokens an image.
-
-The numbers are estimates: fragments and what libraries take for themselves come on top, so a
-tenth of a card is left free. tests/test_budget.py holds the activations of small models against
-what autograd really keeps.
-
-Letters as in mlp_moe.py and llm.py. Sizes are bytes; GB are 2^30 of them, as cards are sold.
+Fragmentation and library buffers come on top, so an estimate may fill only 90 % of a card.
+tests/test_memory.py compares the activations of small models with what autograd really keeps.
+Letters as in mlp_moe.py and llm.py. Sizes are bytes; a GB is 2^30 bytes, as cards are sold.
 """
 
+import contextlib
 import math
 import os
 import pathlib
@@ -38,24 +37,28 @@ import torch
 
 from clip_moe import CLIPVisionConfig
 from cumo import CuMo, CuMoConfig
+from data.hub import local_folder
+from data.weights import read_config
+from engine import fsdp, resume
 from engine.optim import WEIGHTS, bytes_per_parameter
 from llm import LOGITS_AT_ONCE, LLMConfig
+from upcycle import sparse_config
 
 try:
     import resource
-except ImportError:  # Windows does not tell how much memory a process took
+except ImportError:  # Windows has no such module
     resource = None
 
 GB = 2**30
 CARDS = (24, 48, 80, 141)  # GB: RTX 4090, L40S, A100 or H100, H200
 FREE = 0.9  # share of a card that an estimate may fill
 
-LADDER = (("fp32", "fp32"), ("bf16-master", "fp32"), ("bf16-master", "bf16"), ("bf16-sr", "bf16"),
-          ("bf16-sr", "int8"))  # from the most exact to the smallest  # fmt: skip
+# (weights, moments) from the most exact to the smallest
+LADDER = (("fp32", "fp32"), ("bf16-master", "fp32"), ("bf16-master", "bf16"), ("bf16-sr", "bf16"))
 
 MISTRAL = dict(vocab_size=32000, dim=4096, hidden_dim=14336, n_layers=32, n_heads=32, n_kv_heads=8,
                rope_theta=1e6)  # fmt: skip
-KNOWN = {  # the models of the presets, so that an estimate needs no file
+KNOWN = {  # models of the presets, so that an estimate needs no download
     "openai/clip-vit-large-patch14-336": CLIPVisionConfig(),
     "openai/clip-vit-base-patch16": CLIPVisionConfig(
         image_size=224, patch_size=16, dim=768, hidden_dim=3072, n_layers=12, n_heads=12
@@ -70,19 +73,19 @@ KNOWN = {  # the models of the presets, so that an estimate needs no file
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to train a stage: what decides how much memory it takes."""
+    """Everything about a training that decides how much memory it needs."""
 
     model: CuMoConfig
     stage: int
-    parameters: int
-    learning: int  # parameters that this stage trains
-    tokens: int  # a batch, over the rows of a process
+    parameters: int  # all of them
+    learning: int  # those that this stage trains
+    tokens: int  # in a batch of one rank, padding included
     weights: str = "fp32"
     moments: str = "fp32"
     recompute: bool = False
-    bf16: bool = True  # products in bf16, so that activations take 2 bytes
-    processes: int = 1  # that share weights, gradients and moments (engine/fsdp.py)
-    n_images: int | None = None  # in a batch; None: as many as there is room for
+    bf16: bool = True  # products in bf16, so activations take 2 bytes
+    processes: int = 1  # ranks that weights, gradients and moments are sharded over
+    n_images: int | None = None  # in a batch; None: as many as fit into the tokens
 
     @property
     def images(self) -> int:
@@ -92,43 +95,43 @@ class Plan:
 
 
 def mlp_numbers(dim: int, hidden_dim: int, gated: bool, experts: int, top_k: int) -> int:
-    """Numbers an MLP, or the chosen experts of a sparse block, keeps for a token."""
+    """Numbers that an MLP, or the chosen experts of a sparse block, keeps for a token."""
     hidden = hidden_dim * (4 if gated else 2)  # before and after the activation; gated: up, product
     if not experts:
         return dim + hidden
-    # the tokens sorted by expert, and each expert's answer for the weighted sum
+    # each of K experts keeps its input and its output, which the weighted sum needs
     return dim + top_k * (dim + hidden + dim) + 4 * experts
 
 
 def clip_numbers(cfg) -> int:
-    """Numbers one layer of CLIP keeps for a token."""
-    attention = 2 * cfg.dim + 3 * cfg.dim + cfg.dim  # x, norm(x); q, k, v; their mixture
+    """Numbers that one layer of CLIP keeps for a token."""
+    attention = 2 * cfg.dim + 3 * cfg.dim + cfg.dim  # x, norm(x); q, k, v; output
     mlp = mlp_numbers(cfg.dim, cfg.hidden_dim, False, cfg.num_experts, cfg.top_k)
     return attention + cfg.dim + mlp
 
 
 def llm_numbers(cfg, learns: bool) -> int:
-    """Numbers one block of the language model keeps for a token. A frozen product does not keep
-    what goes into it: that is only for the gradient of its weights."""
+    """Numbers that one block of the language model keeps for a token. A frozen block does not keep
+    the inputs of its products, because only the gradients of its weights need them."""
     q, kv = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
-    attention = 2 * cfg.dim + q + 2 * kv + q  # x, norm(x); q, k, v; their mixture
+    attention = 2 * cfg.dim + q + 2 * kv + q  # x, norm(x); q, k, v; output
     mlp = mlp_numbers(cfg.dim, cfg.hidden_dim, True, cfg.num_experts, cfg.top_k)
     return attention + cfg.dim + mlp - (0 if learns else 2 * cfg.dim + cfg.hidden_dim)
 
 
 def clip_tokens(cfg: CuMoConfig, images: int) -> list[int]:
-    """Tokens that pass CLIP at each scale for so many images."""
+    """Tokens that CLIP reads at each scale for so many images."""
     side = cfg.vision.image_size // cfg.vision.patch_size
     tiles = [scale**2 if i else 1 for i, scale in enumerate(cfg.vision.scales)]
     return [images * n * (1 + side**2) for n in tiles]
 
 
 def activations(plan: Plan) -> int:
-    """Bytes that one batch keeps for the backward pass."""
+    """Bytes that the forward pass of one batch keeps for the backward pass."""
     cfg, n_tokens = plan.model, plan.tokens
     vision, llm = cfg.vision, cfg.llm
     blocks = [(llm.n_layers, n_tokens, llm.dim, llm_numbers(llm, plan.stage > 1))]
-    if plan.stage > 1:  # stage 1 does not go back through CLIP
+    if plan.stage > 1:  # stage 1 has no backward pass through CLIP
         for n in clip_tokens(cfg, plan.images):
             blocks.append((vision.n_layers - 1, n, vision.dim, clip_numbers(vision)))
     patches = plan.images * (vision.image_size // vision.patch_size) ** 2
@@ -138,19 +141,18 @@ def activations(plan: Plan) -> int:
     )
     if plan.recompute:
         kept += sum(layers * n * dim for layers, n, dim, _ in blocks)
-        kept += max(2 * n * numbers for _, n, _, numbers in blocks)  # one block and its gradients
+        kept += max(2 * n * numbers for _, n, _, numbers in blocks)  # one block, and its gradients
     else:
         kept += sum(layers * n * numbers for layers, n, _, numbers in blocks)
     logits = min(LOGITS_AT_ONCE, n_tokens * llm.vocab_size)
-    # logits, their softmax and gradient, a chunk at a time
     size = 2 if plan.bf16 else WEIGHTS[plan.weights].itemsize
-    return kept * size + 3 * logits * 4
+    return kept * size + 3 * logits * 4  # a chunk of logits, their softmax and their gradient
 
 
-def plan_of(
+def make_plan(
     cfg: CuMoConfig, stage: int, tokens: int, learning: list[str] | None = None, **choices
 ) -> Plan:
-    """The plan of a stage in which the submodules `learning` (None: the stage's) are trained."""
+    """The plan of a stage that trains the submodules `learning` (None: as the paper does)."""
     with torch.device("meta"):
         model = CuMo(cfg)
     sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in model.named_children()}
@@ -159,14 +161,51 @@ def plan_of(
     return Plan(cfg, stage, sum(sizes.values()), sum(map(sizes.get, learning)), tokens, **choices)
 
 
+def stage_model(cfg) -> CuMoConfig:
+    """The configuration of the model that a stage will train, without loading its weights.
+
+    cfg: a train.TrainConfig.
+    """
+    before = resume.stage_dir(cfg, cfg.stage - 1)
+    state = resume.read_state(before)
+    ours = state and state["finished"] and not resume.differences(cfg.shared, state)
+    if cfg.init or ours:
+        folder = local_folder(cfg.init or before, "config")
+        model = CuMoConfig.from_original(read_config(folder), folder)
+    else:
+        if cfg.llm.startswith("weights/SmolLM2") and not pathlib.Path(cfg.llm).is_dir():
+            raise ValueError(f"--llm: {cfg.llm!r} is missing; runs/smollm2.sh makes it")
+        vision, llm = (
+            KNOWN.get(name) or kind.from_hf(read_config(local_folder(name, "config")))
+            for name, kind in ((cfg.clip, CLIPVisionConfig), (cfg.llm, LLMConfig))
+        )
+        model = CuMoConfig(replace(vision, scales=cfg.scales), llm)
+    if cfg.stage == 3 and cfg.upcycle != "none":
+        model = sparse_config(model, cfg.upcycle.split(","), cfg.num_experts, cfg.top_k)
+    return model
+
+
+def stage_plan(cfg, learning: list[str]) -> Plan:
+    """The plan of a stage (cfg: a train.TrainConfig) that trains the submodules `learning`."""
+    processes = fsdp.world()[1]
+    tokens = cfg.rows * cfg.row_tokens // processes
+    return make_plan(stage_model(cfg), cfg.stage, tokens, learning, bf16=cfg.bf16,
+                     processes=processes)  # fmt: skip
+
+
+def chosen(cfg) -> dict:
+    """What the flags of a training say about precision and memory."""
+    given = {name: getattr(cfg, name) for name in ("weights", "moments", "recompute")}
+    return {name: value for name, value in given.items() if value not in ("", None)}
+
+
 def estimate(plan: Plan) -> dict[str, int]:
-    """Bytes of one process, by what they are for."""
+    """{part: bytes} of one rank."""
     size = WEIGHTS[plan.weights].itemsize
     more = bytes_per_parameter(plan.weights, plan.moments) - 2 * size
     parameters, learning = (n // plan.processes for n in (plan.parameters, plan.learning))
     return {"weights": parameters * size, "gradients": learning * size,
-            "optimizer": round(learning * more),
-            "activations": activations(plan)}  # fmt: skip
+            "optimizer": learning * more, "activations": activations(plan)}  # fmt: skip
 
 
 def total(plan: Plan) -> int:
@@ -174,20 +213,33 @@ def total(plan: Plan) -> int:
 
 
 def first_that_fits(plan: Plan, available: int, **fixed) -> Plan:
-    """The most exact plan within `available` bytes, or the smallest there is; what is `fixed`, such
-    as weights="fp32", stays. Of two alike the one that recomputes nothing."""
-    ladder = [pair for pair in LADDER if plan.processes == 1 or "int8" not in pair]  # train.py
-    ways = [{"weights": w, "moments": m, "recompute": r} for w, m in ladder for r in (False, True)]
+    """The most exact plan within `available` bytes, or else the smallest. Recomputes only if the
+    same precision would not fit otherwise. `fixed`: settings to keep, such as weights="fp32"."""
+    ways = [{"weights": w, "moments": m, "recompute": r} for w, m in LADDER for r in (False, True)]
     ways = [replace(plan, **way | fixed) for way in ways]
     return next((p for p in ways if total(p) <= FREE * available), min(ways, key=total))
 
 
-def operations(cfg: CuMoConfig, stage: int, tokens: int, images: int, row_tokens: int) -> float:
-    """Multiplications and additions of a training step over so many tokens and images, forward and
-    back, as the field counts them: recomputation is not work, nor is what attention masks out.
+def choose_precision(plan: Plan, device: str, fixed: dict) -> Plan:
+    """The most exact plan that fits `device`, with the settings in `fixed`. ValueError if even the
+    smallest needs more than twice the memory: that is beyond the estimate's error."""
+    there = available_memory(device)
+    best = first_that_fits(plan, there, **fixed)
+    if total(best) > 2 * there:
+        raise ValueError(
+            f"stage {plan.stage} takes about {total(best) / GB:.0f} GB, and this machine has "
+            f"{there / GB:.0f}: lower --rows or --row-tokens, or take a smaller --preset "
+            "(--estimate shows the parts)"
+        )
+    return best
 
-    A weight of a product costs 2 a token going forward, 2 going back to its input, and 2 for its
-    own gradient. In stage 1 CLIP only goes forward, and the language model learns nothing.
+
+def operations(cfg: CuMoConfig, stage: int, tokens: int, images: int, row_tokens: int) -> float:
+    """Floating-point operations of a training step, forward and backward, as MFU counts them:
+    without recomputation and without the scores that attention masks out.
+
+    For each token, a weight costs 2 in the forward pass, 2 for the gradient of its input and 2 for
+    its own gradient. In stage 1, CLIP has no backward pass and the language model does not learn.
     """
     vision, llm = cfg.vision, cfg.llm
     clip, text = {1: (2, 4), 2: (6, 6), 3: (6, 6)}[stage]
@@ -195,7 +247,7 @@ def operations(cfg: CuMoConfig, stage: int, tokens: int, images: int, row_tokens
     side = vision.image_size // vision.patch_size
     active = vision.top_k if vision.num_experts else 1
     per_token = (4 + 2 * active * vision.hidden_dim / vision.dim) * vision.dim**2
-    seen = 2 * (1 + side**2) * vision.dim  # q k and probs v, once for each token that is looked at
+    seen = 2 * (1 + side**2) * vision.dim  # q k and probs v, for each key seen
     work = clip * n_clip * (vision.n_layers - 1) * (per_token + seen)
     features = vision.dim * len(vision.scales)
     active = cfg.mlp_top_k if cfg.mlp_experts else 1
@@ -207,8 +259,17 @@ def operations(cfg: CuMoConfig, stage: int, tokens: int, images: int, row_tokens
     return work + text * tokens * (llm.n_layers * (per_token + seen) + llm.vocab_size * llm.dim)
 
 
+def has_fast_bf16(device) -> bool:
+    """Whether `device` multiplies bfloat16 in hardware. A CPU without the instructions emulates
+    them, 70 times slower than float32 (2 cores of an AMD EPYC with AVX2)."""
+    if not str(device).startswith("cpu"):
+        return True
+    abilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(abilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # x86, ARM
+
+
 def product_rate(device: str, dtype: torch.dtype) -> float:
-    """Multiplications and additions a second of a large matrix product, here and now."""
+    """Floating-point operations a second of a large matrix product, measured now."""
     n = 4096 if str(device).startswith("cuda") else 1024
     x, best = torch.randn(n, n, device=device, dtype=dtype), math.inf
     for _ in range(5):
@@ -219,11 +280,10 @@ def product_rate(device: str, dtype: torch.dtype) -> float:
 
 
 def peak_memory(device: str) -> int:
-    """Bytes that this process has held at most, on the card or in the machine's memory; 0 where the
-    system does not tell."""
+    """Peak bytes of this process, on the card or in main memory; 0 on systems that do not say."""
     if str(device).startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
-    status = pathlib.Path("/proc/self/status")  # Linux; getrusage's may be that of the parent
+    status = pathlib.Path("/proc/self/status")  # Linux: getrusage may be the parent's
     if status.is_file():
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
     if resource is None:
@@ -239,36 +299,53 @@ def available_memory(device: str) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def describe(plan: Plan) -> str:
+def breakdown(plan: Plan) -> str:
     """`61.2 GB: weights 15.4, gradients 15.4, ...`"""
     parts = ", ".join(f"{name} {size / GB:.1f}" for name, size in estimate(plan).items())
     return f"{total(plan) / GB:.1f} GB: {parts}"
 
 
-def flags(plan: Plan) -> str:
-    """The plan as one would type it."""
+def to_flags(plan: Plan) -> str:
+    """The plan as command-line flags."""
     recompute = "--recompute" if plan.recompute else "--no-recompute"
     return f"--weights {plan.weights} --moments {plan.moments} {recompute}"
 
 
 def table(plan: Plan, **fixed) -> str:
-    """What each card could do: a line a card."""
+    """The most exact plan for each card, one line a card."""
     lines = []
     for card in CARDS:
         best = first_that_fits(plan, card * GB, **fixed)
         fits = total(best) <= FREE * card * GB
-        shown = flags(best) if fits else "too small even with " + flags(best)
-        lines.append(f"{card:4} GB  {shown:55}  {describe(best)}")
+        shown = to_flags(best) if fits else "too small even with " + to_flags(best)
+        lines.append(f"{card:4} GB  {shown:55}  {breakdown(best)}")
     return "\n".join(lines)
 
 
+def report(cfg, plan: Plan) -> str:
+    """What --estimate prints of a stage; cfg: its train.TrainConfig."""
+    batch = f"{cfg.rows} rows of {cfg.row_tokens} tokens a batch"
+    return f"stage {cfg.stage} of {cfg.preset}, {batch}:\n{table(plan, **chosen(cfg))}"
+
+
 def remedies(plan: Plan) -> list[str]:
-    """What would save memory, the most first: `--moments int8 saves 12.1 GB`."""
+    """Changes that save memory, the largest first: `--moments bf16 saves 12.1 GB`."""
     changes = {"--recompute": {"recompute": True}, "--weights bf16-sr": {"weights": "bf16-sr"},
-               "--moments bf16": {"moments": "bf16"}, "--moments int8": {"moments": "int8"},
-               "half of --rows, twice --accumulate": {"tokens": plan.tokens // 2}}  # fmt: skip
-    if plan.processes > 1:
-        del changes["--moments int8"]
+               "--moments bf16": {"moments": "bf16"},
+               "half the --rows, twice the --accumulate": {"tokens": plan.tokens // 2}}  # fmt: skip
     saved = {name: total(plan) - total(replace(plan, **change)) for name, change in changes.items()}
     ranked = sorted(saved.items(), key=lambda item: -item[1])
     return [f"{name} saves {size / GB:.1f} GB" for name, size in ranked if size > 0.05 * GB]
+
+
+@contextlib.contextmanager
+def advice(plan: Plan, device: str):
+    """Turn an out-of-memory error into a ValueError that names the flags that help."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
+            raise
+        saving = "; ".join(remedies(plan)) or "a smaller model"
+        raise ValueError(f"out of memory on {device}, where {breakdown(plan)} were expected. "
+                         f"What would help: {saving}") from None  # fmt: skip

@@ -1,16 +1,15 @@
-"""A CuMo under lmms-eval, which has some hundred benchmarks and fetches their data by itself.
+"""A CuMo under lmms-eval, which has about a hundred benchmarks and downloads their data.
 
-    pip install -e ".[eval]"
+    pip install ".[eval]"
     python extras/lmms_eval.py --model weights/CuMo-mistral-7b --dtype bfloat16 \\
         --tasks pope,gqa,textvqa_val,mme,scienceqa_img,mmbench_en_dev,seedbench
     python extras/lmms_eval.py --tasks mine --include my_tasks     # a folder with mine.yaml
 
-A task of theirs gives a question, its pictures and how long the answer may be; here they are put in
-the model's own chat template, the pictures first, and answered with the likeliest tokens, one
-question at a time. What a task says of sampling or beams is not looked at. Prompts and scorers are
-lmms-eval's: they differ from the paper's in places (its TextVQA has no OCR words, its POPE wants
-"yes" or "no" and nothing else, its MMBench asks a model of OpenAI's about answers that are no
-letter). `eval.py --benchmark` has those of the paper.
+A task gives a question, its pictures and the longest answer. Here they go into the model's own chat
+template, the pictures first, and are answered greedily, one question at a time. A task's settings
+for sampling and beams are ignored. Prompts and scorers are lmms-eval's and differ from the paper's
+in places: its TextVQA has no OCR words, its POPE counts only "yes" or "no", and its MMBench has an
+OpenAI model judge answers that are not a letter. `eval.py --benchmark` follows the paper.
 """
 
 import difflib
@@ -24,14 +23,16 @@ from PIL import Image
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
+# Without this folder, since this file must not be found as the package lmms_eval.
 sys.path[:] = [str(HERE.parent), *(p for p in sys.path if Path(p or ".").resolve() != HERE)]
-from cumo import CuMo, check_device, has_fast_bf16
+from cumo import CuMo
 from data.chat import IGNORE, IMAGE_TAG, render
-from data.flags import parse, run
+from data.flags import check_device, parse, run
 from data.hub import local_folder
 from data.tokenizer import Tokenizer
 from data.weights import write_json
-from engine.conversation import Printer, prompt  # this file must not be found as lmms_eval
+from engine.conversation import Printer, prompt
+from engine.memory import has_fast_bf16
 from sample import DTYPES, find_model
 
 try:
@@ -43,44 +44,44 @@ except ImportError:
 @dataclass
 class LmmsConfig:
     model: str = ""  # a checkpoint; empty: the furthest stage in out/
-    tasks: str = ""  # names of lmms-eval, with commas between: pope,gqa
-    include: str = ""  # a folder with tasks of one's own
+    tasks: str = ""  # names of lmms-eval's tasks, separated by commas: pope,gqa
+    include: str = ""  # a folder with your own tasks
     limit: int = 0  # questions a task, for a first try; 0: all
-    max_new_tokens: int = 1024  # longest answer, where a task does not say
+    max_new_tokens: int = 1024  # longest answer, for tasks that set none
     out: str = "out"  # folder for lmms_eval.json
     dtype: str = ""  # of the weights: float32 or bfloat16; empty: float32
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to run
 
 
 def pictures(found):
-    """The pictures (PIL) among what a task shows: one, a list, lists in a list, or None."""
+    """The pictures (PIL) of a task: `found` is one, a list, lists in a list, or None."""
     if isinstance(found, list | tuple):
         return [image for item in found for image in pictures(item)]
     if not isinstance(found, Image.Image | None):
-        raise ValueError(f"a task shows a {type(found).__name__}, which is no picture: this model "
-                         "sees no videos and hears nothing; leave the task out")  # fmt: skip
+        raise ValueError(f"a task has a {type(found).__name__} instead of a picture; this model "
+                         "takes neither video nor sound: leave the task out")  # fmt: skip
     return [found] if found else []
 
 
 class Examinee(lmms):
-    """A model as lmms-eval wants it: lists of requests in, lists of answers out."""
+    """lmms-eval's interface to a model: lists of requests in, lists of answers out."""
 
     def __init__(self, model, tokenizer, max_new_tokens=1024):
         super().__init__()
         self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
 
-    def precise(self):
-        """As eval.py computes."""
+    def autocast(self):
+        """The precision of eval.py."""
         device = self.model.device
         return torch.autocast(device.type, torch.bfloat16, has_fast_bf16(device))
 
     def ask(self, question, images, options):
-        """The likeliest answer, up to the first of the texts `until`."""
+        """The greedy answer, up to the first of the texts `until`."""
         ids, pixels = prompt(self.model, self.tokenizer, question, images)
         until = options.get("until") or []
         until = [until] if isinstance(until, str) else list(until)
         printer = Printer(self.tokenizer, [text for text in until if text], lambda text: None)
-        with self.precise():
+        with self.autocast():
             self.model.generate(
                 torch.tensor([ids], device=self.model.device),
                 None if pixels is None else pixels.to(self.model.device),
@@ -100,24 +101,25 @@ class Examinee(lmms):
         return answers
 
     def generate_until_multi_round(self, requests):
-        """Rounds know of each other what the task puts into their questions."""
+        """A round knows of earlier rounds only what the task puts into its question."""
         answers = []
         for request in tqdm(requests, desc="answers"):
             question, options, show, next_round, *_ = request.args
-            document, said, info, ended = self.document(request), [], None, False
+            document, rounds, info, ended = self.document(request), [], None, False
             images = show(document)
             while not ended:
-                said.append(self.ask(question, pictures(images), options))
-                before = dict(previous_output=said, round_idx=len(said), previous_round_info=info)
-                images, question, ended, said, info = next_round(document, **before)
-                said = list(said)
-            answers.append(said)
+                rounds.append(self.ask(question, pictures(images), options))
+                images, question, ended, rounds, info = next_round(
+                    document, previous_output=rounds, round_idx=len(rounds),
+                    previous_round_info=info)  # fmt: skip
+                rounds = list(rounds)
+            answers.append(rounds)
         return answers
 
     @torch.no_grad()
     def loglikelihood(self, requests):
-        """-> [(loss, whether it is the likeliest answer)]. lmms-eval takes the choice whose
-        number is least; that of its own models is the mean loss of the answer's tokens."""
+        """-> [(mean loss of the answer's tokens, whether it is the greedy answer)]. lmms-eval
+        picks the choice with the lowest loss, as for its own models."""
         results = []
         for request in tqdm(requests, desc="choices"):
             question, answer, show, *_ = request.args
@@ -129,10 +131,10 @@ class Examinee(lmms):
             how = self.tokenizer, model.cfg.template, model.image_tokens, len(images)
             tokens, labels = torch.tensor(render(turns, *how), device=model.device)[:, None]
             _, pixels = prompt(model, self.tokenizer, question, images)
-            with self.precise():
+            with self.autocast():
                 out = model(tokens, None if pixels is None else pixels.to(model.device), labels)
-            likeliest, labels = out.logits[:, :-1].argmax(-1), labels[:, 1:]
-            same = (likeliest == labels) | (labels == IGNORE)
+            greedy, labels = out.logits[:, :-1].argmax(-1), labels[:, 1:]
+            same = (greedy == labels) | (labels == IGNORE)
             results.append((float(out.lm_loss), bool(same.all())))
         return results
 
@@ -140,7 +142,7 @@ class Examinee(lmms):
 def main():
     cfg, _ = parse(LmmsConfig, description=__doc__.split("\n")[0])
     if lmms is object:
-        raise ValueError('this needs lmms-eval: pip install -e ".[eval]"')
+        raise ValueError('this needs lmms-eval: pip install ".[eval]"')
     if cfg.dtype not in DTYPES:
         raise ValueError(f"--dtype {cfg.dtype!r} is unknown; choose float32 or bfloat16")
     check_device(cfg.device)
@@ -153,7 +155,7 @@ def main():
     for name in tasks or [""]:
         if name not in manager.all_tasks:
             near = ", ".join(difflib.get_close_matches(name, manager.all_tasks, 3)) or "pope, gqa"
-            raise ValueError(f"--tasks: lmms-eval knows no {name!r}; it knows {near} and others")
+            raise ValueError(f"--tasks: lmms-eval has no {name!r}; it has {near} and others")
     path = local_folder(cfg.model) if cfg.model else find_model()
     model = CuMo.from_pretrained(path, device=cfg.device, dtype=DTYPES[cfg.dtype]).eval()
     examinee = Examinee(model, Tokenizer.from_pretrained(path), cfg.max_new_tokens)
@@ -163,8 +165,8 @@ def main():
     print(make_table(results))
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    number = lambda row: {k: v for k, v in row.items() if isinstance(v, int | float)}
-    numbers = {task: number(row) for task, row in results["results"].items()}
+    only_numbers = lambda row: {k: v for k, v in row.items() if isinstance(v, int | float)}
+    numbers = {task: only_numbers(row) for task, row in results["results"].items()}
     content = {"model": str(path), "lmms_eval": version("lmms_eval"), "limit": cfg.limit}
     write_json(out / "lmms_eval.json", content | {"results": numbers})
     print(f"wrote {out / 'lmms_eval.json'}")

@@ -1,4 +1,9 @@
-"""The pictures of training, evaluation and sampling; the only file that wants matplotlib."""
+"""The plots of training, evaluation and sampling.
+
+Everything shipped that needs matplotlib is here or imports `pyplot` from here. Without matplotlib
+no picture is drawn, and one line says how to install it. Callers import this file only when they
+draw.
+"""
 
 import functools
 import json
@@ -12,9 +17,13 @@ import numpy as np
 import torch
 from PIL import ImageColor
 
+from data import world
+from data.exam import SPLITS
 from data.images import preprocess, squared
+from data.llava import LlavaData
+from mlp_moe import SparseMoE
 
-# told apart by the colour-blind too (Okabe and Ito), and what can be read on each
+# Okabe and Ito's colors, safe for color blindness, and the text color readable on each.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 INKS = ("white", "black", "white", "black", "black", "white", "black", "white")
 STAGES = {1: "connector pre-training", 2: "pre-finetuning", 3: "instruction tuning"}
@@ -22,9 +31,9 @@ LM_LOSS = {"lm_loss": "language model"}
 PARTS = {"clip": "CLIP-MoE", "mlp": "MLP-MoE", "llm": "LLM-MoE"}
 
 
-@functools.cache  # says it once
+@functools.cache  # prints the hint once
 def pyplot():
-    """matplotlib.pyplot, or None and a line that says how to get it."""
+    """matplotlib.pyplot; without matplotlib None, and a line on stderr that says how to get it."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
@@ -34,8 +43,8 @@ def pyplot():
 
 
 def check_target(file, flag="--experts"):
-    """ValueError unless `file` is "" or a picture can be drawn into it; asked before a large model
-    is loaded."""
+    """ValueError unless `file` is "" or a plot can be saved as it. Call it before loading a large
+    model."""
     folder, suffix = Path(file).parent, Path(file).suffix
     if not file:
         return
@@ -43,12 +52,12 @@ def check_target(file, flag="--experts"):
         raise ValueError(f"{flag} {file} cannot be written; name a file in a folder that exists")
     kinds = pyplot().FigureCanvasBase.get_supported_filetypes() if pyplot() else [suffix[1:]]
     if suffix[1:].lower() not in kinds or not suffix:
-        raise ValueError(f"{flag} {file}: its name must end in .png, or another kind of picture "
+        raise ValueError(f"{flag} {file}: its name must end in .png, or another format "
                          f"that matplotlib writes ({', '.join(sorted(kinds))})")  # fmt: skip
 
 
 def save(figure, file, dpi=110):
-    """Write a figure to a file, which is said on stderr (stdout is for results), or to a buffer."""
+    """Write a figure to a file, and say so on stderr (stdout is for results), or to a buffer."""
     figure.savefig(file, dpi=dpi)
     pyplot().close(figure)
     if not hasattr(file, "write"):
@@ -56,7 +65,7 @@ def save(figure, file, dpi=110):
 
 
 def expert_legend(figure, experts, *more):
-    """Above a figure, the color of each expert; `more` handles stand behind them."""
+    """Put the color of each expert, then the handles `more`, above a figure."""
     colors = [COLORS[e % len(COLORS)] for e in range(experts)]
     patch = pyplot().Rectangle
     handles = [patch((0, 0), 1, 1, color=c, label=f"expert {e}") for e, c in enumerate(colors)]
@@ -64,8 +73,42 @@ def expert_legend(figure, experts, *more):
                   loc="outside upper center", handlelength=1.3, columnspacing=1.2)  # fmt: skip
 
 
+@torch.no_grad()
+def expert_load(model, pictures, batch=50):
+    """{name of a sparse block: each expert's share of all choices, [E]} over `pictures` (PIL)."""
+    names = {block: name for name, block in model.named_modules() if isinstance(block, SparseMoE)}
+    counts = {}
+
+    def count(block, _, output):
+        name, E = names[block], len(block.gate.weight)
+        chosen = torch.bincount(output[1].choice.flatten(), minlength=E)[:E]
+        counts[name] = counts.get(name, 0) + chosen
+
+    hooks = [block.register_forward_hook(count) for block in names]
+    size, mode = model.cfg.vision.image_size, model.cfg.image_mode
+    for start in range(0, len(pictures), batch):
+        pixels = torch.stack([preprocess(p, size, mode) for p in pictures[start : start + batch]])
+        model.encode_images(pixels.to(model.device))
+    for hook in hooks:
+        hook.remove()
+    return {name: (c / c.sum()).tolist() for name, c in counts.items()}
+
+
+def draw_own_load(cfg, limit, open_model):
+    """eval.py --data: draw the expert load over the first `limit` samples (0: 400) of a LLaVA file.
+    `open_model(cfg)` -> (folder, model, ask), called after the file has been checked."""
+    data = LlavaData(cfg.data, cfg.image_folder, limit or 400)
+    model = open_model(cfg)[1]
+    load = expert_load(model, [image for sample in data for image in sample["images"]])
+    draw_load(load, cfg.experts or Path(cfg.out, "experts.png"))
+
+
 def draw_load(load, file):
-    """{name of a sparse block: share of each expert}: a bar for each block, a color an expert."""
+    """Draw {name of a sparse block: share of each expert}: a bar a block, a color an expert.
+    ValueError for a load without a block."""
+    if not load:
+        raise ValueError("no expert sees a picture: --experts and --data want a sparse --model "
+                         "(train.py --stage 3 makes one), and pictures")  # fmt: skip
     plt = pyplot()
     if not plt:
         return
@@ -73,7 +116,7 @@ def draw_load(load, file):
     for y, shares in enumerate(load.values()):
         for e, (share, end) in enumerate(zip(shares, np.cumsum(shares))):
             axis.barh(y, share, left=end - share, color=COLORS[e % len(COLORS)], edgecolor="white")
-            if share >= 0.04:  # else there is no room
+            if share >= 0.04:  # a narrower bar has no room for its number
                 axis.text(end - share / 2, y, f"{share:.0%}", ha="center", va="center", fontsize=9,
                           color=INKS[e % len(INKS)])  # fmt: skip
     names = [name.replace("vision.layers.", "CLIP layer ").replace(".moe", "") for name in load]
@@ -88,32 +131,32 @@ def draw_load(load, file):
 
 
 def expert_map(picture, choice):
-    """Patches in their experts' colors, the picture's outlines drawn over them: [S, S, 3] in 0..1.
+    """Color each patch as its expert, and draw the picture's outlines on top: [S, S, 3] in 0..1.
 
-    `picture` is square (PIL); `choice` [rows, columns] has each patch's expert, the top row first.
+    `picture` is square (PIL). `choice` [rows, columns]: each patch's expert, the top row first.
     """
     pixels = np.asarray(picture) / 255
-    patch_S = np.arange(len(pixels)) * len(choice) // len(pixels)  # the patch a pixel lies in
+    patch_S = np.arange(len(pixels)) * len(choice) // len(pixels)  # the patch of each pixel
     colors = np.array([ImageColor.getrgb(color) for color in COLORS]) / 255
     map_SS3 = colors[choice[patch_S][:, patch_S] % len(COLORS)]
-    # Grey shades or colors shining through would change the experts' colors; outlines do not.
+    # Blending the picture in would change the experts' colors; outlines do not.
     steps = [np.diff(pixels, axis=axis, append=pixels.take([-1], axis)) for axis in (0, 1)]
     outline_SS1 = np.linalg.norm(steps, axis=(0, 3))[..., None]
     strong = max(0.1, np.quantile(outline_SS1, 0.98))
-    outline_SS1 = (outline_SS1 / strong - 0.2).clip(0, 0.6)  # without the noise of a JPEG
+    outline_SS1 = (outline_SS1 / strong - 0.2).clip(0, 0.6)  # cuts off JPEG noise
     white_on_black = map_SS3.mean(-1, keepdims=True) < 0.2
     return map_SS3 * (1 - outline_SS1) + white_on_black * outline_SS1
 
 
 @torch.no_grad()
 def routing(model, pixels):
-    """Where the patches of a picture [3, S, S] go -> ({name of a sparse block: the expert that each
-    patch chose first [rows, columns]}, {name: each expert's share of all choices}); {} if dense."""
+    """Route a picture [3, S, S] -> ({name of a sparse block: the first choice of each patch [rows,
+    columns]}, {name: each expert's share of all choices}); both empty for a dense model."""
     _, aux = model.encode_images(pixels[None].to(model.device), with_aux=True)
     choices, load = {}, {}
-    if aux["clip"]:  # at several scales: the choices of the whole image, the load of its tiles too
+    if aux["clip"]:  # with several scales, the load counts all tiles, the map shows the whole image
         for layer, (choice, share) in enumerate(zip(aux["clip"].choice, aux["clip"].load)):
-            choices[f"CLIP layer {layer}"] = choice[0, 1:, 0]  # the class token is no patch
+            choices[f"CLIP layer {layer}"] = choice[0, 1:, 0]  # without the class token
             load[f"CLIP layer {layer}"] = share
     if aux["mlp"]:
         choices["connector"], load["connector"] = aux["mlp"].choice[0, :, 0], aux["mlp"].load
@@ -123,10 +166,10 @@ def routing(model, pixels):
 
 
 def draw_experts(picture, choices, load, file, scales=1):
-    """Which expert sees which part of a picture (PIL, square): a map and bars a sparse block.
+    """Draw which expert sees which part of a picture (PIL, square): a map and bars a sparse block.
 
     `choices` {name: each patch's expert, as in `expert_map`}, `load` {name: share of each expert},
-    `scales` how many scales the model sees the picture at.
+    `scales`: the number of scales of the vision tower.
     """
     plt = pyplot()
     if not plt:
@@ -147,7 +190,7 @@ def draw_experts(picture, choices, load, file, scales=1):
         end = len(choice) - 0.5
         axis.imshow(expert_map(picture, choice), extent=(-0.5, end, end, -0.5))  # row 0 at the top
         axis.set_title(name, fontsize=9)
-        if len(choice) <= 12:  # more numbers could not be read
+        if len(choice) <= 12:  # larger grids have no room for numbers
             for (row, column), e in np.ndenumerate(choice):
                 halo = withStroke(linewidth=2, foreground=COLORS[e % len(COLORS)])
                 axis.text(column, row, e, ha="center", va="center", fontsize=7,
@@ -165,17 +208,18 @@ def draw_experts(picture, choices, load, file, scales=1):
         bars.spines[["top", "right", "bottom"]].set_visible(False)
     dotted = plt.Line2D([], [], color="black", linewidth=0.8, linestyle=":", label="an even share")
     expert_legend(figure, n_experts, dotted)
-    said = ["Map: the expert that a patch goes to first. Bars: each expert's share of all choices, "
-            "not only the first."]  # fmt: skip
+    note = ("Map: the expert that a patch goes to first. Bars: each expert's share of all choices, "
+            "not only the first.")  # fmt: skip
     if scales > 1:
-        said += ["The bars of CLIP count the tiles of the larger scales too; the connector routes "
-                 "a patch once, on the channels of all scales."]  # fmt: skip
-    figure.supxlabel("\n".join(said), fontsize=8, color="#444444")
+        note += ("\nThe bars of CLIP count the tiles of the larger scales too; the connector "
+                 "routes a patch once, on the channels of all scales.")  # fmt: skip
+    figure.supxlabel(note, fontsize=8, color="#444444")
     save(figure, file, dpi=140)
 
 
 def draw_routing(model, image, file):
-    """Draw which expert sees which patch of `image` (PIL). ValueError when none sees any."""
+    """Draw which expert sees which patch of `image` (PIL). ValueError for a model without experts
+    on the vision side."""
     choices = {}
     if hasattr(model, "encode_images"):
         size, mode = model.cfg.vision.image_size, model.cfg.image_mode
@@ -183,12 +227,28 @@ def draw_routing(model, image, file):
     if not choices:
         raise ValueError(f"--experts {file}: no expert of this model sees pictures; leave it out, "
                          "or give a sparse --model (train.py --stage 3 makes one)")  # fmt: skip
-    scales = len(model.cfg.vision.scales)
-    draw_experts(squared(image, 336, mode), choices, load, file, scales)  # 336: sharper than 64
+    sharp = squared(image, 336, mode)  # the miniature itself sees 64 pixels a side
+    draw_experts(sharp, choices, load, file, len(model.cfg.vision.scales))
+
+
+def example_answers(ask, seed=7):
+    """Two scenes of each split with every question that can be asked about them.
+
+    `ask(questions, pictures)` -> answers. Returns [(split, picture, [(question, truth, answer)])].
+    """
+    cells = []
+    for cell in range(6):
+        rng, split = np.random.default_rng((seed, cell)), SPLITS[cell % 3]
+        scene = world.sample_scene(rng, split, n_objects=2 + cell // 3)
+        pairs = [pair for question in world.ASK.values() if (pair := question(scene, rng))]
+        questions, truths = zip(*pairs)
+        answers = ask(questions, [world.draw(scene)] * len(questions))
+        cells.append((split, world.draw(scene, scale=4), list(zip(questions, truths, answers))))
+    return cells
 
 
 def draw_answers(cells, file):
-    """Pictures and what was asked about them, three in a row; a wrong answer beside the truth.
+    """Draw pictures with questions and answers, three in a row, the truth after a wrong answer.
 
     `cells` [(title, picture, [(question, truth, answer), ...]), ...].
     """
@@ -213,22 +273,22 @@ def draw_answers(cells, file):
                             color=color if k else "#555555")  # fmt: skip
                 y -= 0.155
             y -= 0.06
-    said = ("seen: fresh scenes; pairs: things that never met in training; style: a style of "
-            "drawing never trained on")  # fmt: skip
-    figure.text(0.5, 0.012, said, fontsize=9, color="#555555", ha="center")
+    note = ("seen: fresh scenes; pairs: objects that never met in training; style: a drawing style "
+            "never trained on")  # fmt: skip
+    figure.text(0.5, 0.012, note, fontsize=9, color="#555555", ha="center")
     save(figure, file)
 
 
 def running_mean(values):
-    """The mean of the tenth of all values that lie around each (fewer at the ends)."""
+    """Centered running mean over a tenth of the values; the window is cut off at the ends."""
     window = np.ones(len(values) // 20 * 2 + 1)
-    there = np.convolve(np.ones(len(values)), window, "same")
-    return np.convolve(values, window, "same") / there
+    counts = np.convolve(np.ones(len(values)), window, "same")
+    return np.convolve(values, window, "same") / counts
 
 
 def draw_losses(stages, file):
-    """{stage: rows of its metrics.jsonl}: the language model's loss of each stage, then the balance
-    and z losses of the last stage's routers."""
+    """Draw {stage: rows of its metrics.jsonl}: the language model's loss of each stage, then the
+    balance and z losses of the last stage's routers."""
     plt = pyplot()
     if not plt:
         return
@@ -263,8 +323,8 @@ def draw_losses(stages, file):
             axis.minorticks_off()
         else:
             axis.legend(frameon=False, fontsize=9)
-    figure.supxlabel("thin: each step; thick: the mean of the tenth of all steps around it",
-                     fontsize=9, color="#555555")  # fmt: skip
+    figure.supxlabel("thin: each step; thick: running mean over a tenth of all steps", fontsize=9,
+                     color="#555555")  # fmt: skip
     save(figure, file)
 
 
@@ -273,7 +333,7 @@ def read_metrics(folder):
 
 
 def draw_metrics(folder, stage):
-    """loss.png, and for a sparse stage experts.png: the load over the last fifth of the steps."""
+    """Draw loss.png and, for a sparse stage, experts.png: the load over its last fifth of steps."""
     rows = read_metrics(folder)
     draw_losses({stage: rows}, folder / "loss.png")
     late, load = rows[-(len(rows) // 5 + 1) :], {}

@@ -1,23 +1,23 @@
-"""A page on which people ask a CuMo about pictures: the answers stream, beside them the expert map.
+"""A web page to ask a CuMo about pictures: answers stream in, next to the map of the experts.
 
-    pip install -e ".[web]"
+    pip install ".[web]"
     python extras/web.py                                    # the furthest stage in out/
-    python extras/web.py --model mine --host 0.0.0.0        # for others on the network
+    python extras/web.py --model mine --host 0.0.0.0        # reachable from the network
 
-There is one model and many visitors. gradio's queue lets them in one by one; each has a
-`Conversation` of their own, with its cache, so a later question remembers the earlier ones:
+One model serves many visitors. Each browser tab has its own `Conversation`, with its own KV cache,
+so a later question remembers the earlier ones. One thread does all model work, one job at a time,
+so visitors never disturb each other:
 
-    question --> queue --> reply() --> a thread: Conversation.ask(write, interrupted)
-    growing answer <------ yields <--- the pieces that it writes
+    question ---> queue ---> model thread: Conversation.ask(write, interrupted)
+    reply() yields the growing answer <--- the pieces that it writes
 
-A visitor who leaves in mid-answer closes the generator `reply`; that interrupts the model before
-its next token, and the next question's turn comes. `--keep` says how many conversations are
-remembered, each with a cache of `--context` tokens; whoever has been silent for longest is
-forgotten first.
+A visitor who leaves during an answer closes the generator `reply`. That stops the model before its
+next token, and the next question starts. `--keep` limits the conversations in memory, each with a
+cache of `--context` tokens; the one idle for longest is dropped first.
 
-Visitors are strangers. What they send is limited in size, mistakes get one line in the chat, and
-of the files on this machine they can fetch the example picture and what they uploaded themselves;
-that is deleted after an hour, and when the page is closed.
+Visitors are strangers: their input is limited in size, and a mistake is one line in the chat. Of
+this machine's files they can fetch the example picture and their own uploads, which are deleted
+after an hour and when the page is closed.
 """
 
 import collections
@@ -40,8 +40,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from cumo import check_device
-from data.flags import parse, run
+from data.flags import check_device, parse, run
 from data.images import open_image
 from data.tokenizer import Tokenizer
 from data.world import DESCRIBE
@@ -51,9 +50,8 @@ from llm import LLM
 from sample import DTYPES, find_model, load
 
 CSS = ".message img { max-height: 110px } .message-buttons { display: none }"
-LETTERS, PICTURES = 4000, 4  # most of a question; gradio itself sets no limit
-MESSAGES = 100  # that the page still shows; all of them go to the browser with each piece
-MODEL_LOCK = threading.Lock()  # the one model answers, or draws, once at a time
+CHARACTERS, PICTURES = 4000, 4  # limits of one question; gradio itself has none
+MESSAGES = 100  # limit of the history on the page; each update sends all of it to the browser
 
 
 @dataclass
@@ -61,10 +59,10 @@ class WebConfig:
     model: str = ""  # a checkpoint; empty: the furthest stage in out/
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: reachable from other machines
     port: int = 7860  # port to listen on
-    keep: int = 32  # conversations in memory; the one silent for longest is forgotten first
-    waiting: int = 64  # most questions in the queue; more are turned away
-    upload_mb: int = 10  # largest file that is accepted
-    temperature: float = 0.0  # 0: always the likeliest token
+    keep: int = 32  # conversations in memory; the one idle for longest is dropped first
+    waiting: int = 64  # most questions in the queue; more are refused
+    upload_mb: int = 10  # largest upload, in MB
+    temperature: float = 0.0  # 0: always the most probable token
     max_new_tokens: int = 128  # longest answer
     context: int = 4096  # tokens of a conversation that are kept, if the model has no window
     dtype: str = ""  # of the weights: float32 or bfloat16; empty: float32
@@ -72,14 +70,14 @@ class WebConfig:
 
 
 class Visitor:
-    """A browser tab: its conversation with the model, and the messages that it shows."""
+    """A browser tab: its conversation with the model, and the messages on its page."""
 
     def __init__(self, conversation):
         self.conversation, self.messages, self.left = conversation, [], False
 
 
 class Visitors:
-    """The last `keep` visitors, by gradio's session; `conversation()` makes one for a new one."""
+    """The latest `keep` visitors by gradio's session; `conversation()` is called for a new one."""
 
     def __init__(self, conversation, keep):
         self.conversation, self.keep, self.known = conversation, keep, collections.OrderedDict()
@@ -93,15 +91,15 @@ class Visitors:
         return self.known[session]
 
     def forget(self, session):
-        """Also ends the answer that this visitor is being given."""
+        """Drop a visitor, and end the answer in progress."""
         if session in self.known:
             self.known.pop(session).left = True
 
 
 @functools.cache
 def jobs():
-    """A queue of functions for one thread that does the heavy work of all visitors. What a thread
-    has freed, the system's allocator keeps for that thread: with one each, memory would grow."""
+    """The queue of the one thread that does all work with the model and with pictures. More threads
+    would also need more memory: the allocator keeps what each has freed for that thread."""
     waiting = queue.SimpleQueue()
 
     def work():
@@ -112,109 +110,97 @@ def jobs():
     return waiting
 
 
-def done(job):
-    """The result of `job()`, or its error, from that thread."""
-    result = Future()
+def submit(job):
+    """Have that thread run `job()`, after the jobs before it -> the Future of its result."""
+    future = Future()
 
     def work():
         try:
-            result.set_result(job())
+            future.set_result(job())
         except Exception as error:
-            result.set_exception(error)
+            future.set_exception(error)
 
     jobs().put(work)
-    return result.result()
+    return future
 
 
 def pieces(ask):
-    """What `ask(write, interrupted)` writes, as it comes; its errors are raised here. To close this
-    generator interrupts it, without waiting: who closes it may be the server's event loop."""
-    heard, closed = queue.SimpleQueue(), threading.Event()
-
-    def work():
-        try:
-            with MODEL_LOCK:
-                closed.is_set() or ask(heard.put, closed.is_set)
-            heard.put(None)
-        except Exception as error:
-            heard.put(error)
-
-    jobs().put(work)
+    """Yield what `ask(write, interrupted)` writes, and raise its error. Closing this generator
+    interrupts `ask` without waiting for it, since the server's event loop may be the caller."""
+    written, closed = queue.SimpleQueue(), threading.Event()
+    answer = submit(lambda: closed.is_set() or ask(written.put, closed.is_set))
+    answer.add_done_callback(lambda _: written.put(None))
     try:
-        while (piece := heard.get()) is not None:
-            if isinstance(piece, Exception):
-                raise piece
+        while (piece := written.get()) is not None:
             if piece:
                 yield piece
+        answer.result()
     finally:
         closed.set()
 
 
 def open_pictures(model, text, files):
-    """The pictures of a message (PIL). ValueError with one line if it cannot be answered."""
+    """The pictures of a message (PIL). ValueError, one line, for a message without an answer."""
     if isinstance(model, LLM) and files:
-        raise ValueError("this is a language model alone, it sees no pictures; ask without one")
+        raise ValueError("this is a language model without vision; ask without a picture")
     if not text and not files:
         raise ValueError("there is nothing to answer; type a question, or add a picture")
-    if len(text) > LETTERS or len(files) > PICTURES:
-        raise ValueError(f"a question has {LETTERS} letters and {PICTURES} pictures at most, here "
-                         f"are {len(text)} and {len(files)}; ask less at once")  # fmt: skip
+    if len(text) > CHARACTERS or len(files) > PICTURES:
+        raise ValueError(f"a question has at most {CHARACTERS} characters and {PICTURES} pictures; "
+                         f"this one has {len(text)} and {len(files)}")  # fmt: skip
     images = []
     for file in files:
         try:
             images.append(open_image(file))
-        except ValueError as error:  # whose text begins with a path, which is nobody's business
+        except ValueError as error:  # its text begins with a path of this machine
             raise ValueError(str(error).replace(str(file), Path(file).name)) from None
     return images
 
 
 def reply(model, visitor, text, files, maps):
-    """Answer a message -> the messages to show, as the answer grows, and the expert map (PIL) of
-    the last picture, once it is drawn: if `maps`, else None."""
-    text = text.strip().encode("utf-8", "replace").decode()  # half a surrogate pair is no text
-    said = {"role": "assistant", "content": ""}
-    chart = None
+    """Answer a message: yields (messages to show, None) as the answer grows, then once more with
+    the expert map (PIL) of the last picture instead of None, if `maps`."""
+    text = text.strip().encode("utf-8", "replace").decode()  # replaces lone surrogates
+    answer, chart, messages = {"role": "assistant", "content": ""}, None, visitor.messages
     try:
-        seen = visitor.messages
-        del seen[:-MESSAGES]
+        del messages[:-MESSAGES]
         if text:
-            seen.append({"role": "user", "content": text})
-        images = done(lambda: open_pictures(model, text, files))
-        seen += [{"role": "user", "content": {"path": str(file)}} for file in files]
-        seen.append(said)
-        yield seen, chart
+            messages.append({"role": "user", "content": text})
+        images = submit(lambda: open_pictures(model, text, files)).result()
+        messages += [{"role": "user", "content": {"path": str(file)}} for file in files]
+        messages.append(answer)
+        yield messages, chart
 
         def ask(write, interrupted):
             gone = lambda: visitor.left or interrupted()
             gone() or visitor.conversation.ask(text or DESCRIBE, images, write, gone)
 
-        with contextlib.closing(pieces(ask)) as answer:
-            for piece in answer:
-                said["content"] += piece
-                yield seen, chart
+        with contextlib.closing(pieces(ask)) as written:
+            for piece in written:
+                answer["content"] += piece
+                yield messages, chart
         if images and maps:
-            chart = done(lambda: draw_map(model, images[-1]))
+            chart = submit(lambda: draw_map(model, images[-1])).result()
     except Exception as error:
-        if not isinstance(error, ValueError):  # the model's, who knows in what state
+        if not isinstance(error, ValueError):  # the state of the conversation is unknown
             traceback.print_exc()
             visitor.conversation.reset()
-            error = f"the model failed ({type(error).__name__}), and has forgotten what was said"
-        said["content"] = f"error: {error}"
-        if not any(message is said for message in seen):
-            seen.append(said)
-    yield seen, chart
+            error = f"the model failed ({type(error).__name__}); the conversation starts again"
+        answer["content"] = f"error: {error}"
+        if not any(message is answer for message in messages):
+            messages.append(answer)
+    yield messages, chart
 
 
 def draw_map(model, image):
-    """Which expert sees which patch of `image` (PIL) -> a picture (PIL)."""
+    """Draw which expert sees which patch of `image` (PIL) -> the plot (PIL)."""
     file = io.BytesIO()
-    with MODEL_LOCK:
-        draw_routing(model, image, file)
+    draw_routing(model, image, file)
     return Image.open(file)
 
 
 def has_maps(model):
-    """Whether experts of this model see pictures, and matplotlib is there to draw them."""
+    """Whether this model has experts on the vision side, and matplotlib is installed."""
     sparse = not isinstance(model, LLM) and (model.cfg.vision.num_experts or model.cfg.mlp_experts)
     return bool(sparse and pyplot())
 
@@ -223,21 +209,21 @@ def has_maps(model):
 
 
 def page(gr, model, visitors, name):
-    """gradio's Blocks: a chat, and for a sparse model the map beside it."""
+    """gradio's Blocks: a chat, and next to it the map of a sparse model."""
     sees, maps = not isinstance(model, LLM), has_maps(model)
     with gr.Blocks(title=f"CuMo: {name}", delete_cache=(600, 3600), fill_width=True) as blocks:
         gr.Markdown(f"## Ask CuMo about a picture\nThe model is `{name}`. " + (
             "Add a picture and a question; later questions need no new picture." if sees else
-            "It is a language model alone: it sees no pictures."))  # fmt: skip
+            "It is a language model without vision."))  # fmt: skip
         with gr.Row():
             with gr.Column(scale=3):
                 chat = gr.Chatbot(show_label=False, height=400, buttons=[], feedback_options=None,
-                                  placeholder="Nothing has been asked yet.")  # fmt: skip
+                                  placeholder="No question yet.")  # fmt: skip
                 box = gr.MultimodalTextbox(
                     show_label=False, autofocus=True, file_count="multiple",
                     file_types=["image"], sources=["upload"] if sees else [],
                     placeholder="Where is the cat?")  # fmt: skip
-                clear = gr.Button("Start anew", size="sm")
+                clear = gr.Button("Start over", size="sm")
             with gr.Column(scale=4):
                 if maps:
                     chart = gr.Image(show_label=False, format="png", interactive=False,
@@ -255,9 +241,9 @@ def page(gr, model, visitors, name):
         state = gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True)
         for messages, drawn in reply(model, visitor, message["text"], message["files"], maps):
             yield (messages, state, drawn or gr.skip())[: len(shown)]
-            state = gr.skip()  # what is being typed meanwhile stays
+            state = gr.skip()  # keeps what the visitor is typing
 
-    def start_anew(request: gr.Request):
+    def start_over(request: gr.Request):
         visitors.forget(request.session_hash)
         return ([], ready, None)[: len(shown)]
 
@@ -268,20 +254,20 @@ def page(gr, model, visitors, name):
         asking = box.submit(ask, box, shown, api_name="ask", show_progress="minimal")
         asking.then(lambda: ready, None, box, queue=False, api_visibility="private")
         box.stop(lambda: ready, None, box, cancels=asking, queue=False, api_visibility="private")
-        gr.on([clear.click, chat.clear], start_anew, None, shown, cancels=asking, queue=False,
-              api_name="start_anew")  # fmt: skip
+        gr.on([clear.click, chat.clear], start_over, None, shown, cancels=asking, queue=False,
+              api_name="start_over")  # fmt: skip
         blocks.unload(leave)
     return blocks
 
 
 def serve(cfg, folder):
-    """Serve the page until Ctrl-C; `folder` takes what visitors upload."""
+    """Serve the page until Ctrl-C; uploads go into `folder`."""
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}
-    os.environ.setdefault("MPLBACKEND", "Agg")  # draws in threads, opens no window
+    os.environ.setdefault("MPLBACKEND", "Agg")  # draws in a thread, opens no window
     try:
         import gradio as gr
     except ImportError:
-        raise ValueError('the page needs gradio: pip install -e ".[web]"') from None
+        raise ValueError('the page needs gradio: pip install ".[web]"') from None
     if cfg.dtype not in DTYPES:
         raise ValueError(f"--dtype {cfg.dtype!r} is unknown; choose float32 or bfloat16")
     check_device(cfg.device)
@@ -293,16 +279,15 @@ def serve(cfg, folder):
     model, tokenizer = load(path, cfg.device, DTYPES[cfg.dtype]), Tokenizer.from_pretrained(path)
     new = lambda: Conversation(model, tokenizer, cfg.context, max_new_tokens=cfg.max_new_tokens,
                                temperature=cfg.temperature)  # fmt: skip
-    new().ask(
-        "Hi", write=lambda piece: None, interrupted=lambda: True
-    )  # a mistaken flag shows now, not to a visitor
+    # A first token before the page opens: a wrong flag fails here and not at a visitor's question.
+    new().ask("Hi", write=lambda piece: None, interrupted=lambda: True)
     blocks = page(gr, model, Visitors(new, cfg.keep), Path(path).name)
     blocks.queue(max_size=cfg.waiting, default_concurrency_limit=1, api_open=False)
-    print(f"http://{cfg.host}:{cfg.port} asks {path}; Ctrl-C ends it", flush=True)
+    print(f"http://{cfg.host}:{cfg.port} serves {path}; Ctrl-C ends it", flush=True)
     blocks.launch(
         server_name=cfg.host, server_port=cfg.port, share=False, quiet=True, ssr_mode=False,
         mcp_server=False, enable_monitoring=False, footer_links=[], pwa=False, run_history=False,
-        state_session_capacity=cfg.keep + cfg.waiting,  # gradio's own memory of tabs, too
+        state_session_capacity=cfg.keep + cfg.waiting,  # gradio's own limit of tabs
         max_file_size=cfg.upload_mb * 2**20, allowed_paths=[str(ROOT / "cat.jpg")],
         css=CSS, theme=gr.themes.Default(font=["system-ui", "sans-serif"],
                                 font_mono=["ui-monospace", "monospace"]))  # fmt: skip
@@ -310,7 +295,7 @@ def serve(cfg, folder):
 
 def main():
     cfg, _ = parse(WebConfig, description=__doc__.split("\n")[0])
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder is deleted then too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # deletes the folder, too
     with tempfile.TemporaryDirectory(prefix="nanocumo-web-") as folder:
         serve(cfg, folder)
 

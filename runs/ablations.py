@@ -1,16 +1,16 @@
-"""The paper's ablations (Table 3) in miniature: one change at a time, all else alike.
+"""The paper's ablations (Table 3) in miniature: one change at a time, everything else equal.
 
     python runs/ablations.py                       # every row, three seeds
     python runs/ablations.py --rows a,f-top1       # a whole group, or single rows
     python runs/ablations.py --samples 64 --questions 16 --out out/try --bench out/try
 
 Every run is a stage 3 from the same stage 2, with the same questions in the same order for all rows
-of a seed, and an exam on scenes nobody has trained on (eval.py). A run that stands in several
-groups of the table is made once. Needs out/stage1 and out/stage2, which are made if they are not
-there (train.py). Ctrl-C stops it; the same command goes on, and leaves out what is finished. A run
-takes one thread: to use two cores start the command twice, each takes the runs that are left.
+of a seed, and an exam on held-out scenes (eval.py). A run that is in several groups of the table is
+trained once. Missing stages 1 and 2 in out/ are trained first. Ctrl-C stops it; the same command
+continues and skips finished runs. A run uses one thread: to use two cores, start the command twice,
+and each process takes the remaining runs.
 
-Afterwards `python runs/results.py` writes the README's table from bench/ablations/results.json.
+Then `python runs/results.py` writes the table from bench/ablations/results.json.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -34,15 +35,15 @@ from cumo import CuMo
 from data.flags import parse, run
 from data.tokenizer import Tokenizer
 from data.weights import write_json
-from eval import SPLITS, EvalConfig, accuracy, exam, means
+from engine.resume import read_state
+from eval import SPLITS, EvalConfig, accuracy, answer_batch, exam
 from mlp_moe import SparseMoE
 from runs import results
 from runs.pictures import draw_ablations
-from stages import read_state
 
 FROZEN = dict(freeze="clip")  # as in LLaVA
 NO_LOSSES = dict(balance_coef=0, z_coef=0)
-RUNS = {  # what differs from CuMo's own stage 3: the flags of train.py
+RUNS = {  # flags of train.py that differ from CuMo's own stage 3
     "a-dense": FROZEN | dict(upcycle="none"),
     "a-scratch": FROZEN | NO_LOSSES | dict(upcycle="mlp", scratch="mlp"),
     "a-copies": FROZEN | NO_LOSSES | dict(upcycle="mlp"),
@@ -59,7 +60,7 @@ RUNS = {  # what differs from CuMo's own stage 3: the flags of train.py
     "f-top1": dict(top_k=1),
     "f-top4": dict(top_k=4),
 }
-# The table's groups; with each row the paper's SQA, TextVQA, MM-Vet and SEED, where it has them.
+# The table's groups. Each row ends with the paper's SQA, TextVQA, MM-Vet and SEED, if it has them.
 CUMO = (72.8, 59.7, 35.4, 69.8)
 NO_PFT = (71.7, 59.3, 34.3, 69.6)
 NOT_TRIED = "not in the paper"
@@ -102,17 +103,17 @@ GROUPS = [
 
 @dataclass
 class AblationConfig:
-    rows: str = ""  # runs or letters of groups, as in a,f-top1; empty: all
+    rows: str = ""  # names of runs, or letters of groups, as in a,f-top1; empty: all
     seeds: tuple = (0, 1, 2)  # of the questions, their order and the routers
-    samples: int = 2600  # that stage 3 sees
+    samples: int = 2600  # of stage 3
     questions: int = 800  # of the exam, a split
-    threads: int = 1  # of a training; two take less time, but more CPU time
+    threads: int = 1  # of a training; two are faster, but take more CPU time
     demo: str = "out"  # folder of stages 1 and 2
     out: str = "out/ablations"  # folder of the runs
     bench: str = "bench/ablations"  # folder of results.json and ablations.png
 
 
-def chosen(rows):
+def chosen_runs(rows):
     """The names of the runs in a flag such as "a,f-top1", in the order of the table."""
     names = set()
     for word in rows.split(",") if rows else RUNS:
@@ -125,7 +126,7 @@ def chosen(rows):
 
 
 def command(cfg, name, seed):
-    """The training of a run, as words; its --out holds its log and its CPU time too."""
+    """The command of a training, as words; its --out also gets the log and the CPU time."""
     flags = {"init": 2} | RUNS[name]
     folder = pathlib.Path(cfg.out, f"scales-{flags['scales']}") if "scales" in flags else cfg.demo
     flags["init"] = pathlib.Path(folder, f"stage{flags['init']}")
@@ -141,7 +142,7 @@ def finished(folder):
 
 @contextlib.contextmanager
 def lock(folder, wait=True):
-    """Keep other processes out of a folder; gives False if one is there and we shall not wait."""
+    """Lock a folder against other processes. Yields False if another has it and `wait` is off."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as file:
         try:
@@ -152,9 +153,9 @@ def lock(folder, wait=True):
         yield ours
 
 
-def train(words, folder):
-    """Run a training, its output to train.log in `folder` -> CPU seconds it took, with those of
-    earlier attempts. KeyboardInterrupt once it has stopped after Ctrl-C, ready to be continued."""
+def run_training(words, folder):
+    """Run a training, with its output in `folder`/train.log -> its CPU seconds, earlier attempts
+    included. KeyboardInterrupt after Ctrl-C, once it has saved a resume point."""
     folder.mkdir(parents=True, exist_ok=True)
     file, stops = folder / "cpu.json", []
     seconds = json.loads(file.read_text())["seconds"] if file.is_file() else 0.0
@@ -182,7 +183,7 @@ def train(words, folder):
 
 
 def parameters(model):
-    """Parameters of a model: all, and those that a token meets (K of the E experts)."""
+    """(all, active) parameters of a model; a token activates K of the E experts."""
     total = sum(p.numel() for p in model.parameters())
     idle = 0
     for module in model.modules():
@@ -194,18 +195,17 @@ def parameters(model):
 
 def examine(folder, questions):
     """Accuracy by split of the checkpoint in `folder`, and its parameters."""
-    device, batch, seed = EvalConfig.device, EvalConfig.batch, EvalConfig.seed
-    model = CuMo.from_pretrained(folder, device=device).eval()
-    tokenizer = Tokenizer.from_pretrained(folder)
+    model = CuMo.from_pretrained(folder, device=EvalConfig.device).eval()
+    ask = partial(answer_batch, model, Tokenizer.from_pretrained(folder))
     shares = {}
     for split in SPLITS:
-        asked = exam(split, questions, seed)
-        shares[split] = means(accuracy(model, tokenizer, asked, batch, label=split))["all"]
+        asked = exam(split, questions, EvalConfig.seed)
+        shares[split] = accuracy(ask, asked, EvalConfig.batch, split)["all"]
     total, active = parameters(model)
     return {"accuracy": shares, "parameters": total, "active_parameters": active}
 
 
-def measure(cfg, name, seed):
+def train_and_examine(cfg, name, seed):
     """Train and examine one run -> its row of results.json."""
     words = command(cfg, name, seed)
     folder = pathlib.Path(words[words.index("--out") + 1])
@@ -214,10 +214,10 @@ def measure(cfg, name, seed):
         if not finished(before):
             scales = ["--scales", RUNS[name]["scales"]] if "scales" in RUNS[name] else []
             flags = ["--stage", before.name[-1], "--out", str(before.parent), *scales]
-            train(["python", "train.py", *flags], before.parent)
-    seconds = train(words, folder)
+            run_training(["python", "train.py", *flags], before.parent)
+    seconds = run_training(words, folder)
     if not finished(folder / "stage3"):
-        raise ValueError(f"{folder} was interrupted; the same command goes on")
+        raise ValueError(f"{folder} was interrupted; the same command continues")
     bf16 = read_state(folder / "stage3")["config"]["bf16"]
     groups = [group for group, _, lines in GROUPS if name in [line[0] for line in lines]]
     return {
@@ -234,15 +234,16 @@ def measure(cfg, name, seed):
 
 
 def read_results(cfg):
-    """results.json as it is, or a new one. ValueError if it is of runs of another length."""
+    """results.json, or a new one. ValueError if its runs have another length."""
     file = pathlib.Path(cfg.bench, "results.json")
     lengths = {"samples": cfg.samples, "questions": cfg.questions}
     content = {"command": "runs/ablations.py", **lengths, "rows": []}
     if file.is_file():
         content |= json.loads(file.read_text())
         if any(content[k] != n for k, n in lengths.items()):
-            raise ValueError(f"{file} is of {content['samples']} samples and {content['questions']}"
-                             " questions; name another --bench, and another --out")  # fmt: skip
+            raise ValueError(f"{file} has runs of {content['samples']} samples and "
+                             f"{content['questions']} questions; name another --bench, and another "
+                             "--out")  # fmt: skip
     groups = [{"group": group, "title": title,
                "rows": [{"name": n, "label": label, "paper": paper} for n, label, paper in lines]}
               for group, title, lines in GROUPS]  # fmt: skip
@@ -250,7 +251,7 @@ def read_results(cfg):
 
 
 def merge(content, row):
-    """`content` with a row added, or in place of the one it has of this run and seed."""
+    """Add a row to `content`, or replace the one of the same run and seed."""
     rows = [r for r in content["rows"] if (r["name"], r["seed"]) != (row["name"], row["seed"])]
     rows = sorted([*rows, row], key=lambda r: (list(RUNS).index(r["name"]), r["seed"]))
     return content | {"rows": rows}
@@ -265,16 +266,16 @@ def main():
     os.environ["OMP_NUM_THREADS"] = str(cfg.threads)
     torch.set_num_threads(cfg.threads)
     file = pathlib.Path(cfg.bench, "results.json")
-    todo = [(name, seed) for seed in cfg.seeds for name in chosen(cfg.rows)]
+    todo = [(name, seed) for seed in cfg.seeds for name in chosen_runs(cfg.rows)]
     bar = tqdm(todo, unit="run")
     try:
         for name, seed in bar:
             bar.set_description(f"{name}, seed {seed}")
             with lock(pathlib.Path(cfg.out, f"{name}-{seed}"), wait=False) as ours:
-                there = {(row["name"], row["seed"]) for row in read_results(cfg)["rows"]}
-                if not ours or (name, seed) in there:
+                done = {(row["name"], row["seed"]) for row in read_results(cfg)["rows"]}
+                if not ours or (name, seed) in done:
                     continue
-                row = measure(cfg, name, seed)
+                row = train_and_examine(cfg, name, seed)
                 with lock(pathlib.Path(cfg.out)):
                     write_json(file, merge(read_results(cfg), row))
     except KeyboardInterrupt:

@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
 # CuMo-7B as in the paper: public weights, the data of three stages, three trainings.
 #
-# The full run has not been made with this code yet. Its parts are tested small (tests/), but not
-# the downloads nor the full size: expect to mend something. Read data/MIXTURE.md first: sources,
-# sizes, and licences that together allow research only.
+# The full run has not been made with this code yet. Its parts are tested on small inputs (tests/),
+# the downloads and the full size are not: expect to fix something. Read data/MIXTURE.md first:
+# sources, sizes, and licences that together allow research only.
 #
 #     LAST=1 LIMIT=5000 runs/cumo_7b.sh    # first try: stage 1 on 5,000 samples, a 45 GB download
 #     LIMIT=5000 runs/cumo_7b.sh           # every stage on 5,000 samples
 #     runs/cumo_7b.sh                      # everything, on one GPU
-#     GPUS=4 runs/cumo_7b.sh               # on four of one machine
+#     GPUS=4 runs/cumo_7b.sh               # on four GPUs of one machine
 #
 #     LAST=3               the last stage to get data for and to train
-#     LIMIT=N              samples a stage; saves time, no disk: they come from the whole mixture
+#     LIMIT=N              samples a stage; saves time, not disk: they come from the whole mixture
 #     GPUS=1               2 and 4 divide the rows of every stage; for 8 run LAST=1 first, then all
 #                          with --rows 8 --accumulate 4
-#     DATA=mixture         folder of the data, OUT=out/cumo_7b of the results; 680 GB in all
-#     SKIP_MISSING=1       train without the records whose pictures are not there; says how many
-#     CHECK=1              open every picture before training (hours), not only look for its file
-#     IGNORE_DISK=1        go on though there seems to be too little room
+#     DATA=mixture         folder of the data, OUT=out/cumo_7b of the results; 680 GB together
+#     SKIP_MISSING=1       train without the records whose pictures are missing, and print how many
+#     CHECK=1              open every picture before training (hours) instead of looking for its file
+#     IGNORE_DISK=1        continue although the disk seems too small
 #
-# Flags of the script go to every train.py. What is there is not fetched again, a finished stage is
-# not trained again, and an interrupted one continues: run the same command.
+# Flags of the script go to every train.py. To continue after an interruption, run the same command:
+# files are downloaded once, and a finished stage is not trained again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 LAST=${LAST:-3} DATA=${DATA:-mixture} OUT=${OUT:-out/cumo_7b} GPUS=${GPUS:-1}
@@ -31,8 +31,8 @@ for program in python3 wget unzip; do
   command -v $program >/dev/null || fail "please install $program"
 done
 
-# What is fetched: the first stage that needs it, MB, folder below $DATA, a data set of the hub (or
-# an address) and its file, an option of unzip. Archives are unpacked into the folder and deleted.
+# Downloads: the first stage that needs it, MB, folder in $DATA, a data set of the hub (or a URL) and
+# its file, an option of unzip. Archives are unpacked into the folder and deleted.
 sources=(
   "1   181 llava/llava_pretrain        liuhaotian/LLaVA-Pretrain blip_laion_cc_sbu_558k.json"
   "1 27400 llava/llava_pretrain/images liuhaotian/LLaVA-Pretrain images.zip"
@@ -45,18 +45,18 @@ sources=(
   "3  9732 vg       https://cs.stanford.edu/people/rak248/VG_100K_2 images.zip"
   "3  5472 vg       https://cs.stanford.edu/people/rak248/VG_100K_2 images2.zip"
 )
-for i in {0..9}; do  # -j: without the folders inside the archive, as ALLaVA's own script has it
+for i in {0..9}; do  # -j: without the folders inside the archive, as in ALLaVA's own script
   chunk="FreedomIntelligence/ALLaVA-4V allava_laion/image_chunks/images_$i.zip"
   sources+=("2 9228 ALLaVA/allava_laion/images $chunk -j")
 done
-# What stage 3 wants besides, behind forms, logins or Google Drive: MB (0: not stated) and folder
-# below $DATA. data/MIXTURE.md says from where.
+# Stage 3 also needs these, which are behind forms, logins or Google Drive: MB (0: not stated) and
+# folder in $DATA. data/MIXTURE.md names the sources.
 by_hand=("8890 ocr_vqa" "19700 sam" "126 share_textvqa" "185 wikiart" "103 web-celebrity"
          "227 web-landmark" "2000 gpt4v-dataset" "0 docvqa" "41200 syndog-en" "875 chartqa"
          "6500 dvqa" "0 ai2d" "1420 infovqa")
 
-# ---------------------------------------------------------------- is there room?
-marker() { echo "$DATA/.done/${1//\//_}_${2//\//_}"; }  # a file that says: fetched and unpacked
+# ---------------------------------------------------------------- disk space
+marker() { echo "$DATA/.done/${1//\//_}_${2//\//_}"; }  # exists once a file is fetched and unpacked
 
 mkdir -p "$DATA/.done"
 training=(0 92000 303000 358000)  # MB of checkpoints and three resume points, in float32
@@ -73,16 +73,16 @@ done
 room=$(df --output=avail -B 1000000 "$DATA" | tail -1)
 echo "up to $(((need + 999) / 1000)) GB are needed, and $((room / 1000)) GB are free"
 ((room >= need)) || [ -n "${IGNORE_DISK:-}" ] ||
-  fail "too little: another disk (DATA, OUT), fewer stages (LAST), or IGNORE_DISK=1"
+  fail "the disk is too small: use another (DATA, OUT), fewer stages (LAST), or IGNORE_DISK=1"
 
 # ---------------------------------------------------------------- programs and weights
 [ -x .venv/bin/python ] || python3 -m venv .venv
-.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
-.venv/bin/pip install --quiet --disable-pip-version-check -e ".[plot]" "huggingface_hub>=0.34"
+.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt ".[plot]" \
+  "huggingface_hub>=0.34"
 launch=(.venv/bin/python)
 ((GPUS == 1)) || launch=(.venv/bin/torchrun "--nproc_per_node=$GPUS")
 
-# If the hub asks who you are: .venv/bin/hf auth login
+# If the hub asks for a login: .venv/bin/hf auth login
 .venv/bin/hf download openai/clip-vit-large-patch14-336 config.json pytorch_model.bin \
   --local-dir $clip
 .venv/bin/hf download mistralai/Mistral-7B-Instruct-v0.2 config.json tokenizer.model \
@@ -91,7 +91,7 @@ launch=(.venv/bin/python)
 .venv/bin/python train.py --preset mistral-7b --stage "$LAST" --estimate "$@"  # will it fit?
 
 # ---------------------------------------------------------------- data
-fetch() {  # fetch FOLDER FROM FILE [UNZIP'S OPTION], or go on where it was interrupted
+fetch() {  # fetch FOLDER FROM FILE [UNZIP'S OPTION]; continues an interrupted download
   local path=$1/$3
   if [ -f "$(marker "$2" "$3")" ]; then return; fi
   mkdir -p "$1"
@@ -113,11 +113,11 @@ done
 for line in "${by_hand[@]}"; do
   read -r _ folder <<<"$line"
   if ((LAST == 3)) && [ ! -d "$DATA/$folder" ]; then
-    echo "stage 3 wants $DATA/$folder, which is fetched by hand: data/MIXTURE.md"
+    echo "stage 3 needs $DATA/$folder; get it by hand, as in data/MIXTURE.md"
   fi
 done
 
-present() {  # present JSON FOLDER KEPT: are the pictures there? KEPT, if named, gets their records
+present() {  # present JSON FOLDER KEPT: check that pictures exist; write records that do to KEPT
   .venv/bin/python - "$@" <<'PYTHON'
 import json
 import sys
@@ -135,13 +135,13 @@ for record in json.loads(Path(source).read_text(encoding="utf-8")):
         kept.append(record)
 print(f"{source}: {len(kept):,} records have their pictures")
 for top, names in sorted(absent.items()):
-    print(f"  {len(names):,} of {folder}/{top} have not; the first: {names[0]}")
+    print(f"  records without their picture in {folder}/{top}: {len(names):,}, as {names[0]}")
 if target:
     partial = Path(target + ".partial")
     partial.write_text(json.dumps(kept), encoding="utf-8")
     partial.replace(target)
 elif absent:
-    sys.exit("fetch or move them (data/MIXTURE.md), or train without them: SKIP_MISSING=1")
+    sys.exit("get the pictures (data/MIXTURE.md), or train without these records: SKIP_MISSING=1")
 PYTHON
 }
 
@@ -162,8 +162,8 @@ train() {  # train STAGE JSON IMAGE_FOLDER TEMPLATE [FLAGS]
   finished "$stage" || exit 0  # Ctrl-C
 }
 
-# 1: the connector learns from captions. 2: everything learns from long captions.
-# 3: CLIP and the connector become mixtures of four experts, and everything learns to answer.
+# 1: train the connector on captions. 2: train everything on long captions. 3: upcycle CLIP and the
+# connector to four experts, and train everything on questions and answers.
 llava=$DATA/llava/llava_pretrain chat=mistral_instruct_system
 train 1 "$llava/blip_laion_cc_sbu_558k.json" "$llava/images" plain "$@"
 ((LAST < 2)) || train 2 "$DATA/jsons/cumo_pft_allava.json" "$DATA" $chat "$@"

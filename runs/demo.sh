@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
-# The whole of CuMo in miniature: set up .venv, train three stages, evaluate, ask about a picture.
-# The training takes three minutes on two CPU cores, nine if they know no bf16. Everything lands in out/.
+# All of CuMo in miniature: set up .venv, train three stages, evaluate, ask about a picture. The training takes
+# three minutes on two CPU cores, nine minutes without hardware bf16. All results go to out/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || python3 -m venv .venv
-.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
-.venv/bin/pip install --quiet --disable-pip-version-check -e ".[plot]"
+.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt ".[plot]"
 
 .venv/bin/python train.py
-[ -f out/stage3/config.json ] || exit # interrupted; the same command goes on
+[ -f out/stage3/config.json ] || exit # interrupted; the same command continues
 .venv/bin/python eval.py
 .venv/bin/python sample.py --image cat.jpg < /dev/null
 .venv/bin/python sample.py --image cat.jpg --ask "Where is the cat?"

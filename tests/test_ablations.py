@@ -1,18 +1,16 @@
-"""The ablations: every row is a training that exists, is made once, and is shown as it came out."""
+"""The ablations: every row is a valid training, is run once, and is shown as measured."""
 
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 from refused import refusal
+from tiny import ROOT
 
 from data.flags import parse
-from stages import TrainConfig, resolve
-
-ROOT = Path(__file__).resolve().parents[1]
 from runs import ablations, results
+from train import TrainConfig, resolve
 
 
 def row(name, seed, *percent, seconds=10):
@@ -39,28 +37,28 @@ def test_flags_of_every_row_are_a_valid_stage_3(name):
     )
 
 
-def test_rows_of_a_group_are_alike_but_for_what_the_group_is_about():
-    alike = {"a": "upcycle scratch balance_coef z_coef num_experts",
-             "b": "freeze upcycle scratch num_experts", "c": "upcycle", "d": "scales",
-             "e": "init", "f": "top_k"}  # fmt: skip
+def test_rows_of_a_group_differ_only_in_the_flags_of_the_group():
+    differ = {"a": "upcycle scratch balance_coef z_coef num_experts",
+              "b": "freeze upcycle scratch num_experts", "c": "upcycle", "d": "scales",
+              "e": "init", "f": "top_k"}  # fmt: skip
     used = set()
     for group, _, lines in ablations.GROUPS:
         flags = [ablations.RUNS[name] for name, *_ in lines]
         names = {k for f in flags for k in f if any(f.get(k) != other.get(k) for other in flags)}
-        assert names == set(alike[group].split()), group
+        assert names == set(differ[group].split()), group
         used.update(name for name, *_ in lines)
     assert used == set(ablations.RUNS)
 
 
 def test_rows_are_named_one_by_one_or_by_group():
-    assert ablations.chosen("") == list(ablations.RUNS)
-    assert ablations.chosen("f-top1,c") == ["b-cumo", "c-llm", "f-top1"]
+    assert ablations.chosen_runs("") == list(ablations.RUNS)
+    assert ablations.chosen_runs("f-top1,c") == ["b-cumo", "c-llm", "f-top1"]
     with pytest.raises(ValueError, match="--rows 'g': choose from a, b, c"):
-        ablations.chosen("a,g")
+        ablations.chosen_runs("a,g")
 
 
 def start(tmp_path, monkeypatch, *flags):
-    """The command, in a folder of its own, with stages 1 and 2 called finished."""
+    """Run the command in its own folder, with stages 1 and 2 marked as finished."""
     folders = [f"--{k}={tmp_path / k}" for k in ("demo", "out", "bench")]
     for stage in (1, 2):
         (tmp_path / "demo" / f"stage{stage}").mkdir(parents=True, exist_ok=True)
@@ -77,7 +75,7 @@ def test_sizes_below_one_are_one_line(flag, monkeypatch, capsys):
     assert f"--{flag} 0" in said and said.endswith("must be 1 or more")
 
 
-def test_finished_runs_are_kept_and_an_interrupted_one_is_made_again(tmp_path, monkeypatch):
+def test_finished_runs_are_kept_and_an_interrupted_one_is_run_again(tmp_path, monkeypatch):
     calls, plug = [], iter([0, 1, 0, 0, 0])  # the second training is interrupted
 
     def train(words, folder):
@@ -90,7 +88,7 @@ def test_finished_runs_are_kept_and_an_interrupted_one_is_made_again(tmp_path, m
         return 12.34
 
     measured = {k: v for k, v in row("", 0, 90, 80, 70).items() if "a" in k and k != "name"}
-    monkeypatch.setattr(ablations, "train", train)
+    monkeypatch.setattr(ablations, "run_training", train)
     monkeypatch.setattr(ablations, "examine", lambda folder, questions: measured)
     with pytest.raises(SystemExit, match="the same command continues"):
         start(tmp_path, monkeypatch, "--rows=c", "--seeds=0,1")
@@ -101,12 +99,12 @@ def test_finished_runs_are_kept_and_an_interrupted_one_is_made_again(tmp_path, m
         ("b-cumo", 0), ("b-cumo", 1), ("c-llm", 0), ("c-llm", 1)]  # fmt: skip
     assert found["rows"][0]["groups"] == list("bcdef") and found["rows"][0]["cpu_seconds"] == 12.3
     assert start(tmp_path, monkeypatch, "--rows=c-llm", "--seeds=1") == found and len(calls) == 5
-    with pytest.raises(ValueError, match="is of 2600 samples and 800 questions; name another"):
+    with pytest.raises(ValueError, match="of 2600 samples and 800 questions; name another"):
         start(tmp_path, monkeypatch, "--samples=64")
 
 
-def test_two_commands_never_make_the_same_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(ablations, "train", lambda *_: pytest.fail("it is being made"))
+def test_two_commands_never_train_the_same_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "run_training", lambda *_: pytest.fail("another has it"))
     with ablations.lock(tmp_path / "out" / "f-top1-0") as ours:
         assert ours
         (tmp_path / "bench").mkdir()
@@ -114,14 +112,12 @@ def test_two_commands_never_make_the_same_run(tmp_path, monkeypatch):
         assert not start(tmp_path, monkeypatch, "--rows=f-top1", "--seeds=0")["rows"]
 
 
-def test_stages_that_are_not_there_are_trained_first_at_the_scales_of_the_row(
-    tmp_path, monkeypatch
-):
+def test_missing_stages_are_trained_first_at_the_scales_of_the_row(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(ablations, "train", lambda words, folder: calls.append(words))
+    monkeypatch.setattr(ablations, "run_training", lambda words, _: calls.append(words))
     cfg = ablations.AblationConfig(demo=str(tmp_path), out=str(tmp_path))
     with pytest.raises(ValueError, match="was interrupted"):
-        ablations.measure(cfg, "d-13", 0)
+        ablations.train_and_examine(cfg, "d-13", 0)
     folder = str(tmp_path / "scales-1,3")
     assert calls[0][2:] == ["--stage", "2", "--out", folder, "--scales", "1,3"]
     assert calls[1][2:6] == ["--stage", "3", "--init", f"{folder}/stage2"]
@@ -129,11 +125,11 @@ def test_stages_that_are_not_there_are_trained_first_at_the_scales_of_the_row(
 
 def test_cpu_seconds_of_every_attempt_are_counted_and_a_failure_is_one_line(tmp_path):
     busy = "import time\nwhile time.process_time() < 0.3: pass"
-    first = ablations.train(["python", "-c", busy], tmp_path / "run")
+    first = ablations.run_training(["python", "-c", busy], tmp_path / "run")
     assert first >= 0.3
-    assert ablations.train(["python", "-c", busy], tmp_path / "run") >= first + 0.3
+    assert ablations.run_training(["python", "-c", busy], tmp_path / "run") >= first + 0.3
     with pytest.raises(ValueError, match="failed: no such thing .*train.log"):
-        ablations.train(["python", "-c", "exit('no such thing')"], tmp_path / "run")
+        ablations.run_training(["python", "-c", "exit('no such thing')"], tmp_path / "run")
 
 
 def test_differences_smaller_than_the_spread_of_the_seeds_are_called_so():
@@ -172,10 +168,10 @@ def test_block_of_the_readme_shows_every_row_with_its_spread_and_the_papers(tmp_
         "8.0 / 12.0 | 12 |",
     ]
     assert "800 questions a split" in lines[-1] and "of 2 seeds; a machine, bf16" in lines[-1]
-    assert "not measured" in lines[at - 1], "a row that is still to come"
+    assert "not measured" in lines[at - 1], "a row without results yet"
 
 
-def test_picture_is_drawn_of_what_there_is(tmp_path):
+def test_picture_is_drawn_from_the_rows_so_far(tmp_path):
     pytest.importorskip("matplotlib")
     rows = [row("a-dense", 0, 80, 80, 80), row("a-8", 0, 81, 79, 83), row("b-8", 1, 9, 9, 9)]
     ablations.draw_ablations(results.ablations(content(*rows)), tmp_path / "ablations.png")

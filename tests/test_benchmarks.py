@@ -1,4 +1,4 @@
-"""Public benchmarks: read from their released files, asked and scored as others do."""
+"""Public benchmarks: read from their released files, asked and scored as by others."""
 
 import base64
 import io
@@ -13,9 +13,18 @@ from tiny import TOKENIZER, tiny_cumo
 
 import eval as evaluation
 from data.weights import fingerprint
-from extras import scores
-from extras.benchmarks import LETTER, LETTER_CN, SHORT, Question, load, picture, read_scienceqa, run
-from extras.scores import SCORES, agreement, letter, normalised, says_no, yes_or_no
+from extras import plots, scores
+from extras.benchmarks import (
+    LETTER,
+    LETTER_CN,
+    SHORT,
+    Question,
+    ask_and_score,
+    load_questions,
+    open_picture,
+    read_scienceqa,
+)
+from extras.scores import SCORES, agreement, letter, normalize, says_no, yes_or_no
 
 
 def write(path, content):
@@ -176,7 +185,7 @@ def made(tmp_path):
 
 
 def best(question):
-    """An answer that nobody can say is wrong."""
+    """An answer that gets the full score."""
     return max(question.truth, key=question.truth.count) if isinstance(question.truth, list) else (
         question.truth)  # fmt: skip
 
@@ -184,7 +193,7 @@ def best(question):
 @pytest.mark.parametrize("name", MAKE)
 def test_right_answers_score_all_there_is_and_silence_nothing_but_popes_yes(name, made, tmp_path):
     folder = made(name)
-    questions = load(name, folder)
+    questions = load_questions(name, folder)
     assert len(questions) > 1 and set(SCORES) == set(MAKE)
     table = SCORES[name]([(q, best(q)) for q in questions])
     assert next(iter(table.values())) == 400 if name == "mme" else 100
@@ -207,20 +216,20 @@ def test_right_answers_score_all_there_is_and_silence_nothing_but_popes_yes(name
     ("mmbench_cn", [f'It is "big".\nWhich?\nA. cat\nB. dog{LETTER_CN}']),
 ])  # fmt: skip
 def test_prompts_are_the_originals(name, prompts, made):
-    questions = load(name, made(name))
+    questions = load_questions(name, made(name))
     assert [q.prompt for q in questions[: len(prompts)]] == prompts
 
 
 @pytest.mark.parametrize("name", MAKE)
 def test_pictures_open_and_a_question_without_one_has_none(name, made):
-    questions = load(name, made(name))
-    seen = [picture(question) for question in questions]
+    questions = load_questions(name, made(name))
+    seen = [open_picture(question) for question in questions]
     assert [image is None for image in seen] == [q.group == "text" for q in questions]
     assert all(image.size == (20, 10) for image in seen if image)
 
 
 def test_seeds_videos_are_left_out(made):
-    questions = load("seed", made("seed"))
+    questions = load_questions("seed", made("seed"))
     assert [(q.id, q.group) for q in questions] == [
         (11, "Scene Understanding"), ("12", "Instance Counting")]  # fmt: skip
 
@@ -262,7 +271,7 @@ def test_scienceqa_reads_letters_as_the_original(text, option):
     ("an", ""), ("what?!", "what"), ("U.S.A", "usa"), ("line\nbreak", "line break"),
 ])  # fmt: skip
 def test_vqa_answers_are_normalised(text, same):
-    assert normalised(text) == same and normalised(same.replace(" 's", "'s")) == same
+    assert normalize(text) == same and normalize(same.replace(" 's", "'s")) == same
 
 
 @pytest.mark.parametrize("matches, value", [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
@@ -279,8 +288,8 @@ def test_agreement_is_the_mean_over_people_left_out():
         said = r.choice(people)
         values = []
         for k in range(10):
-            others = [normalised(p) for p in people[:k] + people[k + 1 :]]
-            values.append(min(1, others.count(normalised(said)) / 3))
+            others = [normalize(p) for p in people[:k] + people[k + 1 :]]
+            values.append(min(1, others.count(normalize(said)) / 3))
         assert agreement(said, people) == pytest.approx(sum(values) / 10)
 
 
@@ -289,7 +298,7 @@ def test_normalising_twice_changes_only_what_the_first_pass_joined():
     words = ["the", "two", "cat", "x-y", "(", "3.5", "dont", "None", "?", "é", "isn't"]
     for _ in range(500):
         text = " ".join(r.choices(words, k=4))
-        assert normalised(text) == normalised(normalised(text)) == normalised(f"  {text.upper()} ")
+        assert normalize(text) == normalize(normalize(text)) == normalize(f"  {text.upper()} ")
 
 
 # ----------------------------------------------------------------------- scores
@@ -347,14 +356,14 @@ def test_mmbench_wants_all_turns_right():
 
 
 def test_vqav2_counts_answer_types_apart(made):
-    questions = load("vqav2", made("vqav2"))
+    questions = load_questions("vqav2", made("vqav2"))
     table = SCORES["vqav2"]([(q, text) for q, text in zip(questions, ("yes", "No."))])
     assert table == {"accuracy": 95, "yes/no": 90, "other": 100}
 
 
 @pytest.mark.parametrize("name", MAKE)
 def test_scores_do_not_depend_on_order(name, made):
-    questions = load(name, made(name))
+    questions = load_questions(name, made(name))
     r = random.Random(2)
     said = [(q, best(q) if r.random() < 0.5 else "A") for q in questions]
     mixed = r.sample(said, len(said))
@@ -400,7 +409,7 @@ def noise(r):
 def test_normalised_is_lmms_evals(lmms):
     theirs, r = lmms("_task_utils.vqa_eval_metric").EvalAIAnswerProcessor(), random.Random(0)
     for text in [noise(r) for _ in range(20_000)] + ["." * 40]:
-        assert normalised(text) == theirs(text), text
+        assert normalize(text) == theirs(text), text
 
 
 def test_textvqa_accuracy_is_lmms_evals(lmms):
@@ -475,8 +484,8 @@ def asker(log=None, fail_after=None):
 
 
 def test_answers_are_written_in_llavas_format(made, tmp_path):
-    results = run(
-        "scienceqa", load("scienceqa", made("scienceqa")), asker(), tmp_path, "m", batch=2
+    results = ask_and_score(
+        "scienceqa", load_questions("scienceqa", made("scienceqa")), asker(), tmp_path, "m", batch=2
     )
     rows = [json.loads(line) for line in (tmp_path / "scienceqa.jsonl").read_text().splitlines()]
     assert rows[0] == {
@@ -493,38 +502,39 @@ def test_answers_are_written_in_llavas_format(made, tmp_path):
 
 
 def test_interrupted_run_goes_on_and_ends_as_an_uninterrupted_one(made, tmp_path):
-    questions, first, again = load("mme", made("mme")), [], []
-    whole = run("mme", questions, asker(), tmp_path, "m", batch=5)
+    questions, first, again = load_questions("mme", made("mme")), [], []
+    whole = ask_and_score("mme", questions, asker(), tmp_path, "m", batch=5)
     text = (tmp_path / "mme.jsonl").read_text()
     with pytest.raises(KeyboardInterrupt):
-        run("mme", questions, asker(first, fail_after=4), tmp_path, "m", batch=4)
+        ask_and_score("mme", questions, asker(first, fail_after=4), tmp_path, "m", batch=4)
     begun = tmp_path / "mme.begun.jsonl"
     with open(begun, "a") as file:
         file.write('{"question_id": "count/2.jpg", "pro')  # the power went
-    assert run("mme", questions, asker(again), tmp_path, "m", batch=5) == whole
+    assert ask_and_score("mme", questions, asker(again), tmp_path, "m", batch=5) == whole
     assert (tmp_path / "mme.jsonl").read_text() == text
     assert len(first) == 4 and len(again) == 8 and not begun.exists()
 
 
-def test_another_models_answers_are_not_gone_on_with(made, tmp_path):
-    questions = load("mme", made("mme"))
+def test_another_models_answers_are_not_continued(made, tmp_path):
+    questions = load_questions("mme", made("mme"))
     with pytest.raises(KeyboardInterrupt):
-        run("mme", questions, asker([], fail_after=1), tmp_path, "m", batch=1)
+        ask_and_score("mme", questions, asker([], fail_after=1), tmp_path, "m", batch=1)
     with pytest.raises(
-        ValueError, match="holds the first answers of m, .*delete it, .* or name another"
+        ValueError,
+        match="has the first answers of an interrupted run of m; delete it.* or name another",
     ):
-        run("mme", questions, asker(), tmp_path, "other")
+        ask_and_score("mme", questions, asker(), tmp_path, "other")
 
 
-def test_answers_of_other_weights_or_another_dtype_are_not_gone_on_with(made, tmp_path):
-    questions, by = load("mme", made("mme")), {"weights": "12ab", "dtype": "float32"}
-    go_on = lambda by, log: run("mme", questions, asker(log), tmp_path, "m", 1, by)
+def test_answers_of_other_weights_or_another_dtype_are_not_continued(made, tmp_path):
+    questions, by = load_questions("mme", made("mme")), {"weights": "12ab", "dtype": "float32"}
+    resume = lambda by, log: ask_and_score("mme", questions, asker(log), tmp_path, "m", 1, by)
     with pytest.raises(KeyboardInterrupt):
-        run("mme", questions, asker([], fail_after=3), tmp_path, "m", 1, by)
+        ask_and_score("mme", questions, asker([], fail_after=3), tmp_path, "m", 1, by)
     for other, named in ({"weights": "34cd"}, "weights"), ({"dtype": "bfloat16"}, "dtype"):
-        with pytest.raises(ValueError, match=f"of m before its {named} changed, .*delete it"):
-            go_on(by | other, [])
-    go_on(by, log := [])
+        with pytest.raises(ValueError, match=f"of m before its {named} changed; delete it"):
+            resume(by | other, [])
+    resume(by, log := [])
     assert len(log) == len(questions) - 3
     row = json.loads((tmp_path / "mme.jsonl").read_text().splitlines()[0])
     assert row["model_id"] == "m" and row["metadata"] == by
@@ -536,29 +546,29 @@ def test_fingerprint_is_of_the_models_files_alone(tmp_path):
     (tmp_path / "pope.json").write_text("{}")
     assert fingerprint(tmp_path) == before
     tiny_cumo(vocab=1024, seed=1).save_pretrained(tmp_path)
-    assert fingerprint(tmp_path) != before, "trained anew, under the same name and as large"
+    assert fingerprint(tmp_path) != before, "other weights under the same name and of the same size"
 
 
 @pytest.mark.parametrize("damaged", ['{"question_id": "cou', "[]", '{"question_id": []}', "\0\0"])
 def test_a_damaged_line_is_one_error_and_as_the_last_it_is_dropped(damaged, made, tmp_path):
-    questions = load("mme", made("mme"))
+    questions = load_questions("mme", made("mme"))
     with pytest.raises(KeyboardInterrupt):
-        run("mme", questions, asker(log := [], fail_after=2), tmp_path, "m", 1)
+        ask_and_score("mme", questions, asker(log := [], fail_after=2), tmp_path, "m", 1)
     begun = tmp_path / "mme.begun.jsonl"
     first, second = begun.read_text().splitlines()
     begun.write_text(f"{first}\n{damaged}\n{second}\n")
     with pytest.raises(ValueError, match=r"mme.begun.jsonl, line 2: is damaged; delete it") as e:
-        run("mme", questions, asker(), tmp_path, "m", 1)
+        ask_and_score("mme", questions, asker(), tmp_path, "m", 1)
     assert "\n" not in str(e.value) and begun.read_text().count("\n") == 3, "nothing was lost"
     begun.write_text(f"{first}\n{damaged}\n")
-    run("mme", questions, asker(log), tmp_path, "m", 1)
+    ask_and_score("mme", questions, asker(log), tmp_path, "m", 1)
     assert len(log) == 2 + len(questions) - 1
 
 
 def test_limit_takes_the_first_questions_and_says_so(made, tmp_path):
-    questions = load("pope", made("pope"), limit=3)
-    assert questions == load("pope", tmp_path / "pope")[:3]
-    assert run("pope", questions, asker(), tmp_path, "m")["questions"] == 3
+    questions = load_questions("pope", made("pope"), limit=3)
+    assert questions == load_questions("pope", tmp_path / "pope")[:3]
+    assert ask_and_score("pope", questions, asker(), tmp_path, "m")["questions"] == 3
 
 
 # ----------------------------------------------------------------------- mistakes
@@ -575,7 +585,7 @@ def test_limit_takes_the_first_questions_and_says_so(made, tmp_path):
             "test.jsonl, line 1: has no 'image'",
         ),
         ("pope", "llava_pope_test.jsonl", "\n{oops\n", "line 2: is not valid JSON"),
-        ("pope", "llava_pope_test.jsonl", "", "holds no question of pope"),
+        ("pope", "llava_pope_test.jsonl", "", "has no question of pope"),
         ("pope", "val2014/1.jpg", None, "1.jpg: no such image (12 of 12 questions lack theirs)"),
         (
             "gqa",
@@ -583,9 +593,9 @@ def test_limit_takes_the_first_questions_and_says_so(made, tmp_path):
             {"1": {}},
             "line 1: the benchmark's own files have no answer to '20'",
         ),
-        ("gqa", "data/testdev_balanced_questions.json", [], "is not what it should be ("),
-        ("textvqa", "TextVQA_0.5.1_val.json", [1], "record 0: is not what it should be"),
-        ("textvqa", "TextVQA_0.5.1_val.json", {"data": 5}, "holds no list 'data'"),
+        ("gqa", "data/testdev_balanced_questions.json", [], "has a wrong format ("),
+        ("textvqa", "TextVQA_0.5.1_val.json", [1], "record 0: has a wrong format"),
+        ("textvqa", "TextVQA_0.5.1_val.json", {"data": 5}, "has no list 'data'"),
         (
             "vqav2",
             "v2_mscoco_val2014_annotations.json",
@@ -596,25 +606,25 @@ def test_limit_takes_the_first_questions_and_says_so(made, tmp_path):
             "textvqa",
             "TextVQA_0.5.1_val.json",
             {"data": [{"image_id": "aa", "question": "What brand is it?", "answers": []}]},
-            "_val.json, record 0: is not what it should be (its answers are no list, or nobody's",
+            "_val.json, record 0: has a wrong format (its answers are no list, or an empty one",
         ),
         (
             "vqav2",
             "v2_mscoco_val2014_annotations.json",
             {"annotations": [{"question_id": 0, "answers": [], "answer_type": "other"}]},
-            "record 0: is not what it should be (its answers are no list, or nobody's",
+            "record 0: has a wrong format (its answers are no list, or an empty one",
         ),
         (
             "pope",
             "coco/coco_pope_random.json",
             '{"image": "1.jpg", "text": "Is there a cat in the image?", "label": "maybe"}',
-            "_random.json, line 1: is not what it should be (its answer 'maybe' is none of yes, no",
+            "_random.json, line 1: has a wrong format (its answer 'maybe' is none of yes, no",
         ),
         (
             "mme",
             "MME_Benchmark_release_version/count/1.txt",
             "Is it 1? Please answer yes or no.\tYess",
-            "1.txt, line 1: is not what it should be (its answer 'yess' is none of yes, no",
+            "1.txt, line 1: has a wrong format (its answer 'yess' is none of yes, no",
         ),
         (
             "seed",
@@ -630,21 +640,21 @@ def test_limit_takes_the_first_questions_and_says_so(made, tmp_path):
                     }
                 ],
             },
-            "record 0: is not what it should be (its answer 'b' is none of A, B",
+            "record 0: has a wrong format (its answer 'b' is none of A, B",
         ),
         (
             "mmbench",
             "mmbench_dev_20230712.tsv",
             "index\tquestion\thint\tA\tanswer\timage\n1\ty\t\tz\t\t" + "x" * 70,
-            "record 0: is not what it should be (its answer '' is none of A, B",
+            "record 0: has a wrong format (its answer '' is none of A, B",
         ),
         ("scienceqa", "problems.json", {}, "record 0: problems.json has no answer to '4'"),
-        ("scienceqa", "llava_test_CQM-A.json", {"a": 1}, "holds no list"),
+        ("scienceqa", "llava_test_CQM-A.json", {"a": 1}, "has no list"),
         (
             "mme",
             "MME_Benchmark_release_version/count/1.txt",
             "Is it?",
-            "1.txt, line 1: is no question",
+            "1.txt, line 1: is not a question",
         ),
         (
             "mme",
@@ -657,7 +667,7 @@ def test_limit_takes_the_first_questions_and_says_so(made, tmp_path):
             "mmbench",
             "mmbench_dev_20230712.tsv",
             "index\tquestion\nx\ty\n",
-            "record 0: is not what it should be",
+            "record 0: has a wrong format",
         ),
         (
             "mmbench",
@@ -673,25 +683,25 @@ def test_faulty_folder_is_one_line_that_names_the_place(name, file, content, com
     if content is not None:
         write(folder / file, content)
     with pytest.raises(ValueError) as error:
-        load(name, folder)
+        load_questions(name, folder)
     assert complaint in str(error.value) and "\n" not in str(error.value)
     assert str(folder) in str(error.value) and (
-        "which files go where stands at the top of extras/benchmarks.py" in str(error.value)
+        "extras/benchmarks.py lists at its top which files belong in --folder" in str(error.value)
         or "not valid JSON" in str(error.value))  # fmt: skip
 
 
 def test_popes_labels_may_have_capitals(made):
     folder = made("pope")
-    plain = load("pope", folder)
+    plain = load_questions("pope", folder)
     for file in (folder / "coco").iterdir():
         file.write_text(file.read_text().replace('"yes"', '"Yes"').replace('"no"', '"No "'))
-    assert load("pope", folder) == plain
+    assert load_questions("pope", folder) == plain
 
 
 def test_damaged_picture_names_its_question(made):
-    questions = load("mmbench", made("mmbench"))
-    with pytest.raises(ValueError, match="^the picture of question 7: is not what it should be"):
-        picture(questions[0]._replace(image=base64.b64encode(b"x" * 100).decode()))
+    questions = load_questions("mmbench", made("mmbench"))
+    with pytest.raises(ValueError, match="^the picture of question 7: has a wrong format"):
+        open_picture(questions[0]._replace(image=base64.b64encode(b"x" * 100).decode()))
 
 
 # ----------------------------------------------------------------------- the command
@@ -736,10 +746,12 @@ def test_questions_with_and_without_a_picture_share_a_batch(model):
     tokenizer = evaluation.Tokenizer.from_pretrained(model)
     questions, image = ["What is it?", "Say a word, any word.", "Why?"], Image.new("RGB", (30, 30))
     pictures = [image, None, image]
-    together = evaluation.answer(net, tokenizer, questions, pictures, 6)
-    alone = [evaluation.answer(net, tokenizer, [q], [p], 6)[0] for q, p in zip(questions, pictures)]
+    together = evaluation.answer_batch(net, tokenizer, questions, pictures, 6)
+    alone = [
+        evaluation.answer_batch(net, tokenizer, [q], [p], 6)[0] for q, p in zip(questions, pictures)
+    ]
     assert together == alone
-    only_text = evaluation.answer(net, tokenizer, questions[1:2], [None], 6)
+    only_text = evaluation.answer_batch(net, tokenizer, questions[1:2], [None], 6)
     assert only_text == together[1:2]
 
 
@@ -750,7 +762,7 @@ def test_experts_load_over_ones_own_pictures(model, tmp_path, monkeypatch, capsy
     rows = [{"id": k, "image": f"{k}.png", "conversations": talk} for k in "ab"]
     write(tmp_path / "mine.json", rows)
     drawn = []
-    monkeypatch.setattr(evaluation, "draw_load", lambda load, file: drawn.append((load, file)))
+    monkeypatch.setattr(plots, "draw_load", lambda load, file: drawn.append((load, file)))
     flags = ["--model", model, "--out", tmp_path / "out", "--data", tmp_path / "mine.json",
              "--image-folder", tmp_path / "pics"]  # fmt: skip
     command(monkeypatch, *flags, "--experts", tmp_path / "e.png")
@@ -760,8 +772,8 @@ def test_experts_load_over_ones_own_pictures(model, tmp_path, monkeypatch, capsy
     assert [str(file) for _, file in drawn] == [str(tmp_path / "e.png"), default, default]
     net = evaluation.CuMo.from_pretrained(model).eval()
     pictures = [Image.open(tmp_path / "pics" / f"{k}.png") for k in "ab"]
-    assert drawn[0][0] == drawn[1][0] == evaluation.expert_load(net, pictures)
-    assert drawn[2][0] == evaluation.expert_load(net, pictures[:1])
+    assert drawn[0][0] == drawn[1][0] == plots.expert_load(net, pictures)
+    assert drawn[2][0] == plots.expert_load(net, pictures[:1])
     assert not (tmp_path / "out" / "eval.json").exists()
 
 
@@ -776,7 +788,7 @@ def test_experts_load_over_ones_own_pictures(model, tmp_path, monkeypatch, capsy
     (["--experts", "nowhere/e.png"], "--experts nowhere/e.png cannot be written; name a file in"),
     pytest.param(["--experts", "e.doc"], "e.doc: its name must end in .png", marks=knows_kinds),
     (["--out", TOKENIZER], "tokenizer.json cannot be written (File exists); name another folder"),
-    (["--model", TOKENIZER.parent], "is no CuMo, but a language model alone, which sees nothing"),
+    (["--model", TOKENIZER.parent], "is no CuMo but a language model without vision"),
     (["--n", "3"], "--n 3 must be 8 or more"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(flags, complaint, model, tmp_path, monkeypatch, capsys):

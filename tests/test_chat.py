@@ -1,7 +1,7 @@
-"""Conversations to ids and labels: the original's, wherever the sample is well formed.
+"""Conversations to ids and labels: equal to the original's for every well-formed sample.
 
-`golden/prompts.json` holds what the original makes of thirteen samples and four prompts. We differ
-knowingly from three of the samples; each has its reason here.
+`golden/prompts.json` holds the original's results for thirteen samples and four prompts. We differ
+on purpose in three of the samples; DIFFERENT gives the reasons.
 """
 
 import json
@@ -26,8 +26,8 @@ needs_golden = pytest.mark.skipif(not CASES, reason=f"no golden data in {GOLDEN}
 
 DIFFERENT = {
     "answer_contains_inst_tag": "the original finds no labels, learns nothing; we learn the answer",
-    "two_image_tags_in_one_message": "the original drops a tag; we ask for one tag for each image",
-    "role_system_message": "the original dies of a KeyError; we name the sample and the role",
+    "two_image_tags_in_one_message": "the original drops a tag; we want one tag for each image",
+    "role_system_message": "the original raises a KeyError; we name the sample and the role",
 }
 
 
@@ -57,7 +57,7 @@ def talk(*texts):
 
 
 def learned(tokenizer, ids, labels):
-    """The supervised text, a piece for each answer."""
+    """The learned ids, one list for each answer."""
     pieces, at = [], 0
     while at < len(labels):
         end = at
@@ -77,7 +77,7 @@ def learned(tokenizer, ids, labels):
 def test_training_sample_has_the_originals_ids_and_labels(name, mistral):
     case = CASES[name]
     ids, labels = render_case(case, mistral)
-    length = case["model_max_length"] if case["image_is_zeros"] else None  # CuMo: only text is cut
+    length = case["model_max_length"] if case["image_is_zeros"] else None  # CuMo: cuts only text
     assert ids[:length] == case["input_ids"]
     assert labels[:length] == case["labels"]
     assert sum(label != IGNORE for label in labels[:length]) == case["num_supervised"]
@@ -139,8 +139,8 @@ def test_system_turn_is_refused_by_name_where_the_original_has_a_key_error(mistr
 
 
 def original(conversation, sp, template, has_image):
-    """The original's recipe (REFERENCE 5) for the text of a well-formed sample: one string, cut at
-    its special tokens and image tags, each chunk tokenized as a text of its own."""
+    """The ids that the original makes of a well-formed sample (REFERENCE 5): one string, cut at its
+    special tokens and image tags, each chunk tokenized separately."""
     text = "<s>"
     for k, turn in enumerate(conversation):
         said = turn["value"]
@@ -191,8 +191,8 @@ def sp():
 
 @pytest.fixture(scope="module")
 def smol(tmp_path_factory):
-    """(our tokenizer, that of `transformers`) of SmolLM2's kind, with its special tokens, way of
-    cutting words and chat template, but our miniature's words."""
+    """(our tokenizer, that of `transformers`) with SmolLM2's special tokens, pre-tokenizer and chat
+    template, but the miniature's vocabulary."""
     spec = json.loads((ROOT / "data" / "mini" / "llm" / "tokenizer.json").read_text())
     vocab = spec["model"]["vocab"]
     for token, name in zip(spec["added_tokens"], SMOL_SPECIAL):
@@ -212,7 +212,7 @@ def smol(tmp_path_factory):
 
 
 SMOL_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-SMOL_TEMPLATE = (  # of HuggingFaceTB/SmolLM2-135M-Instruct
+SMOL_TEMPLATE = (  # HuggingFaceTB/SmolLM2-135M-Instruct
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
     "<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "

@@ -1,4 +1,4 @@
-"""`python -m data.check`: what a training would refuse, leave out or cut is found before it."""
+"""`python -m data.check` finds what training would refuse, leave out or cut."""
 
 import json
 import pathlib
@@ -69,7 +69,7 @@ def test_good_data_has_its_sizes_and_lengths_and_status_0(report):
 def test_every_fault_is_named_with_its_record_and_status_is_1(report):
     status, out = report([GOOD, *FAULTY, EMPTY, LATE])
     assert status == 1
-    assert "9 records; 1 are used, 2 left out, 2 skipped, 4 would stop a training" in out
+    assert "9 records; 1 are used, 2 left out, 2 skipped, 4 would stop training" in out
     stops = re.findall(r"  stops: (.*)", out)
     reasons = ["(id 'gone'): no image", "(id 'tagless'): the number of images is 1",
                "(id 'robot'): turn 0 is from 'robot'",
@@ -88,9 +88,9 @@ def test_samples_that_are_left_out_stop_no_training(report):
 
 
 def test_broken_pictures_have_status_1_only_when_they_would_stop_a_training(report):
-    assert report([GOOD] + [DAMAGED] * 9)[0] == 0, "of so few one percent says nothing"
+    assert report([GOOD] + [DAMAGED] * 9)[0] == 0, "fewer than 10"
     status, out = report([GOOD] + [DAMAGED] * 10)
-    assert status == 1 and "10 of 11 cannot be read; so many would stop a training" in out
+    assert status == 1 and "10 of 11 cannot be read; so many would stop training" in out
 
 
 def test_row_too_short_for_an_image_is_one_clear_line(report):

@@ -214,7 +214,7 @@ def test_last_layer_is_computed_only_for_parity():
 def test_checkpointing_changes_no_gradient(cfg):
     vision, images = build(cfg), torch.randn(2, 3, 16, 16)
     grads = []
-    for vision.checkpoint in (False, True):
+    for vision.recompute in (False, True):
         vision.zero_grad()
         vision(images)[0].square().sum().backward()
         grads.append([p.grad for p in vision.parameters()])
@@ -260,7 +260,7 @@ def test_impossible_scales_are_refused(scales):
 
 
 def test_images_of_another_size_are_refused():
-    with pytest.raises(ValueError, match=r"\[1, 3, 20, 20\].*wants \[n, 3, 16, 16\]"):
+    with pytest.raises(ValueError, match=r"\[1, 3, 20, 20\].*takes \[n, 3, 16, 16\]"):
         build(TINY)(torch.randn(1, 3, 20, 20))
 
 

@@ -1,15 +1,16 @@
-"""The exam is fair: balanced, seeded, scored by exact answers, and blind guessing scores little."""
+"""The exam is fair: balanced, seeded, scored by exact answers; blind guessing scores little."""
 
 import collections
 
 import numpy as np
 import pytest
 from PIL import ImageStat
-from tiny import tiny_cumo
+from tiny import TOKENIZER, tiny_cumo
 
 import eval as evaluation
 from data import world
 from data.tokenizer import Tokenizer
+from extras import plots
 
 
 @pytest.mark.parametrize("split", evaluation.SPLITS)
@@ -30,39 +31,40 @@ def test_exam_scenes_are_not_training_scenes():
     assert not trained & set(pictures)
 
 
-def answers_of(monkeypatch, say):
-    monkeypatch.setattr(evaluation, "answer", lambda model, tokenizer, qs, ps: say(qs, ps))
+def test_right_answers_score_one_and_others_nothing():
     asked = evaluation.exam("seen", 80, seed=1)
-    return asked, lambda **options: evaluation.accuracy(None, None, asked, 25, **options)
-
-
-def test_right_answers_score_one_and_others_nothing(monkeypatch):
-    truth = {}
-    asked, score = answers_of(
-        monkeypatch, lambda qs, ps: [truth[q, p.tobytes()] for q, p in zip(qs, ps)]
-    )
-    truth.update({(q, p.tobytes()): a for _, q, a, p in asked})
-    assert set(evaluation.means(score()).values()) == {1.0}
+    truth = {(q, p.tobytes()): a for _, q, a, p in asked}
+    ask = lambda qs, ps: [truth[q, p.tobytes()] for q, p in zip(qs, ps)]
+    assert set(evaluation.accuracy(ask, asked, 25).values()) == {1.0}
     truth.update({key: answer + " " for key, answer in truth.items()})
-    assert set(evaluation.means(score()).values()) == {0.0}, "exact means exact"
+    assert set(evaluation.accuracy(ask, asked, 25).values()) == {0.0}, "exact means exact"
 
 
 def test_blank_pictures_are_blank_and_leave_the_exam_alone(monkeypatch):
-    def say(questions, pictures):
-        assert all(ImageStat.Stat(picture).stddev == [0, 0, 0] for picture in pictures)
+    """For each split, `ask` gets the 80 questions with their pictures, then with blank ones."""
+    monkeypatch.setattr(evaluation, "fixed_answers", dict)
+    seen = []
+
+    def ask(questions, pictures):
+        seen.extend(pictures)
         return [""] * len(questions)
 
-    asked, score = answers_of(monkeypatch, say)
-    score(blank=True)
-    assert any(max(ImageStat.Stat(picture).stddev) > 0 for *_, picture in asked)
+    results = evaluation.evaluate_scenes(ask, evaluation.EvalConfig(n=80))
+    assert list(results) == list(evaluation.SPLITS)
+    assert all(list(rows) == ["model", "blank", "chance"] for rows in results.values())
+    rows = [seen[k : k + 80] for k in range(0, len(seen), 80)]
+    for split, drawn, blank in zip(results, rows[::2], rows[1::2], strict=True):
+        assert all(ImageStat.Stat(picture).stddev == [0, 0, 0] for picture in blank)
+        assert all(ImageStat.Stat(picture).mean == [128, 128, 128] for picture in blank)
+        fresh = [picture for *_, picture in evaluation.exam(split, 80, seed=1)]
+        assert [p.tobytes() for p in drawn] == [p.tobytes() for p in fresh]
+        assert [p.size for p in blank] == [p.size for p in fresh]
 
 
 def test_fixed_answers_know_no_more_than_the_question():
     fixed = evaluation.fixed_answers(600)
-    hits = collections.defaultdict(list)
-    for kind, question, right, _ in evaluation.exam("seen", 800, seed=1):
-        hits[kind].append(fixed.get(evaluation.question_form(question)) == right)
-    rates = evaluation.means(hits)
+    guess = lambda questions, _: [fixed.get(evaluation.question_form(q)) for q in questions]
+    rates = evaluation.accuracy(guess, evaluation.exam("seen", 800, seed=1), 50)
     assert 0.3 < rates["existence"] < 0.7 and rates["background"] < 0.3 and rates["what"] < 0.15
     assert rates["list"] < 0.05
 
@@ -79,19 +81,17 @@ def test_question_form_hides_every_name():
 
 def test_answers_in_a_batch_equal_answers_alone():
     model = tiny_cumo(experts=4, vocab=1024).eval()
-    tokenizer = Tokenizer.from_pretrained("data/mini/llm")
+    tokenizer = Tokenizer.from_pretrained(TOKENIZER.parent)
     _, questions, _, pictures = zip(*evaluation.exam("seen", 6, seed=3))
-    together = evaluation.answer(model, tokenizer, questions, pictures, max_new_tokens=6)
-    alone = [
-        evaluation.answer(model, tokenizer, [q], [p], 6)[0] for q, p in zip(questions, pictures)
-    ]
+    together = evaluation.answer_batch(model, tokenizer, questions, pictures, max_new_tokens=6)
+    alone = [evaluation.answer_batch(model, tokenizer, [q], [p], 6)[0]
+             for q, p in zip(questions, pictures)]  # fmt: skip
     assert together == alone
 
 
 def test_expert_load_is_a_share_and_counts_every_sparse_block():
     model = tiny_cumo(experts=4).eval()
-    load = evaluation.expert_load(
-        model, [p for *_, p in evaluation.exam("seen", 8, seed=1)], batch=3
-    )
+    pictures = [picture for *_, picture in evaluation.exam("seen", 8, seed=1)]
+    load = plots.expert_load(model, pictures, batch=3)
     assert list(load) == ["vision.layers.0.moe", "vision.layers.1.moe", "connector.moe"]
     assert all(sum(shares) == pytest.approx(1) and len(shares) == 4 for shares in load.values())

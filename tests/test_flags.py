@@ -1,4 +1,4 @@
-"""The command line: every field a flag with help, every mistake one line with the way out."""
+"""The command line: every field is a flag with help, every mistake one clear line."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Config:
 
 
 def fails(capsys, *argv):
-    """The one line on stderr with which `argv` exits; the exit status is 2, stdout stays empty."""
+    """The one line that `argv` prints on stderr, with exit status 2 and an empty stdout."""
     with pytest.raises(SystemExit) as caught:
         parse(Config, argv)
     out, err = capsys.readouterr()
@@ -77,14 +77,14 @@ def test_flag_like_no_other_points_to_help(capsys):
     (["--lr", "fast"], "--lr: 'fast' is not a number"),
     (["--lr", "nan"], "--lr: 'nan' is not a number"),
     (["--lr"], "--lr: expected one argument"),
-    (["--row-tokens", "1.5"], "--row-tokens: '1.5' is not a whole number"),
-    (["--row-tokens", ""], "--row-tokens: '' is not a whole number"),
-    (["--scales", "1;3"], "--scales: '1;3' is not whole numbers, as in 1,3"),
-    (["--scales", "1,"], "--scales: '1,' is not whole numbers, as in 1,3"),
+    (["--row-tokens", "1.5"], "--row-tokens: '1.5' is not an integer"),
+    (["--row-tokens", ""], "--row-tokens: '' is not an integer"),
+    (["--scales", "1;3"], "--scales: '1;3' is not integers such as 1,3"),
+    (["--scales", "1,"], "--scales: '1,' is not integers such as 1,3"),
     (["--compile=False"], "--compile/--no-compile is a switch and takes no value"),
-    (["--compile", "False"], "'False' belongs to no flag; a switch takes no value, it is written "
+    (["--compile", "False"], "'False' belongs to no flag; a switch takes no value, write it "
                              "--name or --no-name"),
-    (["cat.jpg"], "'cat.jpg' belongs to no flag; a switch takes no value, it is written --name or "
+    (["cat.jpg"], "'cat.jpg' belongs to no flag; a switch takes no value, write it --name or "
                   "--no-name"),
 ])  # fmt: skip
 def test_wrong_value_is_one_line_that_says_what_is_expected(argv, complaint, capsys):

@@ -1,4 +1,4 @@
-"""Two and four processes on one CPU train the very model that one process trains."""
+"""Two and four processes on one CPU train the same model as a single process."""
 
 import functools
 import json
@@ -20,17 +20,18 @@ from tiny import tiny_cumo
 
 import train
 from cumo import IGNORE, IMAGE_TOKEN, CuMo
+from data.packing import collate
 from engine import fsdp
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "data" / "mini" / "llm" / "tokenizer.json"
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["test_parallel", "torch._dynamo", "torch.distributed.fsdp"])
+FORKS.set_forkserver_preload(["test_fsdp", "torch._dynamo", "torch.distributed.fsdp"])
 
 
 @pytest.fixture(scope="module", autouse=True)
 def server():
-    """A process that imports everything once, and forks: the next ones start in no time."""
+    """A process that imports everything once and forks, so that the next ones start at once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
         multiprocessing.forkserver.ensure_running()
@@ -59,11 +60,11 @@ def begin(n, work, *args):
 
 
 def end(started):
-    """Wait for them; all have to exit with 0."""
+    """Wait for the processes; all of them must exit with 0."""
     deadline = time.time() + 300
     while any(p.is_alive() for p in started) and time.time() < deadline:
         if any(p.exitcode for p in started):
-            break  # the others wait for it in vain
+            break  # the others would wait for it until the deadline
         time.sleep(0.02)
     for process in started:
         process.kill()
@@ -73,7 +74,7 @@ def end(started):
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
-    """Flags that train a tiny model on ten pictures and ten texts, each as long as a row."""
+    """Flags that train a tiny model on ten pictures and ten texts of different lengths."""
     folder = tmp_path_factory.mktemp("start")
     tiny_cumo(vocab=1024).save_pretrained(folder)
     shutil.copy(TOKENIZER, folder)
@@ -96,18 +97,18 @@ def configured(flags, out, stage=3, **more):
 
 
 def work(cfg, stop_at=None):
-    """Train a stage; in step `stop_at` somebody stops this process, or the last of several."""
+    """Train a stage; in step `stop_at` a signal stops the last rank."""
     step = train.Trainer.train_step
 
-    def interrupted(self, batches):
+    def interrupted(self, *args):
         rank, n = fsdp.world()
         if self.step + 1 == stop_at and rank == n - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, batches)
+        return step(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.Trainer, "train_step", interrupted)
-        patch.setattr(train, "draw_metrics", print)  # seconds
+        cfg.plot = False  # drawing takes seconds
         assert train.train_stage(cfg) == (stop_at is None)
 
 
@@ -117,7 +118,7 @@ def metrics(folder, stage=3):
 
 
 def assert_same_training(one, many, stage=3):
-    """Every number of every step, and every weight of the checkpoint."""
+    """The same numbers in every step, and the same weights in the checkpoint."""
     rows, others = metrics(one, stage), metrics(many, stage)
     assert len(rows) == len(others) >= 5
     for row, other in zip(rows, others):
@@ -128,14 +129,15 @@ def assert_same_training(one, many, stage=3):
     a, b = (load_file(out / f"stage{stage}/model.safetensors") for out in (one, many))
     assert a.keys() == b.keys()
     for name, weight in a.items():
-        # softmax does not notice a bias of all keys: its gradient is rounding, which Adam scales up
+        # Adam scales up rounding errors here: the exact gradient of the keys' bias is 0, because
+        # softmax does not change when all scores of a query shift
         most = 1e-4 if name.endswith("k_proj.bias") else 1e-6
         assert (b[name] - weight).norm() <= most * weight.norm(), name
 
 
 @pytest.fixture(scope="module")
 def one(flags, tmp_path_factory):
-    """What one process makes of it: with CLIP and connector sparse, and with the LLM as well."""
+    """The trainings of one process: with CLIP and connector sparse, and with the LLM as well."""
     out = tmp_path_factory.mktemp("one")
     work(configured(flags, out))
     work(configured(flags, out / "llm", **SPARSE_LLM))
@@ -163,7 +165,7 @@ def test_four_processes_train_like_one_and_some_have_no_picture(flags, one, tmp_
     cfg = configured(flags, tmp_path, **SPARSE_LLM)
     train.choose_precision(cfg)
     pictures = [(x["tokens"] == IMAGE_TOKEN).any(1) for x in train.Trainer(cfg).batches()]
-    assert any(rows.any() and not rows.all() for rows in pictures)  # a row is a process's share
+    assert any(rows.any() and not rows.all() for rows in pictures)  # each rank gets one row
     end(begin(4, work, cfg))
     assert_same_training(one / "llm", tmp_path)
 
@@ -179,24 +181,24 @@ def test_stage_1_trains_the_connector_alone_in_two_processes_too(flags, tmp_path
 
 
 def tiny_batch():
-    """Four rows with 1, 0, 0 and 2 pictures, and answers of very unequal length."""
+    """Four rows with 1, 0, 0 and 2 pictures, and answers of very different lengths."""
     torch.manual_seed(1)
     tokens, segments = torch.randint(97, (4, 32)), torch.ones(4, 32, dtype=torch.int64)
     segments[:, 25:] = 0
     tokens[0, 3:12] = tokens[3, 3:12] = tokens[3, 13:22] = IMAGE_TOKEN
     labels = tokens.masked_fill((tokens == IMAGE_TOKEN) | (segments == 0), IGNORE)
     labels[:, 0], labels[0, :20] = IGNORE, IGNORE
-    images = list(torch.randn(3, 3, 24, 24))
+    images = torch.randn(3, 3, 24, 24)
     return dict(tokens=tokens, segments=segments, labels=labels, images=images)
 
 
 def compare_steps(llm_experts, recompute):
-    """In each process: losses and whole gradients of three steps, against those of one process."""
+    """On each rank: losses and whole gradients of three steps equal those of one process."""
     alone, sharded = (tiny_cumo(8, llm_experts).train() for _ in range(2))
     sharded = fsdp.shard(sharded, "cpu", bf16=False)
-    sharded.vision.checkpoint = sharded.llm.recompute = recompute
+    sharded.vision.recompute = sharded.llm.recompute = recompute
     batch, seen = tiny_batch(), []
-    text = batch | {"tokens": batch["tokens"].clamp(min=0), "images": []}
+    text = batch | {"tokens": batch["tokens"].clamp(min=0), "images": batch["images"][:0]}
 
     def watched(lm_loss, aux, *counts):
         seen.append((aux, counts[0]))
@@ -207,8 +209,8 @@ def compare_steps(llm_experts, recompute):
     for given in (batch, text, batch):
         for model in (sharded, alone):
             model.zero_grad()
-        out = sharded(**fsdp.collate(given, alone.image_tokens))
-        images = torch.stack(given["images"]) if given["images"] else None
+        out = sharded(**collate(given, alone.image_tokens, *fsdp.world()))
+        images = given["images"] if len(given["images"]) else None
         expected = alone(**given | {"images": images})
         for result in (out, expected):
             result.loss.backward()
@@ -223,7 +225,7 @@ def compare_steps(llm_experts, recompute):
                     weight.data.add_(weight.grad, alpha=-0.1)
     (rank, n), (aux, n_images) = fsdp.world(), seen[-1]
     assert n_images == {2: [1, 2], 4: [1, 0, 0, 2]}[n][rank]
-    if rank == 0:  # one picture's tokens do not visit every expert that others visit
+    if rank == 0:  # rank 0's picture uses fewer experts than all pictures together
         assert ((aux["clip"].load == 0) & (expected.load["clip"] > 0)).any()
 
 
@@ -234,16 +236,13 @@ def test_losses_and_gradients_are_those_of_one_process(n, llm_experts, recompute
     end(begin(n, compare_steps, llm_experts, recompute))
 
 
-def test_processes_share_the_rows_and_their_pictures(monkeypatch):
+def test_processes_share_the_rows_and_their_pictures():
     batch = tiny_batch()
     for n in (1, 2, 4):
-        shares = []
-        for rank in range(n):
-            monkeypatch.setattr(fsdp, "world", lambda r=rank, n=n: (r, n))
-            shares.append(fsdp.collate(batch, image_tokens=9))
-        for name, whole in (batch | {"images": torch.stack(batch["images"])}).items():
+        shares = [collate(batch, 9, rank, n) for rank in range(n)]
+        for name, whole in batch.items():
             assert torch.equal(torch.cat([share[name] for share in shares]), whole)
-    assert "images" not in fsdp.collate(batch | {"images": []}, 9)
+    assert "images" not in collate(batch | {"images": batch["images"][:0]}, 9)
 
 
 def test_rows_that_cannot_be_shared_evenly_are_refused(monkeypatch, flags, tmp_path):

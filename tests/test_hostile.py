@@ -46,7 +46,7 @@ def change(folder, part=None, **fields):
 def test_a_size_that_is_none_is_refused_by_name(folder, part, field, value):
     change(folder, part, **{field: value})
     ours = {"hidden_size": "dim", "num_hidden_layers": "n_layers"}.get(field, "hidden_dim")
-    refused(folder, f"{ours}={value!r}", "a whole number from 1 to")
+    refused(folder, f"{ours}={value!r}", "an integer from 1 to")
 
 
 @pytest.mark.parametrize(

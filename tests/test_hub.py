@@ -1,7 +1,10 @@
-"""Names of models: what is local is used, what is cached is found, the rest is fetched or told."""
+"""Names of models: local folders first, then the cache, then a download or one clear error."""
 
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tiny import tiny_cumo
@@ -12,12 +15,13 @@ from data.hub import local_folder
 from data.weights import write_json, write_tensors
 from llm import LLM
 
+ROOT = Path(__file__).resolve().parents[1]
 NAME, COMMIT = "org/tiny-1.5", "0123456789abcdef"
 
 
 @pytest.fixture(autouse=True)
 def no_network(tmp_path, monkeypatch):
-    """An empty cache, an empty working directory, and no way to the hub."""
+    """An empty cache, an empty working folder, and no access to the hub."""
     monkeypatch.chdir(tmp_path)
     for variable in ("HF_HUB_OFFLINE", "HF_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(variable, raising=False)
@@ -27,7 +31,7 @@ def no_network(tmp_path, monkeypatch):
 
 @pytest.fixture
 def snapshot(tmp_path):
-    """A model in the cache as huggingface_hub lays it out: links to blobs."""
+    """A model in the cache as huggingface_hub stores it: links to blobs."""
     return fill_cache(tmp_path / "cache")
 
 
@@ -47,7 +51,7 @@ def fill_cache(cache):
 
 
 class Hub:
-    """In place of huggingface_hub: copies what is asked for from a list of files."""
+    """A stand-in for huggingface_hub: writes the requested ones of a list of files."""
 
     def __init__(self, folder, files):
         self.folder, self.files, self.asked = folder, files, []
@@ -80,6 +84,50 @@ def test_a_local_folder_comes_first(snapshot, tmp_path):
     assert local_folder(NAME).samefile(tmp_path / NAME)
 
 
+@pytest.mark.parametrize("name", ["data/mini/llm", "data/mini/clip"])
+def test_a_shipped_model_is_found_from_any_folder_and_an_own_one_comes_first(name, tmp_path):
+    assert local_folder(name) == local_folder(Path(name)) == ROOT / name
+    (tmp_path / name).mkdir(parents=True)
+    assert local_folder(name).samefile(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["data/mini/../../docs", "docs", "data/emoji", "data/mini/gone"])
+def test_only_shipped_models_are_found_next_to_the_code(name):
+    with pytest.raises(ValueError, match="does not exist|hf download"):
+        local_folder(name)
+
+
+def test_weights_next_to_the_code_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "ROOT", tmp_path / "checkout")
+    folder = tmp_path / "checkout" / "weights" / "tiny-1.5"
+    tiny_cumo().llm.save_pretrained(folder)
+    assert local_folder(NAME) == local_folder("weights/tiny-1.5") == folder
+    tiny_cumo().llm.save_pretrained(tmp_path / "weights" / "tiny-1.5")
+    assert local_folder(NAME).samefile(tmp_path / "weights" / "tiny-1.5")
+
+
+@pytest.mark.parametrize("command", [
+    ["train.py", "--estimate", "--stage", "1"],
+    ["llm.py"],
+    ["-m", "data.check", "my.json"],
+    ["-c", "from data.world import World; print(World('train', 'ask', 1)[0]['id'])"],
+    ["runs/make/pretrain_mini.py", "--help"],
+    ["runs/make/make_atlas.py", "--help"],
+    ["runs/make/convert_smollm2.py", "--help"],
+], ids=" ".join)  # fmt: skip
+def test_scripts_start_from_any_folder(command, tmp_path):
+    turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    (tmp_path / "my.json").write_text(json.dumps([{"id": 1, "conversations": turns}]))
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    if command[0].endswith(".py"):
+        command = [str(ROOT / command[0]), *command[1:]]
+    else:
+        environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, text=True,
+                          capture_output=True)  # fmt: skip
+    assert done.returncode == 0 and done.stdout, done.stderr
+
+
 def test_the_folder_the_advice_names_is_found(snapshot, tmp_path):
     folder = tmp_path / "weights" / "tiny-1.5"
     tiny_cumo().llm.save_pretrained(folder)
@@ -102,14 +150,14 @@ def test_the_cache_is_where_hugging_face_has_it(variable, tmp_path, monkeypatch)
 @pytest.mark.parametrize("lost", ["config.json", "model-00002-of", "index.json"])
 def test_a_cached_model_that_is_not_whole_is_not_used(snapshot, lost):
     (file,) = (file for file in snapshot.iterdir() if lost in file.name)
-    file.resolve().unlink()  # the blob: its link leads nowhere, as after an interrupted download
-    with pytest.raises(ValueError, match=r"not \(whole\) in .*`hf download org/tiny-1.5"):
+    file.resolve().unlink()  # the blob; its link is now broken, as after an interrupted download
+    with pytest.raises(ValueError, match=r"not completely in .*`hf download org/tiny-1.5"):
         local_folder(NAME)
 
 
 def test_only_what_is_wanted_has_to_be_there(snapshot):
     assert local_folder(NAME, "config") == snapshot
-    with pytest.raises(ValueError, match="not .whole. in"):
+    with pytest.raises(ValueError, match="not completely in"):
         local_folder(NAME, "tokenizer")
     (snapshot / "tokenizer.model").write_text("")
     assert local_folder(NAME, "tokenizer") == snapshot
@@ -153,7 +201,7 @@ def test_a_download_that_brings_no_model_is_told(with_hub):
 def test_offline_means_no_download(with_hub, monkeypatch):
     fake = with_hub("config.json", "model.safetensors")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match="HF_HUB_OFFLINE forbids the network"):
+    with pytest.raises(ValueError, match="HF_HUB_OFFLINE forbids downloads"):
         local_folder(NAME)
     assert not fake.asked
 
@@ -182,8 +230,6 @@ def test_what_is_neither_a_folder_nor_a_name_is_refused(name, with_hub):
 
 
 def test_a_path_is_never_taken_for_a_name(tmp_path, snapshot):
-    from pathlib import Path
-
     with pytest.raises(ValueError, match="does not exist"):
         local_folder(Path(NAME))
 

@@ -1,4 +1,4 @@
-"""Image preprocessing: bit for bit the original's, and one clear line for what is no image."""
+"""Image preprocessing: the original's, bit for bit; one clear line for a file that is no image."""
 
 import io
 import json
@@ -29,7 +29,7 @@ def noise(width, height, mode="RGB", seed=0):
 
 
 def brightness(x):
-    """A preprocessed image [3, S, S] back to 0..255."""
+    """The colours 0..255 of a preprocessed image [3, S, S]."""
     return x.numpy().transpose(1, 2, 0) * STD * 255 + MEAN * 255
 
 
@@ -122,7 +122,7 @@ def test_pad_shows_the_whole_picture_and_square_its_middle():
     image.paste("white", (0, 0, 30, 30))
     padded = brightness(preprocess(image, 30, "pad"))
     assert PAD_COLOR == (122, 116, 104)
-    assert np.abs(padded[[0, 7, 22, 29]] - PAD_COLOR).max() < 0.01  # a third of the rows is picture
+    assert np.abs(padded[[0, 7, 22, 29]] - PAD_COLOR).max() < 0.01  # one third is picture
     assert padded[15, 4].min() > 250 and padded[15, 20].max() < 5
     assert brightness(preprocess(image, 30, "square")).max() < 1
 
@@ -148,7 +148,7 @@ def test_picture_too_narrow_for_memory_is_refused_before_it_is_enlarged(mode, sh
 
 
 def png(width, height, body=b""):
-    """A PNG that claims to be as large as it likes."""
+    """A PNG whose header claims any size."""
 
     def chunk(kind, data):
         check = zlib.crc32(kind + data)
@@ -201,7 +201,7 @@ def test_text_that_unpacks_to_100_megabytes_is_refused_or_not_unpacked(kind, tmp
 
 
 def test_pixels_beyond_the_picture_are_not_unpacked(tmp_path):
-    """200 MB in 200 kB, of a picture of 64 x 64."""
+    """A picture of 64 x 64 whose data unpacks from 200 kB to 200 MB."""
     resource = pytest.importorskip("resource")
     (tmp_path / "x.png").write_bytes(png(64, 64, bytes(2 * 10**8)))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

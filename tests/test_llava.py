@@ -1,4 +1,4 @@
-"""Your own data: what is well formed is read, what is not is named by file, record and fault."""
+"""Your own data: good records are read, faulty ones are named by file, record and fault."""
 
 import json
 import pathlib
@@ -154,7 +154,7 @@ def test_all_faulty_records_are_counted_at_once(folder):
     ("[]", "holds no sample to learn from"),
     ("[" * 100_000, "is nested too deeply"),
     ("[" * 10_000 + "]" * 10_000, "is nested too deeply"),
-    ('[{"id": ' + "9" * 5_000 + "}]", "holds a number of too many digits"),
+    ('[{"id": ' + "9" * 5_000 + "}]", "holds a number with too many digits"),
     ('{"id": 1}\n{"id": 2}', "name it .jsonl if each line is a sample"),
     (json.dumps([record("Q", " ")]), "holds no sample to learn from; the first: .* 1 is empty"),
 ])  # fmt: skip
@@ -180,7 +180,7 @@ def test_depth_that_json_just_reads_is_refused_by_name(field, folder):
 
 
 def test_link_in_the_image_folder_is_followed_as_its_owner_made_it(folder):
-    """A data file can name it, but not make it."""
+    """A data file can name a link, but it cannot make one."""
     (folder / "pics" / "link.png").symlink_to(folder / "pics" / "red.png")
     assert len(load(folder, [record("<image>", "A", image="link.png")])) == 1
 
@@ -211,7 +211,7 @@ def test_image_that_is_no_image_is_named_when_its_turn_comes(folder):
 
 @pytest.mark.parametrize("name", ["many.json", "many.jsonl"])
 def test_broken_record_in_the_middle_of_many_is_named_by_its_id(name, folder):
-    """Whether it is faulty JSON or a faulty record."""
+    """For faulty JSON and for a faulty record."""
     records = [record(id=f"n{k}") for k in range(3000)]
     records[1500]["conversations"][1]["from"] = "nobody"
     with pytest.raises(ValueError, match=r"record 1500 \(id 'n1500'\): turn 1 is from 'nobody'"):
@@ -258,6 +258,10 @@ def test_any_json_is_samples_or_one_clear_line(tmp_path_factory, records):
 # ------------------------------------------------------------------------------------- encoding
 
 
+def same_pixels(arrays, tensors):
+    return all(torch.equal(torch.from_numpy(x), y) for x, y in zip(arrays, tensors))
+
+
 def picture_sample(*texts, n_images=1):
     images = [Image.new("RGB", (10 + k, 10), "green") for k in range(n_images)]
     return {"id": "s", "images": images, "conversations": talk(*texts)}
@@ -267,7 +271,7 @@ def test_encoded_sample_has_ids_labels_and_pixels(tokenizer):
     sample = picture_sample("<image>\nWhat?", "a cat")
     ids, labels, images, _ = encode(sample, tokenizer, "mistral_instruct", 4, 16, "square")
     assert len(ids) == len(labels) and ids.count(IMAGE_TOKEN) == 4
-    assert torch.equal(images[0], preprocess(sample["images"][0], 16, "square"))
+    assert same_pixels(images, (preprocess(sample["images"][0], 16, "square"),))
     assert tokenizer.decode([i for i in labels if i != IGNORE]) == " a cat "
 
 
@@ -279,7 +283,7 @@ asked = st.tuples(words, st.integers(0, 2), words)  # question, images in it, an
 @given(data=st.data(), pairs=st.lists(asked, min_size=1, max_size=5), late=st.booleans())
 @pytest.mark.parametrize("template", ["mistral_instruct", "mistral_instruct_system"])
 def test_long_sample_loses_its_last_turns_and_nothing_else(template, data, pairs, late, tokenizer):
-    """Whatever the row, what is left is what `render` makes of a conversation of so few turns."""
+    """For every row length the rest equals what `render` makes of the shorter conversation."""
     texts = [text for q, n, a in pairs for text in (q + "<image>" * n, a)] + ["and?"] * late
     sample = picture_sample(*texts, n_images=sum(n for _, n, _ in pairs))
     shorter = []
@@ -296,7 +300,7 @@ def test_long_sample_loses_its_last_turns_and_nothing_else(template, data, pairs
         ids, labels, images, dropped = encode(sample, tokenizer, template, 5, 8, max_tokens=length)
         assert (ids, labels, len(images)) == fit[-1]
         assert dropped == len(pairs) + late - len(fit)
-        assert all(map(torch.equal, images, (preprocess(x, 8) for x in sample["images"])))
+        assert same_pixels(images, (preprocess(x, 8) for x in sample["images"]))
     else:
         with pytest.raises(Rejected, match=f"sample s: its first .* fit in --row-tokens {length}"):
             encode(sample, tokenizer, template, 5, 8, max_tokens=length)

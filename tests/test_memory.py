@@ -1,4 +1,4 @@
-"""The estimate of memory and work, held against what autograd keeps and what PyTorch counts."""
+"""Estimates of memory and operations, compared with what autograd keeps and PyTorch counts."""
 
 import sys
 from dataclasses import asdict, replace
@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import stages
 import train
 from clip_moe import CLIPVisionConfig
 from cumo import IMAGE_TOKEN, CuMo, CuMoConfig
@@ -26,7 +25,7 @@ def small(clip_experts=0, mlp_experts=0, llm_experts=0, scales=(1,), **llm):
 
 
 def a_batch(model, rows=2, length=96):
-    """Rows of two pictures and text, as training packs them."""
+    """Rows with two pictures and text each, as training packs them."""
     row = [1, *[IMAGE_TOKEN] * model.image_tokens] * 2
     row += [5] * (length - len(row))
     tokens = torch.tensor([row] * rows)
@@ -35,7 +34,7 @@ def a_batch(model, rows=2, length=96):
 
 
 def kept(model, batch):
-    """Bytes that autograd really keeps for the backward pass, parameters apart."""
+    """Bytes that autograd really keeps for the backward pass, without the parameters."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     sizes = {}
 
@@ -65,7 +64,7 @@ def test_activations_are_what_autograd_keeps(name):
     torch.manual_seed(0)
     model = CuMo(MODELS[name]).train()
     batch = a_batch(model)
-    plan = memory.plan_of(model.cfg, 3, batch[0].numel(), bf16=False)
+    plan = memory.make_plan(model.cfg, 3, batch[0].numel(), bf16=False)
     plan = replace(plan, n_images=len(batch[1]))
     assert memory.activations(plan) == pytest.approx(kept(model, batch), rel=0.2)
 
@@ -74,13 +73,13 @@ def test_stage_1_keeps_nothing_of_clip():
     model = CuMo(small()).train().requires_grad_(False)
     model.connector.requires_grad_(True)
     batch = a_batch(model)
-    plan = memory.plan_of(model.cfg, 1, batch[0].numel(), bf16=False)
+    plan = memory.make_plan(model.cfg, 1, batch[0].numel(), bf16=False)
     plan = replace(plan, n_images=len(batch[1]))
     assert memory.activations(plan) == pytest.approx(kept(model, batch), rel=0.25)
 
 
 def test_recomputing_keeps_less_and_the_estimate_knows_it():
-    plan = memory.plan_of(small(4, 4), 3, 192, bf16=False)
+    plan = memory.make_plan(small(4, 4), 3, 192, bf16=False)
     less = replace(plan, recompute=True)
     assert memory.activations(less) < 0.6 * memory.activations(plan)
 
@@ -92,18 +91,18 @@ def test_operations_are_those_that_pytorch_counts(name, stage):
     model.requires_grad_(stage > 1)
     model.connector.requires_grad_(True)
     tokens, images, labels = a_batch(model)
-    # which does not know grouped products: rows x columns of the first, times columns
+    # PyTorch does not count grouped products: 2 N D F for [N, D] times [E, D, F]
     grouped = {torch.ops.aten._grouped_mm: lambda a, b, *_, **__: 2 * a[0] * a[1] * b[-1]}
     with FlopCounterMode(display=False, custom_mapping=grouped) as counter:
         model(tokens, images, labels).loss.backward()
     work = memory.operations(model.cfg, stage, tokens.numel(), len(images), tokens.shape[1])
-    # ours leaves out what attention masks (half of a causal row), biases and the patch embedding
+    # ours leaves out masked scores (half of a causal row), biases and the patch embedding
     assert work == pytest.approx(counter.get_total_flops(), rel=0.12)
 
 
 def cumo_7b(stage, **choices):
     cfg = train.resolve(dict(preset="mistral-7b", bf16=True), stage)
-    return replace(stages.plan_of(cfg), **choices)
+    return replace(train.stage_plan(cfg), **choices)
 
 
 def test_cumo_7b_takes_8_or_12_bytes_a_parameter():
@@ -122,10 +121,10 @@ def test_stages_of_another_model_do_not_enter_the_estimate(tmp_path):
     config = CuMo(small()).cfg.to_original()
     write_json(tmp_path / "stage2" / "config.json", config)
     write_json(tmp_path / "stage2" / "train.json", {"finished": True, "config": asdict(other)})
-    found = stages.plan_of(train.resolve(dict(preset="mistral-7b", out=str(tmp_path)), 3))
+    found = train.stage_plan(train.resolve(dict(preset="mistral-7b", out=str(tmp_path)), 3))
     assert found.parameters == expected.parameters
-    mini = stages.plan_of(train.resolve({"out": str(tmp_path)}, 3))
-    assert mini.parameters == memory.plan_of(small(4, 4), 3, 1).parameters
+    mini = train.stage_plan(train.resolve({"out": str(tmp_path)}, 3))
+    assert mini.parameters == memory.make_plan(small(4, 4), 3, 1).parameters
 
 
 def test_stage_1_trains_the_connector_alone():
@@ -146,7 +145,7 @@ def test_more_memory_buys_more_exact_training():
 
 def test_what_the_flags_say_stays():
     best = memory.first_that_fits(cumo_7b(3), 24 * GB, weights="bf16-master", recompute=False)
-    assert best.weights == "bf16-master" and best.recompute is False and best.moments == "int8"
+    assert best.weights == "bf16-master" and best.recompute is False and best.moments == "bf16"
 
 
 def test_estimate_prints_a_line_for_each_card(monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""The miniature pretrained weights: ordinary Hugging Face directories, small, and good enough."""
+"""The miniature pretrained weights: Hugging Face directories, small and accurate enough."""
 
 from pathlib import Path
 

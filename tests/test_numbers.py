@@ -60,10 +60,10 @@ def test_a_number_that_is_none_stops_with_the_samples_of_its_batch(
     spoil(trainer, batch, value)
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
     with pytest.raises(ValueError) as caught:
-        trainer.train_step(iter([batch]))
+        trainer.train_step([batch])
     names = ", ".join(trainer.data.name(i) for i in trainer.order[: batch["samples"]].tolist())
     message = str(caught.value)
-    assert f"not finite in the batch of samples {names}; mend" in message and "\n" not in message
+    assert f"not finite in the batch of samples {names}; correct" in message and "\n" not in message
     assert trainer.step == 0  # and no weight has taken the step
     for name, p in trainer.model.named_parameters():
         assert torch.equal(p.nan_to_num(), before[name].nan_to_num()), name
@@ -175,7 +175,7 @@ def test_the_miniature_trains_in_every_precision(dtype, tmp_path):
     trainer.optimizer = torch.optim.SGD(trainer.model.connector.parameters(), lr=0.05)
     losses = []
     for batch in list(trainer.batches())[:4]:
-        images = torch.stack(batch["images"]).to(dtype)
+        images = batch["images"].to(dtype)
         out = trainer.model(batch["tokens"], images, batch["labels"], batch["segments"])
         out.loss.backward()
         assert torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0).isfinite()

@@ -1,4 +1,4 @@
-"""AdamW in less memory: equal to torch's in float32, unbiased in bf16 and int8, resumable."""
+"""AdamW in less memory: equal to torch's in float32, unbiased in bf16, resumable."""
 
 import copy
 import io
@@ -16,7 +16,6 @@ from engine.optim import MOMENTS, WEIGHTS, AdamW
 
 SHAPES = [(1,), (7,), (3, 5), (2, 3, 4, 5), (), (300,), (32, 16), (2, 8, 33)]
 ALL = list(itertools.product(WEIGHTS, MOMENTS))
-ZERO = torch.tensor(0, dtype=torch.int32)
 
 
 def parameters(weights="fp32", shapes=SHAPES, scale=0.1):
@@ -26,7 +25,7 @@ def parameters(weights="fp32", shapes=SHAPES, scale=0.1):
 
 
 def give_gradients(params, step):
-    """The same random gradients whenever asked for the same step, of all sizes."""
+    """Random gradients of all sizes, the same ones for the same step."""
     generator = torch.Generator().manual_seed(100 + step)
     for i, p in enumerate(params):
         p.grad = (10.0**-i * torch.randn(p.shape, generator=generator)).to(p.dtype)
@@ -45,7 +44,7 @@ def run(optimizer, params, steps, first=0):
 
 
 def bits_of(n, key, start=0):
-    """The noise, one element at a time, in Python's unbounded integers."""
+    """The noise, one element at a time, in Python's integers, which never overflow."""
 
     def mix(x, shift, factor):
         return (x ^ x >> shift) * factor % 2**32
@@ -150,7 +149,7 @@ def test_noise_differs_by_seed_step_parameter_and_element_and_touches_no_generat
 
 
 def neighbours(x):
-    """The bfloat16 numbers next to each float32 x: towards 0 and away from it."""
+    """The two bfloat16 neighbours of each float32 x, towards 0 and away from it."""
     down = (x.view(torch.int32) & -65536).view(torch.float32)
     return down, ((x.view(torch.int32) & -65536) + 65536).view(torch.float32)
 
@@ -208,58 +207,29 @@ def test_steps_far_below_the_spacing_move_a_bf16_weight_at_the_right_pace():
 
 
 def decayed(moments, steps):
-    """Mean second moment of values that get gradient 1 once, in blocks whose largest keeps 4."""
+    """Mean second moment of values whose gradient is 1 in the first step and 0 afterwards."""
     p = nn.Parameter(torch.zeros(8, 256))
     optimizer = AdamW([p], lr=0, moments=moments)
     for step in range(steps):
         p.grad = torch.full_like(p, float(step == 0))
-        p.grad[:, ::16] = 4
         optimizer.step()
-    v, state = optimizer.state[p]["v"], optimizer.state[p]
-    if moments == "int8":
-        v = optim.unpack_v(v, state["v_scale"][:, None])
-    return v.float()[:, torch.arange(256) % 16 > 0].mean().item()
+    return optimizer.state[p]["v"].float().mean().item()
 
 
 @pytest.mark.parametrize("moments", MOMENTS)
 def test_second_moment_decays_which_bf16_rounded_to_nearest_does_not(moments):
-    # 1,920 values, each off by some 20 % in int8, 5 % in bf16: standard errors of 0.5 and 0.1 %
-    assert decayed(moments, 700) == pytest.approx(1e-3 * 0.999**699, rel=0.03)
+    # 2,048 values in bf16, each off by about 5 %, have a standard error of 0.1 %
+    assert decayed(moments, 700) == pytest.approx(1e-3 * 0.999**699, rel=0.01)
     nearest = torch.tensor(1e-3).bfloat16()
     for _ in range(699):
         nearest = nearest * 0.999
     assert nearest == torch.tensor(1e-3).bfloat16()
 
 
-def test_int8_moments_come_back_within_their_steps_whatever_the_size_of_a_gradient():
-    generator = torch.Generator().manual_seed(0)
-    g = 10.0 ** -torch.linspace(0, 4, 256) * (0.5 + torch.rand(4, 256, generator=generator))
-    g[0] *= 1e-12
-    g[1, ::2] = 0
-    v, m = g * g / 1000, g / 10
-    v8, v_scale = optim.pack_v(v, noise(v.numel()).view(v.shape))
-    v_back = optim.unpack_v(v8, v_scale)
-    m8, m_scale = optim.pack_m(m, v_back, noise(m.numel(), index=1).view(m.shape))
-    m_back = m8 * m_scale * v_back.sqrt()
-    assert torch.equal(v_back == 0, v == 0) and torch.equal(v_back.amax(1), v.amax(1))
-    assert (v_back / v - 1).abs().nan_to_num().max() <= 1 / 8
-    unit = v_back.sqrt()
-    assert ((m_back - m).abs() <= unit * m_scale * 1.001).all()
-    assert (m_scale * 127 < 3.4).all()  # beta: 0.1 / sqrt(0.001), and the rounding of v
-
-
-def test_a_second_moment_too_small_for_int8_is_kept_above_zero():
-    v = torch.tensor([[1.0, 1e-20, 0.0, 1e-9]])
-    v8, scale = optim.pack_v(v, ZERO)
-    assert v8.tolist()[0][:3] == [255, 1, 0] and v8[0, 3] > 1
-    assert 1e-10 < optim.unpack_v(v8, scale)[0, 1] < 1e-9
-
-
-@pytest.mark.parametrize("moments", ["bf16", "int8"])
-def test_no_step_is_much_larger_than_in_float32(moments):
+def test_no_step_is_much_larger_than_in_float32():
     few, many = parameters(shapes=[(4, 300)]), parameters(shapes=[(4, 300)])
     sizes = 10.0 ** -torch.linspace(0, 6, 300)
-    ours, exact = AdamW(few, lr=1e-3, moments=moments), AdamW(many, lr=1e-3)
+    ours, exact = AdamW(few, lr=1e-3, moments="bf16"), AdamW(many, lr=1e-3)
     for step in range(60):
         generator = torch.Generator().manual_seed(step)
         g = torch.randn(4, 300, generator=generator) * sizes
@@ -268,7 +238,7 @@ def test_no_step_is_much_larger_than_in_float32(moments):
         ours.step()
         exact.step()
         assert (few[0] - before).abs().max() < 2e-3
-    assert (few[0] - many[0]).abs().mean() < 1e-3  # they travelled up to 60e-3
+    assert (few[0] - many[0]).abs().mean() < 1e-3  # each weight moved by up to 60e-3
 
 
 # ------------------------------------------------------------------------------ resume, memory
@@ -320,7 +290,7 @@ def test_bytes_per_parameter_are_those_of_the_state(weights, moments):
 
 @pytest.fixture
 def process(monkeypatch):
-    """process(rank): this process as one of four, without the other three."""
+    """process(rank): make this process that rank out of four; the other three do not exist."""
     dist = pytest.importorskip("torch.distributed")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -339,7 +309,7 @@ def process(monkeypatch):
 def test_four_shards_make_the_weights_of_one_process(weights, moments, process):
     from torch.distributed.tensor import DTensor, Shard
 
-    shapes = [(8, 3), (7, 2, 5), (2, 9), (5,)]  # uneven, and too short for four
+    shapes = [(8, 3), (7, 2, 5), (2, 9), (5,)]  # rows that do not divide by four
     whole = parameters(weights, shapes)
     run(AdamW(whole, lr=1e-3, weights=weights, moments=moments), whole, 3)
     parts = []
@@ -367,7 +337,7 @@ def test_four_shards_make_the_weights_of_one_process(weights, moments, process):
         assert torch.equal(torch.cat(pieces), p)
 
 
-@pytest.mark.parametrize("weights, moments", [("fp32", "fp32"), ("bf16-sr", "int8")])
+@pytest.mark.parametrize("weights, moments", [("fp32", "fp32"), ("bf16-sr", "bf16")])
 def test_a_hundred_shapes_and_new_rates_compile_a_handful_of_graphs(weights, moments, monkeypatch):
     from torch._dynamo.testing import CompileCounter
 
@@ -384,14 +354,13 @@ def test_a_hundred_shapes_and_new_rates_compile_a_handful_of_graphs(weights, mom
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weights, moments", [("fp32", "fp32"), ("bf16-sr", "bf16"),
-                                              ("bf16-sr", "int8")])  # fmt: skip
+@pytest.mark.parametrize("weights, moments", [("fp32", "fp32"), ("bf16-sr", "bf16")])
 def test_the_compiled_step_equals_the_eager_one(weights, moments):
     params, plain = (parameters(weights) for _ in range(2))
     options = dict(lr=1e-3, weights=weights, moments=moments)
     run(AdamW(groups(params), compile=True, **options), params, 5)
     run(AdamW(groups(plain), **options), plain, 5)
-    for p, q in zip(params, plain):  # the compiler contracts a * b + c, so the last bit may differ
+    for p, q in zip(params, plain):  # the compiler fuses a * b + c, so the last bit may differ
         torch.testing.assert_close(p, q, atol=2e-5, rtol=1 / 128 if p.dtype != torch.float32 else 0)
 
 
@@ -399,7 +368,7 @@ def test_the_compiled_step_equals_the_eager_one(weights, moments):
 
 
 def test_1000_steps_at_4e_6_follow_float32_with_stochastic_rounding_only():
-    """bench/rounding.py made small: only the hidden layer learns."""
+    """bench/rounding.py on a smaller scale: only the hidden layer learns."""
     start, text = rounding.pretrained(96, 300, 32, 300), rounding.read("ask", 500, 1)
     losses = {}
     for name in ("fp32", "nearest", "sr"):

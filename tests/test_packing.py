@@ -1,5 +1,6 @@
-"""Packing: nothing lost, nothing doubled, nothing learned that nobody could predict."""
+"""Packing: no sample lost or doubled, and no label that nothing could predict."""
 
+import numpy as np
 import pytest
 import torch
 from given import given, settings, st
@@ -9,14 +10,16 @@ from data.packing import PAD, pack
 
 
 def samples_of(lengths, images=()):
-    """Sample k: `lengths[k]` tokens k+1, all of them learned, and its pictures "k.0", "k.1", ..."""
+    """Sample k: `lengths[k]` tokens k+1, all of them learned, and pictures whose pixels are the
+    sample's number, the picture's number and 0, [3, 1, 1]."""
     for k, n in enumerate(lengths):
-        pictures = [f"{k}.{i}" for i in range(images[k] if images else 0)]
+        n_images = images[k] if images else 0
+        pictures = [np.array([k, i, 0]).reshape(3, 1, 1) for i in range(n_images)]
         yield [k + 1] * n, [k + 1] * n, pictures
 
 
 def unpacked(batch):
-    """Samples of a batch in reading order: [(tokens, labels)], by their segments alone."""
+    """Samples of a batch in reading order: [(tokens, labels)], found by their segments."""
     found = []
     for tokens, labels, segments in zip(batch["tokens"], batch["labels"], batch["segments"]):
         for k in range(1, int(segments.max()) + 1):
@@ -60,7 +63,9 @@ def test_images_stand_in_reading_order(data, lengths, rows):
     counts = data.draw(st.lists(st.integers(0, 2), min_size=len(lengths), max_size=len(lengths)))
     for batch in pack(samples_of(lengths, counts), rows, 20):
         order = [tokens[0] - 1 for tokens, _ in unpacked(batch)]
-        assert batch["images"] == [f"{k}.{i}" for k in order for i in range(counts[k])]
+        assert batch["images"].flatten(1).tolist() == [
+            [k, i, 0] for k in order for i in range(counts[k])
+        ]
 
 
 def test_padding_is_segment_0_and_never_learned():

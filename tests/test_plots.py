@@ -1,22 +1,19 @@
-"""Expert maps show each patch where it lies, in the color of the expert its router chose first."""
+"""Expert maps show each patch at its place, in the color of the expert its router chose first."""
 
 import json
 import re
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageColor
-from tiny import tiny_cumo
+from tiny import ROOT, tiny_cumo
 
 from cumo import CuMo
 from extras import plots
 from extras.plots import COLORS, draw_experts, expert_map, routing
-
-ROOT = Path(__file__).resolve().parents[1]
 from runs import pictures, results
 
 RGB = np.array([ImageColor.getrgb(color) for color in COLORS])
@@ -66,14 +63,14 @@ def test_outlines_of_the_picture_show_on_every_color_and_leave_the_rest_pure():
         assert columns.tolist() == [23] and change[:, 23].min() > 60, COLORS[e]
 
 
-def test_patches_lie_where_they_are_drawn_top_row_first(drawn):
+def test_patches_are_drawn_at_their_places_top_row_first(drawn):
     choices, load = random_choices(["CLIP layer 0", "connector"], 4, 8)
     figure, pixels = drawn(PLAIN, choices, load)
     for axis, choice in zip(figure.axes[1:], choices.values()):
         numbers = {text.get_position(): int(text.get_text()) for text in axis.texts}
         for (row, column), e in np.ndenumerate(choice):
             assert numbers[column, row] == e
-            # beside the number; a figure counts from the bottom, an image's rows from the top
+            # next to the number; a figure counts from the bottom, an image's rows from the top
             at = axis.transData.transform((column + 0.3, row + 0.3))
             x, y = figure.transFigure.inverted().transform(at)
             height, width, _ = pixels.shape
@@ -106,7 +103,7 @@ def test_every_block_has_a_map_and_every_expert_a_place_in_the_legend(drawn, blo
 
 def test_routing_gives_each_patch_the_choice_that_it_gets_alone():
     model = tiny_cumo(experts=4)
-    with torch.no_grad():  # patches that see neither each other nor where they are
+    with torch.no_grad():  # without attention and positions, each patch is on its own
         model.vision.embeddings.position_embedding.weight.zero_()
         for layer in model.vision.layers:
             layer.self_attn.out_proj.weight.zero_()
@@ -159,7 +156,7 @@ def test_routing_knows_only_the_sparse_parts():
     assert routing(tiny_cumo(), pixels) == ({}, {})
 
 
-def test_missing_matplotlib_is_told_in_one_line(monkeypatch, tmp_path, capsys):
+def test_missing_matplotlib_is_one_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     plots.pyplot.cache_clear()
     try:
@@ -182,13 +179,13 @@ def test_bars_have_a_scale_on_which_the_even_share_is_marked(drawn):
         assert [text.get_text() for text in bars.texts] == [f"{share:.0%}" for share in shares]
 
 
-def test_scales_are_spoken_of_only_where_there_are_several(monkeypatch, tmp_path):
+def test_note_on_scales_is_drawn_only_for_several(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
-    plt, said = plots.pyplot(), []
-    monkeypatch.setattr(plots, "save", lambda figure, *_, **__: said.append(figure._supxlabel))
+    plt, notes = plots.pyplot(), []
+    monkeypatch.setattr(plots, "save", lambda figure, *_, **__: notes.append(figure._supxlabel))
     for scales in ((1,), (1, 3)):
         plots.draw_routing(tiny_cumo(experts=4, scales=scales), PLAIN, tmp_path / "map.png")
-    one, two = (text.get_text() for text in said)
+    one, two = (text.get_text() for text in notes)
     plt.close("all")
     assert two.startswith(one) and "scales" in two and "scale" not in one
 
@@ -201,7 +198,7 @@ def test_running_mean_keeps_a_constant_and_is_the_mean_of_the_neighbours():
     assert plots.running_mean(values) == pytest.approx(expected)
 
 
-def test_losses_of_every_stage_are_drawn_and_balance_beside_its_even_one(monkeypatch, tmp_path):
+def test_losses_of_every_stage_are_drawn_and_balance_with_its_line_at_1(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     dense = [{"samples": 8 * k, "lm_loss": 5 / k} for k in range(1, 41)]
     sparse = [row | {"clip_balance": 1.2, "mlp_balance": 1.1, "clip_z": 2.0} for row in dense]
@@ -232,8 +229,8 @@ def test_an_answer_is_marked_right_or_wrong_and_no_two_lines_overlap(monkeypatch
     boxes = [text.get_window_extent(figure.canvas.get_renderer()) for text in texts]
     plots.pyplot().close("all")
     assert all(above.y0 > below.y1 - 1 for above, below in zip(boxes, boxes[1:]))
-    said = " ".join(text.get_text() for text in texts)
-    assert "\u2713 no" in said and "\u2717 2 (truth: 1)" in said
+    written = " ".join(text.get_text() for text in texts)
+    assert "\u2713 no" in written and "\u2717 2 (truth: 1)" in written
 
 
 def test_the_table_and_the_picture_of_ratios_have_the_same_rows(monkeypatch, tmp_path):
@@ -264,4 +261,4 @@ def test_every_peer_has_a_color_and_a_marker_of_its_own(monkeypatch, tmp_path):
     assert not pictures.shown([{"section": "start", "case": "x", "ratios": {"ours": 1}}])
     alone = {"section": "llm", "case": "one", "ratios": {"ours": 1}}
     beside = {"section": "llm", "case": "two", "ratios": {"ours": 1, "transformers": 2}}
-    assert pictures.shown([alone, beside]) == [beside], "nothing stands beside the other"
+    assert pictures.shown([alone, beside]) == [beside], "the other has no peer"

@@ -1,46 +1,97 @@
-"""What the README says is true: its tables, line counts, commands, links and flags."""
+"""What README.md and docs/RESULTS.md say is true: tables, figures, commands, code, links, flags."""
 
 import importlib
 import json
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
-from runs import results
+import train
+from clip_moe import CLIPVisionConfig
+from cumo import CuMo, CuMoConfig
+from data.chat import render
+from data.tokenizer import Tokenizer
+from data.weights import read_config
+from engine import memory
+from extras import benchmarks
+from llm import LLMConfig
+from mlp_moe import Experts, Router
+from runs import pictures, results
+from upcycle import sparse_config
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {page: (ROOT / page).read_text(encoding="utf-8") for page in results.BLOCKS}
+README, RESULTS = PAGES["README.md"], PAGES["docs/RESULTS.md"]
+SCRIPTS = {"train": "train.py", "sample": "sample.py", "eval": "eval.py", "upcycle": "upcycle.py",
+           "data.check": "-m data.check", "extras.web": "extras/web.py",
+           "extras.lmms_eval": "extras/lmms_eval.py", "runs.ablations": "runs/ablations.py",
+           "runs.pictures": "runs/pictures.py"}  # fmt: skip
 COMPONENTS = "mlp_moe clip_moe llm cumo upcycle train sample eval".split()
 
 
-def test_readme_numbers_are_true():
-    for name in results.BLOCKS:
-        assert f"<!-- {name} -->" in README, f"the README has no block {name}"
-    assert results.rewrite(README) == README, "run `python runs/results.py` and commit"
+def bench(name):
+    return json.loads((ROOT / "bench" / f"{name}.json").read_text())
+
+
+def stated(pattern, page=README):
+    """The numbers in the one place of a page where `pattern` matches."""
+    (found,) = re.finditer(pattern, " ".join(page.split()))
+    return [float(number.replace(",", "")) for number in found.groups()]
+
+
+# ------------------------------------------------------------------------------------- the pages
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_readme_numbers_are_true(page):
+    for name in results.BLOCKS[page]:
+        assert f"<!-- {name} -->" in PAGES[page], f"{page} has no block {name}"
+    fresh = results.rewrite(PAGES[page], page)
+    assert fresh == PAGES[page], "run `python runs/results.py` and commit"
 
 
 def test_readme_is_short_enough_to_be_read():
-    assert len(README.splitlines()) < 350
+    lines = README.splitlines()
+    assert len(lines) <= 190 and len(README.split()) <= 2000
+    assert max(map(len, lines)) <= 400
 
 
 def test_components_stay_small_enough_to_be_read():
     assert sum(results.count_lines(f"{name}.py") for name in COMPONENTS) < 2400
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+?)(?:#L\d+)?\)", README):
-        if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", [*PAGES, "docs/LOG.md", "docs/SECURITY.md"])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    targets = re.findall(r'\]\(([^)]+)\)|src="([^"]+)"', text)
+    for target in (link or source for link, source in targets):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = ROOT / Path(page).parent / path if path else ROOT / page
+        assert file.exists(), target
+        if anchor:
+            heads = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.M)
+            assert anchor in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in heads}
 
 
-@pytest.mark.parametrize("script", ["train", "sample", "eval", "upcycle"])
+# ------------------------------------------------------------------------------------- commands
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_flags_in_the_readme_exist(script, monkeypatch, capsys):
+    command = re.escape(SCRIPTS[script])
     flags = {
         flag
-        for line in re.findall(rf"python {script}\.py([^`\n]*)", README)
+        for text in PAGES.values()
+        for line in re.findall(rf"(?:python |`){command}( [^`\n]*)", text)
         for flag in re.findall(r"--[a-z][a-z0-9-]+", line.split("#")[0])
     }
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
@@ -52,20 +103,159 @@ def test_flags_in_the_readme_exist(script, monkeypatch, capsys):
     assert not {flag for flag in flags if flag not in shown}
 
 
-def test_no_line_of_code_is_wider_than_the_page():
-    for file in ROOT.glob("**/*.py"):
-        if ".venv" in file.parts:
-            continue
-        wide = [n for n, line in enumerate(file.read_text().splitlines(), 1) if len(line) > 100]
-        assert not wide, f"{file}: lines {wide}"
+def test_scripts_benchmarks_and_extras_in_the_pages_exist():
+    text = README + RESULTS
+    named = re.findall(r"(?:python|`|&& |^)((?:runs|bench|extras|tests)/[\w/]+\.(?:py|sh))", text)
+    for name in {*named, *re.findall(r"\bpython ([\w/]+\.py)", text)} - {"mine.py"}:
+        assert (ROOT / name).is_file(), name
+    project = (ROOT / "pyproject.toml").read_text()
+    assert all(f"\n{extra} = [" in project for extra in re.findall(r'"\.\[(\w+)\]"', text))
+    rows = re.findall(r"^\| [^|]+ \| `(\w+)`", RESULTS, flags=re.M)
+    assert {*rows} >= {*benchmarks.BENCHMARKS}
+    for prompt in (benchmarks.SHORT, benchmarks.LETTER, benchmarks.LETTER_CN):
+        assert prompt.strip() in RESULTS
+
+
+def test_the_second_picture_of_the_readme_is_drawn(tmp_path):
+    (code,) = re.findall(r'python -c "(.*)"', README)
+    first = "import sys; sys.path.insert(0, sys.argv[1]); "
+    done = subprocess.run([sys.executable, "-c", first + code, str(ROOT)], cwd=tmp_path, text=True,
+                          capture_output=True)  # fmt: skip
+    assert done.stdout.startswith("on a ") and (tmp_path / "scene.png").is_file(), done.stderr
+
+
+def test_the_architecture_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    pictures.draw_architecture(tmp_path / "architecture.png")
+    assert (tmp_path / "architecture.png").stat().st_size > 50_000
+
+
+@pytest.mark.parametrize("name", ["mlp_moe", "clip_moe", "llm", "cumo"])
+def test_each_component_shows_a_worked_example(name):
+    done = subprocess.run([sys.executable, f"{name}.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "->" in done.stdout, done.stderr
+
+
+# ------------------------------------------------------------------------------------- code
+
+
+@torch.no_grad()
+def test_the_twelve_lines_of_co_upcycling_are_true():
+    """They give the dense MLP's output, whatever the router says, and the router's own balance."""
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    assert len([line for line in code.splitlines() if line]) == 12
+
+    class MLP(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x):
+            return self.fc2(F.gelu(self.fc1(x)))
+
+    def run_experts(x, choice):  # slow: all tokens through each expert alone
+        ends_EE = torch.ones(4, 4, dtype=torch.int32).triu() * len(x)
+        every = [names["experts"](x, ends_E) for ends_E in ends_EE]
+        return torch.stack(every, 1)[torch.arange(len(x))[:, None], choice]
+
+    x = torch.randn(10, 8)
+    names = dict(experts=Experts(4, 8, 16, 8), mlp=MLP(), router=Router(8, 4, 2), x=x, F=F,
+                 run_experts=run_experts, lm_loss=1.0, z=2.0)  # fmt: skip
+    exec(code, names)
+    torch.testing.assert_close(names["y"], names["mlp"](x))
+    torch.testing.assert_close(names["balance"], names["router"](x)[1].balance)
+
+
+def test_the_upcycled_miniature_has_the_stated_parameters():
+    vision, llm = (kind.from_hf(read_config(ROOT / "data" / "mini" / part))
+                   for part, kind in (("clip", CLIPVisionConfig), ("llm", LLMConfig)))  # fmt: skip
+    dense = CuMoConfig(vision, llm)
+    with torch.device("meta"):
+        models = CuMo(dense), CuMo(sparse_config(dense, ("clip", "mlp"), 4, 2))
+    count = [sum(p.numel() for p in model.parameters()) for model in models]
+    assert count == stated(r"# ([\d,]+) parameters -> ([\d,]+)")
+
+
+# ------------------------------------------------------------------------------------- figures
+
+
+def test_figures_of_the_readme_are_the_measured_ones():
+    runs = results.demos()
+    minutes = [round(sum(run["seconds"].values()) / 60, 1) for run in runs.values()]
+    assert minutes == stated(r"takes ([\d.]+) minutes on two cores, ([\d.]+) without hardware bf16")
+    assert [minutes[0]] == stated(r"trains in ([\d.]+) minutes on two CPU cores")
+    assert round(minutes[1] / minutes[0]) == 3 and "trains in float32, three times slower" in README
+    most = max(run["peak_memory_gb"] for run in runs.values())
+    assert [round(most, 1)] == stated(r"and at most ([\d.]+) GB")
+    accuracy = runs["bf16"]["accuracy"]
+    shares = [accuracy[split]["model"]["all"] for split in results.SPLITS]
+    shares = [round(100 * x) for x in (*shares, accuracy["seen"]["blank"]["all"])]
+    words = (r"answers (\d+) % of questions about new scenes exactly, (\d+) % where .*? (\d+) % in "
+             r"a drawing style .*? painted over it answers (\d+) %")  # fmt: skip
+    assert shares == stated(words)
+    assert shares[:1] == stated(r"answers (\d+) % of questions about new scenes \|")
+    rows = {row["label"]: row for group in results.ablations(bench("ablations/results"))
+            for row in group["rows"]}  # fmt: skip
+    lost = [round(-rows[x]["difference"]) for x in ("2 of 4 experts, from scratch",
+                                                    "... CLIP's from scratch")]  # fmt: skip
+    assert lost == stated(r"cost (\d+) points in the connector and (\d+) in CLIP")
+    runs = bench("sparse_vs_dense")["rows"]
+    means = [results.mean([100 * run["seen"] for run in runs if run["name"] == name])
+             for name in ("sparse", "dense")]  # fmt: skip
+    assert [round(x, 1) for x in means] == stated(r"([\d.]+) against ([\d.]+) % over three seeds")
+
+
+def test_the_floor_is_below_the_measured_accuracy():
+    line = re.search(r"<!-- floor -->(.*?)<!-- /floor -->", RESULTS)[1]
+    floor = {split: int(number) for split, number in re.findall(r"`(\w+)` (\d+) %", line)}
+    assert [*floor] == [*results.SPLITS]
+    for run in results.demos().values():
+        for split, least in floor.items():
+            assert 0.01 * least < run["accuracy"][split]["model"]["all"]
+
+
+def test_figures_of_the_readme_about_memory_and_own_data_are_those_of_the_code():
+    _, best, _ = results.cards()[-1]
+    mistral = memory.KNOWN["mistralai/Mistral-7B-Instruct-v0.2"]
+    cache = 2 * 2 * 4096 * mistral.n_layers * mistral.n_kv_heads * mistral.head_dim  # k, v; bf16
+    sizes = [round(n / memory.GB, 1) for n in (memory.estimate(best)["weights"], cache)]
+    assert sizes == stated(r"take ([\d.]+) GB, plus ([\d.]+) GB for 4,096 tokens of context")
+    cfg = train.resolve({}, 3)
+    steps = stated(r"packs (\d+) rows of (\d+) tokens. .*? about (\d+) tokens, so (\d+) records")
+    tokenizer = Tokenizer.from_pretrained(ROOT / "data" / "mini" / "llm")
+    asked = [{"from": "human", "value": "<image>\nDo you see a crocodile?"},
+             {"from": "gpt", "value": "no"}]  # fmt: skip
+    length = len(render(asked, tokenizer, cfg.template, image_tokens=64, n_images=1)[0])
+    assert steps == [cfg.rows, cfg.row_tokens, length, 100]
+    made = math.ceil(100 / (cfg.rows * (cfg.row_tokens // length)))
+    assert [made] == stated(r"100 records make (\d+) steps")
+    vision, llm = (read_config(ROOT / "data" / "mini" / part) for part in ("clip", "llm"))
+    sees = stated(r"sees (\d+) x (\d+) pixels and writes with (\d+) tokens")
+    assert sees == [vision["image_size"], vision["image_size"], llm["vocab_size"]]
+
+
+def test_figures_of_the_ablations_are_the_measured_ones():
+    groups = results.ablations(bench("ablations/results"))
+    rows = {(group["group"], row["label"]): row for group in groups for row in group["rows"]}
+    points = [round(abs(rows[key]["difference"])) for key in (
+        ("a", "2 of 4 experts, from scratch"), ("b", "... CLIP's from scratch"), ("e", "with"),
+        ("d", "1 and 2"), ("d", "1 and 3"))]  # fmt: skip
+    assert points == (stated(r"cost (\d+) points in the connector", RESULTS)
+                      + stated(r"from scratch cost (\d+) points \(paper: \"did not", RESULTS)
+                      + stated(r"the model is (\d+) points worse", RESULTS)
+                      + stated(r"cost (\d+) points \(scales 1 and 2\)", RESULTS)
+                      + stated(r"and (\d+) points \(scales 1 and 3\)", RESULTS))  # fmt: skip
+    paper = (stated(r"in the connector \(paper: ([\d.]+)\)", RESULTS)
+             + stated(r"points worse \(paper: ([\d.]+)\)", RESULTS))  # fmt: skip
+    theirs = [rows[key]["paper"] for key in (("a", "2 of 4 experts, from scratch"), ("e", "with"))]
+    assert paper == pytest.approx([-theirs[0], theirs[1]], abs=0.051)
+    quiet = [row for (group, _), row in rows.items() if group in "abcf" and row["remark"]]
+    assert all(row["remark"] == "within the spread" for row in quiet) and len(quiet) == 9
 
 
 def test_figures_of_the_benches_are_the_measured_ones():
-    text = " ".join(README.split())
-    load, tokenizers = (
-        json.loads((ROOT / "bench" / f"{name}.json").read_text())["rows"]
-        for name in ("load_memory", "tokenizers")
-    )
+    text = " ".join(RESULTS.split())
+    load, tokenizers = (bench(name)["rows"] for name in ("load_memory", "tokenizers"))
     most = {row["dtype"]: row["ratio"] for row in sorted(load, key=lambda row: row["ratio"])}
     assert f"a load takes {most['float32']:.2f} times the model" in text
     assert f"{most['bfloat16']:.2f} times when float32 files become a bfloat16 model" in text
@@ -73,26 +263,29 @@ def test_figures_of_the_benches_are_the_measured_ones():
     ratio = {name: row["ratio"] for name, row in every.items()}
     assert min(ratio.values()) >= 1
     speeds = f"{ratio['Mistral v1']:.2f}, {ratio['tekken']:.1f} and {ratio['SmolLM2']:.1f} to"
-    assert f"at {speeds} {ratio['miniature']:.1f} times their speed" in text
+    assert f"speeds are {speeds} {ratio['miniature']:.1f} times theirs" in text
     differ = sum(row["texts_that_differ"] for row in every.values())
     assert differ == 0 and "without one difference" in text
 
 
 def test_figures_of_rounding_and_of_smollm2_are_the_measured_ones():
-    text = " ".join(README.split())
-    rounding = json.loads((ROOT / "bench" / "rounding.json").read_text())["rows"]
+    text = " ".join(RESULTS.split())
+    rounding = bench("rounding")["rows"]
     random = [row["largest_deviation"] for row in rounding if row["weights"] == "bf16-sr"]
     (nearest,) = [row["final_deviation"] for row in rounding if row["weights"] == "nearest"]
-    stated = re.search(r"stays within ([\d.]+) % of float32's; plain bf16 falls (\d+) %", text)
-    assert len(random) == 3 and max(map(abs, random)) <= float(stated[1]) / 100
-    assert round(100 * nearest) == int(stated[2])
-    smol = json.loads((ROOT / "bench" / "smol_mini.json").read_text())
+    least, behind = stated(r"stays within ([\d.]+) % of float32's; plain bf16 .*? falls (\d+) %",
+                           RESULTS)  # fmt: skip
+    assert len(random) == 2 and max(map(abs, random)) <= least / 100
+    assert round(100 * nearest) == behind
+    smol = bench("smol_mini")
     after, blank = (round(100 * smol[k]["exact"]) for k in ("after", "after, blank pictures"))
     assert smol["captions"] == 100
     assert f"names {after} of 100 new pictures exactly, {blank} when they are painted over" in text
 
 
-@pytest.mark.parametrize("name", ["mlp_moe", "clip_moe", "llm", "cumo"])
-def test_each_component_shows_a_worked_example(name):
-    done = subprocess.run([sys.executable, f"{name}.py"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "->" in done.stdout, done.stderr
+def test_no_line_of_code_is_wider_than_the_page():
+    for file in ROOT.glob("**/*.py"):
+        if ".venv" in file.parts:
+            continue
+        wide = [n for n, line in enumerate(file.read_text().splitlines(), 1) if len(line) > 100]
+        assert not wide, f"{file}: lines {wide}"

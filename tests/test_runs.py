@@ -1,4 +1,4 @@
-"""runs/*.sh are documentation that runs: they parse, their flags exist, what is there is kept."""
+"""runs/*.sh are executable documentation: they parse, their flags exist, finished work is kept."""
 
 import dataclasses
 import os
@@ -6,16 +6,15 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from tiny import ROOT
 
 from data.check import CheckConfig
 from eval import EvalConfig
 from sample import SampleConfig
 from train import TrainConfig
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(ROOT.glob("runs/*.sh"))
 CONFIGS = {"train.py": TrainConfig, "eval.py": EvalConfig, "sample.py": SampleConfig,
            "-m data.check": CheckConfig}  # fmt: skip
@@ -39,12 +38,12 @@ def test_flags_in_the_scripts_exist(script):
 
 
 STUB = """#!/usr/bin/env bash
-# Stands for python, hf, wget and so on: notes how it was called, and leaves files as they do.
+# Stub for python, hf, wget and so on: logs its command, and leaves the files that they leave.
 name=${0##*/} all=$* last="${@: -1}"
 echo "$name $all" >>calls
 after() { sed -E "s/.* --?$1 ([^ ]+).*/\\1/" <<<" $all "; }
 case "$name $all" in
-  "python - "*) exec PYTHON -I -S "$@" ;;  # the script's own lines; they need no package
+  "python - "*) exec PYTHON -I -S "$@" ;;  # the script's own Python; it needs no package
   df*) printf 'Avail\\n137000\\n' ;;  # MB
   wget*) touch "$(after directory-prefix)/${last##*/}" ;;
   unzip*) touch "$(after d)/a.jpg" ;;
@@ -63,18 +62,14 @@ esac
 
 @pytest.fixture
 def cumo_7b(tmp_path):
-    """Run cumo_7b.sh in a copy whose programs are stubs -> (exit status, what they were told)."""
+    """Run cumo_7b.sh in a copy whose programs are stubs -> (the process, the commands it ran)."""
     for folder in ("runs", "bin", ".venv/bin"):
         (tmp_path / folder).mkdir(parents=True)
     shutil.copy(ROOT / "runs" / "cumo_7b.sh", tmp_path / "runs")
     (tmp_path / "data").symlink_to(ROOT / "data")
-    names = [
-        "bin/wget",
-        "bin/unzip",
-        "bin/df",
-        *(f".venv/bin/{n}" for n in "python pip hf torchrun".split()),
-    ]
-    for name in names:
+    programs = ["bin/wget", "bin/unzip", "bin/df"]
+    programs += [f".venv/bin/{name}" for name in ("python", "pip", "hf", "torchrun")]
+    for name in programs:
         (tmp_path / name).write_text(STUB)
         (tmp_path / name).chmod(0o755)
 
@@ -100,7 +95,7 @@ def test_first_try_fetches_and_trains_stage_1_alone(cumo_7b):
                                "llava_pretrain/images --out out/cumo_7b --limit 5000")  # fmt: skip
 
 
-def test_second_run_fetches_and_trains_only_what_is_not_there(cumo_7b):
+def test_second_run_fetches_and_trains_only_what_is_missing(cumo_7b):
     assert cumo_7b(LAST="1")[0].returncode == 0
     done, calls = cumo_7b("--lr", "1e-6", SKIP_MISSING="1", GPUS="4")
     assert done.returncode == 0, done.stderr
@@ -117,7 +112,7 @@ def test_second_run_fetches_and_trains_only_what_is_not_there(cumo_7b):
 def test_missing_pictures_stop_it_and_are_named(cumo_7b):
     done, calls = cumo_7b(LAST="2")
     assert done.returncode == 1
-    assert "1 of mixture/coco have not; the first: coco/b.jpg" in done.stdout
+    assert "records without their picture in mixture/coco: 1, as coco/b.jpg" in done.stdout
     assert "SKIP_MISSING=1" in done.stderr and sum("--out " in call for call in calls) == 1
 
 
@@ -128,7 +123,7 @@ def test_too_small_a_disk_stops_it_before_the_first_download(cumo_7b):
     assert cumo_7b(IGNORE_DISK="", LAST="1")[0].returncode == 0
 
 
-def test_the_disk_of_the_readme_and_the_mixture_is_what_the_script_counts(cumo_7b):
+def test_the_disk_sizes_in_the_readme_and_the_mixture_are_the_scripts(cumo_7b):
     readme, mixture = (ROOT / name for name in ("README.md", "data/MIXTURE.md"))
     needs = [
         re.search(r"\d+ GB", cumo_7b(IGNORE_DISK="", LAST=last)[0].stdout)[0] for last in "321"

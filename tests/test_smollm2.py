@@ -1,6 +1,6 @@
-"""A real public language model, SmolLM2-135M-Instruct: our ids, logits and words are transformers'.
+"""A real public model, SmolLM2-135M-Instruct: our ids and answers equal those of transformers.
 
-It is not in the repository; runs/smollm2.sh makes it, and without it this file is skipped.
+The weights are not in the repository; runs/smollm2.sh makes them. Without them, tests are skipped.
 """
 
 import json

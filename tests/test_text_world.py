@@ -1,4 +1,4 @@
-"""Scenes as text: true answers, questions asked once, and nothing of what is held out."""
+"""Scenes as text: true answers, questions asked once, no held-out pairs."""
 
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def test_telegrams_are_true_asked_once_and_silent_about_held_out_partners():
             elif answer == "no":
                 assert question[:-1] not in places
                 for name in places:
-                    assert frozenset((name, question[:-1])) not in world.held_out_pairs()
+                    assert frozenset((name, question[:-1])) not in world.HELD_OUT
             elif question[:-1] in places:
                 assert places[question[:-1]].endswith(answer)
             elif answer in ("left", "right"):
@@ -63,7 +63,7 @@ def test_found_says_where_each_name_behind_a_scene_stands():
     assert (batch["found"][:, :PLACES] == IGNORE).all()
     for row, tokens in enumerate(batch["tokens"].tolist()):
         rng = np.random.default_rng((0, 1, 0, row))
-        rng.random()  # telegrams or a conversation
+        rng.random()  # the draw that chooses telegrams or a conversation
         scene = world.sample_scene(rng, "seen")
         standing = [o.name for o in scene.objects]
         for column in range(PLACES, len(tokens)):

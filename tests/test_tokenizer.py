@@ -1,4 +1,4 @@
-"""Tokenizers: the very ids of the libraries they stand for, text that comes back, no hidden tokens.
+"""Tokenizers: the same ids as the reference libraries, lossless, no special tokens from text.
 
 Independent references: Hugging Face's `tokenizers`, `sentencepiece` on Mistral's own model, and
 `mistral-common` on its tekken files.
@@ -33,7 +33,7 @@ text = st.one_of(st.text(max_size=40), st.text(st.sampled_from("".join(ALPHABETS
 
 
 def some_texts(n, seed=0):
-    """The same kind of text, quickly and by the thousand."""
+    """Thousands of such texts, faster than hypothesis draws them."""
     rng = random.Random(seed)
     for _ in range(n):
         letters = "".join(rng.choices(ALPHABETS, k=3))
@@ -65,7 +65,7 @@ def sp():
 
 
 def reference_of(spec):
-    """The ids by `tokenizers`, which is kept from finding special tokens in the text."""
+    """The encoder of `tokenizers`, kept from recognising special tokens in text."""
     library = tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": []}))
     return lambda text: library.encode(text, add_special_tokens=False).ids
 
@@ -95,7 +95,7 @@ def test_other_ways_to_cut_words_equal_tokenizers(kind, tmp_path):
         "a  b   c    d\n\n\n  e\t\tf",
         "12  345   6",
         "x \n y\r\n",
-    ] * 9  # tokens of many blanks
+    ] * 9  # for tokens of many blanks
     spec, last = train_bpe(blanks, vocab_size=300), MINI_JSON["pre_tokenizer"]
     first = {"type": "Digits", "individual_digits": True}
     if kind.startswith("llama"):
@@ -223,7 +223,7 @@ def test_later_models_of_mistral_read_too(tmp_path):
     reference = sentencepiece.SentencePieceProcessor(model_file=str(file))
     assert ours.vocab_size == 32768 and ours.special["[INST]"] == 3
     for text in some_texts(500):
-        if "[INST]" not in text:  # which sentencepiece finds in text, and we do not
+        if "[INST]" not in text:  # sentencepiece recognises [INST] in text, we do not
             assert ours.encode(text) == reference.encode(text)
 
 
@@ -292,7 +292,7 @@ def test_tekken_special_tokens_have_their_ids_but_are_never_found_in_text(tekken
 
 
 def small_tekken(folder, **changes):
-    """A tekken file of the bytes, " a", "bb" and, out of use, "cc"; 5 special tokens, 4 named."""
+    """A tekken file: the bytes, " a", "bb", an unused "cc"; 5 special tokens, 4 of them named."""
     pieces = [*(bytes([b]) for b in range(256)), b" a", b"bb", b"cc"]
     vocab = [{"rank": i, "token_bytes": base64.b64encode(p).decode(), "token_str": None}
              for i, p in enumerate(pieces)]  # fmt: skip
@@ -309,7 +309,7 @@ def test_tekken_file_of_a_later_version_lists_its_own_special_tokens(tmp_path):
     assert (ours.vocab_size, ours.special["[THINK]"], ours.special["<SPECIAL_4>"]) == (263, 3, 4)
     assert "[INST]" not in ours.special
     assert ours.encode("A abb") == [5 + ord("A"), 5 + 256, 5 + 257]
-    assert ours.encode("cc") == [5 + ord("c")] * 2  # past the vocabulary's size
+    assert ours.encode("cc") == [5 + ord("c")] * 2  # "cc" is beyond the vocabulary's size
 
 
 def test_tekken_comes_before_tokenizer_json_and_a_damaged_one_is_refused(tmp_path):

@@ -1,7 +1,7 @@
-"""The page: answers, mistakes, people who leave; what it serves and what not.
+"""The web page: answers, mistakes, visitors who leave; which files it serves.
 
-Skipped without gradio. The slow ones also want a Chromium: `pip install -e ".[web]" selenium`,
-and Debian's packages chromium and chromium-driver.
+The slow tests run a server and need gradio, one of them a browser as well:
+`pip install ".[web]" selenium`, and Debian's packages chromium and chromium-driver.
 """
 
 import concurrent.futures
@@ -20,17 +20,15 @@ import pytest
 import torch
 from PIL import Image
 from refused import refusal
-from tiny import tiny_cumo
+from tiny import ROOT, tiny_cumo
 
-gradio_client = pytest.importorskip("gradio_client")
-pytest.importorskip("gradio")
-ROOT = Path(__file__).parents[1]
 from data.tokenizer import Tokenizer
 from engine.conversation import Conversation
 from extras import web
 
 MINI, CAT = ROOT / "data" / "mini" / "llm", str(ROOT / "cat.jpg")
 TOKENIZER = Tokenizer.from_pretrained(MINI)
+README = max((ROOT / "README.md").read_text(encoding="utf-8").splitlines(), key=len)[:40]
 
 
 def talk(model, tokens=6):
@@ -50,15 +48,14 @@ def last(model, visitor, text, files=(), maps=False):
 
 @pytest.fixture(scope="module")
 def sparse():
-    return tiny_cumo(experts=4, vocab=1024, seed=3).eval()  # whose answers differ by the picture
+    return tiny_cumo(experts=4, vocab=1024, seed=3).eval()  # its answers depend on the picture
 
 
 def test_the_page_answers_what_a_conversation_answers_and_remembers(sparse):
     visitor, alone = visitors(sparse).find("a"), talk(sparse)
     picture = [web.open_image(CAT)]
-    assert (
-        last(sparse, visitor, "What is it?", [CAT])[0] == alone.ask("What is it?", picture).answer
-    )
+    first = alone.ask("What is it?", picture).answer
+    assert last(sparse, visitor, "What is it?", [CAT])[0] == first
     assert last(sparse, visitor, "And now?")[0] == alone.ask("And now?").answer
     assert last(sparse, visitor, "", [CAT])[0] == alone.ask(web.DESCRIBE, picture).answer
     assert [m["role"][0] for m in visitor.messages] == list("uuauaua")
@@ -91,8 +88,8 @@ def test_mistakes_are_one_line_and_the_conversation_goes_on(sparse, tmp_path):
         ("Is it?", [tmp_path / "narrow.png"], "error: a picture of 30000x1 is too narrow"),
         (" ", [], "error: there is nothing to answer; type a question, or add a picture"),
         ("\ud800?", [tmp_path], f"error: {tmp_path.name}: is a folder"),
-        ("x" * 4001, [], "error: a question has 4000 letters and 4 pictures at most"),
-        ("What?", [CAT] * 5, "error: a question has 4000 letters and 4 pictures at most"),
+        ("x" * 4001, [], "error: a question has at most 4000 characters and 4 pictures"),
+        ("What?", [CAT] * 5, "error: a question has at most 4000 characters and 4 pictures"),
     ]:
         said, _ = last(sparse, visitor, question, files)
         assert said.startswith(line) and "\n" not in said and str(tmp_path) not in said
@@ -106,7 +103,7 @@ def test_a_failing_model_is_one_line_and_a_new_conversation(sparse, monkeypatch,
     with monkeypatch.context() as patched:
         patched.setattr(Conversation, "generate", fail)
         said, _ = last(sparse, visitor, "And?")
-    assert said == "error: the model failed (OutOfMemoryError), and has forgotten what was said"
+    assert said == "error: the model failed (OutOfMemoryError); the conversation starts again"
     assert "no memory" in capsys.readouterr().err
     assert last(sparse, visitor, "What?")[0] == talk(sparse).ask("What?").answer
 
@@ -116,7 +113,44 @@ def test_language_model_alone_answers_but_takes_no_picture():
     visitor = visitors(model).find("a")
     assert last(model, visitor, "What?")[0] == talk(model).ask("What?").answer
     said = last(model, visitor, "What?", [CAT])[0]
-    assert said == "error: this is a language model alone, it sees no pictures; ask without one"
+    assert said == "error: this is a language model without vision; ask without a picture"
+
+
+def test_visitors_at_the_same_time_get_the_answers_they_get_alone_one_by_one(sparse, monkeypatch):
+    log = []
+
+    def logged(work):
+        def call(*args):
+            log.append(("begin", threading.get_ident()))
+            try:
+                return work(*args)
+            finally:
+                log.append(("end", threading.get_ident()))
+
+        return call
+
+    class Logged(Conversation):
+        ask = logged(Conversation.ask)
+
+    monkeypatch.setattr(web, "draw_map", logged(lambda model, image: image))
+    known = web.Visitors(lambda: Logged(sparse, TOKENIZER, 32000, max_new_tokens=6), keep=8)
+    turns = [[("What is it?", [CAT]), ("And now?", [])], [("Hello", []), ("Why?", [CAT])]]
+
+    def visit(k):
+        visitor = known.find(k)
+        said = [last(sparse, visitor, text, files, maps=True)[0] for text, files in turns[k % 2]]
+        return said, threading.get_ident()
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers, threads = zip(*pool.map(visit, range(8)))
+    for k in range(2):
+        alone = talk(sparse)
+        right = [alone.ask(text, [web.open_image(file) for file in files], lambda _: None).answer
+                 for text, files in turns[k]]  # fmt: skip
+        assert answers[k::2] == (right,) * 4
+    assert [what for what, _ in log] == ["begin", "end"] * (8 * 2 + 8)  # answers and maps
+    (worker,) = {thread for _, thread in log}
+    assert worker not in threads
 
 
 @pytest.mark.parametrize("how", ["closed", "forgotten"])
@@ -126,28 +160,30 @@ def test_who_leaves_in_mid_answer_ends_it(sparse, how):
     answer = web.reply(sparse, visitor, "What?", [], False)
     while not next(answer)[0][-1]["content"]:
         pass
-    assert web.MODEL_LOCK.locked()
+    turn = web.submit(lambda: "the turn of the next one")
+    assert not turn.done()
     answer.close() if how == "closed" else known.forget("a")
-    assert web.MODEL_LOCK.acquire(timeout=5), "the next one's turn has come"
-    web.MODEL_LOCK.release()
+    assert turn.result(timeout=5)
     assert 0 < len(visitor.conversation.turns[0].said) < 10000
     assert how == "closed" or len(list(answer)) < 10000
 
 
 def test_who_leaves_the_queue_is_not_answered(sparse):
-    visitor = visitors(sparse).find("a")
-    with web.MODEL_LOCK:
-        answer = web.reply(sparse, visitor, "What?", [], False)
-        next(answer)
-        thread = threading.Thread(target=lambda: next(answer, None), daemon=True)
-        thread.start()
-        visitor.left = True
+    visitor, others = visitors(sparse).find("a"), threading.Event()
+    answer = web.reply(sparse, visitor, "What?", [], False)
+    next(answer)
+    web.submit(others.wait)
+    thread = threading.Thread(target=lambda: next(answer, None), daemon=True)
+    thread.start()
+    visitor.left = True
+    others.set()
     thread.join(10)
+    assert not thread.is_alive()
     answer.close()
     assert not visitor.conversation.turns
 
 
-def test_the_one_silent_for_longest_is_forgotten_first(sparse):
+def test_the_one_idle_for_longest_is_dropped_first(sparse):
     known = visitors(sparse, keep=2)
     a, b = known.find("a"), known.find("b")
     assert known.find("a") is a
@@ -160,7 +196,7 @@ def test_the_one_silent_for_longest_is_forgotten_first(sparse):
 def test_missing_gradio_is_one_line_that_names_the_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     line = refusal(web.main, [], monkeypatch, capsys)
-    assert line == 'error: the page needs gradio: pip install -e ".[web]"'
+    assert line == 'error: the page needs gradio: pip install ".[web]"'
 
 
 # ---------------------------------------------------------------------------- a running server
@@ -173,8 +209,7 @@ def free_port():
 
 
 def served(model, *flags):
-    """extras/web.py in a process of its own -> (its address, its id), until this generator
-    ends."""
+    """Run extras/web.py until this generator is closed -> (its address, its process id)."""
     port = free_port()
     command = [sys.executable, "extras/web.py", "--model", model, "--port", port, *flags]
     with subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL) as server:
@@ -186,7 +221,7 @@ def served(model, *flags):
                 assert server.poll() is None, "the server has ended"
                 time.sleep(0.5)
             yield f"http://127.0.0.1:{port}", server.pid
-            assert server.poll() is None, "the server lives on"
+            assert server.poll() is None, "the server has ended"
         finally:
             server.terminate()
 
@@ -200,19 +235,27 @@ def model_dir(tmp_path_factory, sparse):
 
 
 @pytest.fixture(scope="module")
-def url(model_dir):
+def gradio_client():
+    pytest.importorskip("gradio")
+    return pytest.importorskip("gradio_client")
+
+
+@pytest.fixture(scope="module")
+def url(gradio_client, model_dir):
     for address, _ in served(model_dir, "--max-new-tokens", 150, "--context", 32000):
         yield address
 
 
 @pytest.fixture(scope="module")
-def endless(model_dir):
+def endless(gradio_client, model_dir):
     for address, _ in served(model_dir, "--max-new-tokens", 30000, "--context", 32000):
         yield address
 
 
 def asked(url, text, *files):
-    """What a client of its own is answered, and the map's address."""
+    """The answer to a new client, and the map's address."""
+    import gradio_client
+
     client = gradio_client.Client(url, verbose=False)
     files = [gradio_client.handle_file(str(file)) for file in files]
     messages, _, chart = client.predict({"text": text, "files": files}, api_name="/ask")
@@ -222,7 +265,7 @@ def asked(url, text, *files):
 
 
 def begun(url, session, text, path=""):
-    """Ask over bare HTTP; returns the open stream once the answer has begun."""
+    """Ask over plain HTTP -> (the open stream, its line) once the answer has begun."""
     files = [{"path": path, "meta": {"_type": "gradio.FileData"}}] if path else []
     config = json.load(urllib.request.urlopen(url + "/config"))
     index = [d["id"] for d in config["dependencies"] if d["api_name"] == "ask"][0]
@@ -233,13 +276,13 @@ def begun(url, session, text, path=""):
     stream = urllib.request.urlopen(f"{url}/gradio_api/queue/data?session_hash={session}")
     lines = (line for line in stream if b'"process_' in line and b"process_starts" not in line)
     for n, line in enumerate(lines):
-        if n == 2 or b"process_completed" in line:  # the first one repeats the question only
+        if n == 2 or b"process_completed" in line:  # the first one only repeats the question
             return stream, line.decode()
     raise AssertionError("the stream ended without an answer")
 
 
 def get(url, path):
-    """Status and content of a path that is asked for as it is: urllib would resolve the dots."""
+    """Status and content of a literal path; urllib would resolve the dots."""
     connection = http.client.HTTPConnection(url.rpartition("/")[2], timeout=20)
     connection.request("GET", path)
     response = connection.getresponse()
@@ -247,7 +290,7 @@ def get(url, path):
 
 
 @pytest.mark.slow
-def test_sixteen_clients_at_once_of_whom_some_leave_and_some_send_garbage(
+def test_sixteen_clients_at_once_some_leaving_and_some_sending_garbage(
     url, model_dir, sparse, tmp_path
 ):
     (tmp_path / "text.png").write_text("this is no picture")
@@ -263,9 +306,8 @@ def test_sixteen_clients_at_once_of_whom_some_leave_and_some_send_garbage(
 
     def garbage(i):
         if i % 2:
-            return asked(url, "What?", tmp_path / "text.png")[0].startswith(
-                "error: text.png: is no"
-            )
+            said = asked(url, "What?", tmp_path / "text.png")[0]
+            return said.startswith("error: text.png: is no")
         _, line = begun(url, f"garbage{i}", "What?", "/etc/passwd")
         return "root:" not in line and '"success":false' in line
 
@@ -299,7 +341,7 @@ def test_only_the_example_can_be_fetched(url):
     for path in (way + place for way in ways for place in places):
         status, body = get(url, path)
         assert status >= 400, path
-        assert b"root:" not in body and b"CuMo from scratch" not in body
+        assert b"root:" not in body and README.encode() not in body
 
 
 @pytest.mark.slow
@@ -344,5 +386,5 @@ def test_a_browser_shows_the_streamed_answer_and_the_map(url, sparse):
         sent = [m["params"]["request"]["url"] for m in sent
                 if m["method"] == "Network.requestWillBeSent"]  # fmt: skip
         assert all(where.startswith((url, "data:", "blob:")) for where in sent), "works offline"
-        [e for e in find("button") if e.text == "Start anew"][0].click()
+        [e for e in find("button") if e.text == "Start over"][0].click()
         wait(lambda: not find(".message"))

@@ -1,4 +1,4 @@
-"""The emoji world: what each split promises, and that every answer is true of its scene."""
+"""The emoji world: every split holds out what it should, and every answer is true of its scene."""
 
 import hashlib
 import re
@@ -25,20 +25,20 @@ def pairs_in(scene):
 
 @pytest.mark.parametrize("split", TRAINED)
 def test_held_out_pair_never_meets_outside_pairs(split):
-    held_out = world.held_out_pairs()
+    held_out = world.HELD_OUT
     assert not any(pairs_in(scene) & held_out for scene, _ in scenes(split, 1500))
 
 
 def test_every_pairs_scene_has_a_held_out_pair():
-    held_out = world.held_out_pairs()
+    held_out = world.HELD_OUT
     assert all(pairs_in(scene) & held_out for scene, _ in scenes("pairs", 1000))
 
 
 def test_tenth_of_all_pairs_is_held_out_and_no_concept_is_left_alone():
     n = len(CONCEPTS)
-    assert len(world.held_out_pairs()) == n * (n - 1) // 2 // 10
-    assert all(len(pair) == 2 for pair in world.held_out_pairs())
-    assert all(1 <= len(others) < n / 2 for others in world.partners().values())
+    assert len(world.HELD_OUT) == n * (n - 1) // 2 // 10
+    assert all(len(pair) == 2 for pair in world.HELD_OUT)
+    assert all(1 <= len(others) < n / 2 for others in world.PARTNERS.values())
 
 
 def test_only_the_split_style_is_drawn_in_fluent():
@@ -63,7 +63,7 @@ def test_seeded_samples_are_those_that_were_measured():
         for task in World.tasks:
             for sample in World(split, task, 20, seed=0):
                 digest.update(repr((sample["conversations"], sample["types"])).encode())
-    # another digest: bench/mini.json was measured on other samples; measure it anew
+    # another digest: bench/mini.json was measured on other samples; measure it again
     assert digest.hexdigest()[:16] == "84bd7e11f45f9d94"
 
 
@@ -93,7 +93,7 @@ def test_boxes_stay_in_their_cells_and_cells_hold_one_object():
 
 
 def difference(scene, rng=None):
-    """How far each pixel of the picture is from the background colour, [64, 64]."""
+    """Distance of each pixel's colour from the background colour, [64, 64]."""
     picture = np.asarray(world.draw(scene, rng)).astype(float)
     return np.linalg.norm(picture - np.array(COLORS[scene.background]), axis=-1)
 
@@ -162,7 +162,7 @@ def singular(many):
 
 
 def true_answer(question, scene):
-    """The answer to a question, from its words and the scene alone."""
+    """The answer to a question, derived from its words and the scene."""
     names = [o.name for o in scene.objects]
     at = {o.place: o.name for o in scene.objects}
     kind_of = world.CATEGORIES
@@ -223,7 +223,7 @@ def test_existence_is_half_no_and_half_of_those_of_the_same_category():
         alike += answer == "no" and world.CATEGORIES[name] in {
             world.CATEGORIES[o.name] for o in scene.objects
         }
-    # the other half of the noes is drawn from all categories, and may hit the same one by chance
+    # the other half of the "no" questions may hit the same category by chance
     assert abs(said["no"] / n - 0.5) < 0.03
     assert 0.5 < alike / said["no"] < 0.68
 

@@ -23,7 +23,7 @@ def tiny_cumo(experts=0, llm_experts=0, scales=(1,), seed=0, window=None, vocab=
     llm = LLMConfig(vocab_size=vocab, dim=32, hidden_dim=56, n_layers=2, n_heads=4, n_kv_heads=2,
                     sliding_window=window, num_experts=llm_experts)  # fmt: skip
     model = CuMo(CuMoConfig(vision, llm, mlp_experts=experts))
-    with torch.no_grad():  # larger weights than a fresh model's, so that differences show
+    with torch.no_grad():  # larger than initial weights, so that differences show
         for p in model.llm.parameters():
             if p.dim() > 1:
                 p.mul_(5)
@@ -54,8 +54,7 @@ def tiny_weights(folder):
 
 
 def command(weights, out, *more):
-    """train.py as a command: the flags of `weights`, the folder, and more words."""
-    flags = [
-        f for k, v in (weights | {"out": out}).items() for f in (f"--{k.replace('_', '-')}", v)
-    ]
-    return [sys.executable, str(ROOT / "train.py"), *map(str, flags), *more]
+    """The command of a training: train.py, the flags `weights`, --out, and `more` words."""
+    given = weights | {"out": out}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    return [sys.executable, str(ROOT / "train.py"), *flags, *more]

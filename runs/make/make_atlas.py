@@ -1,12 +1,12 @@
 """Rebuild the emoji atlases: one 64-pixel picture of every concept, in three drawing styles.
 
-The pictures come from three npm packages, fetched by `npm pack` or given as folders of .tgz files:
+The pictures come from three npm packages:
 
-    python runs/make/make_atlas.py                 # fetch and rebuild data/emoji/*.webp
+    python runs/make/make_atlas.py                 # download them and rebuild data/emoji/*.webp
     python runs/make/make_atlas.py --packages DIR  # the same from .tgz files in DIR
 
-An atlas is a lossless WebP, 12 glyphs a row, in the order of `concepts.json`; `ATTRIBUTION.md`
-beside it names the authors and licences. `cat.jpg`, the README's picture, is drawn from them too.
+An atlas is a lossless WebP, 12 glyphs a row, in the order of `concepts.json`. The authors and
+licences are in data/emoji/ATTRIBUTION.md. The README's picture, cat.jpg, is also drawn here.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def archive_name(package):
 
 
 def read_glyph(tar, pattern, codepoint):
-    """The RGBA picture of one codepoint, [64, 64], whichever way the package spells the variant."""
+    """The RGBA picture of one codepoint, 64x64, under any of its names in the package."""
     bare = codepoint.removesuffix("-fe0f")
     for name in (codepoint, bare, bare + "-fe0f"):
         try:
@@ -45,11 +45,11 @@ def read_glyph(tar, pattern, codepoint):
         except KeyError:
             continue
         return Image.open(io.BytesIO(raw)).convert("RGBA").resize((GLYPH, GLYPH), Image.LANCZOS)
-    raise ValueError(f"{codepoint} is not in {tar.name}; take it out of concepts.json")
+    raise ValueError(f"{codepoint} is not in {tar.name}; remove it from concepts.json")
 
 
 def draw_cat():
-    """cat.jpg at the root: a cat, a tree and a book, four times as large as the model sees."""
+    """cat.jpg at the root: a cat, a tree and a book, at 4 times the model's resolution."""
     sys.path.insert(0, str(ROOT))
     from data.world import Object, Scene, draw
 

@@ -1,15 +1,15 @@
 """Make the miniature pretrained weights: data/mini/llm and data/mini/clip.
 
-CuMo starts from a language model that can read and an image encoder that can see. This script makes
-both at the size of a laptop, from the emoji world alone:
+CuMo starts from a pretrained language model and a pretrained image encoder. This script trains both
+on the emoji world, small enough for a laptop:
 
     python runs/make/pretrain_mini.py tokenizer    # byte-level BPE, seconds
-    python runs/make/pretrain_mini.py llm          # a language model that answers about text scenes
-    python runs/make/pretrain_mini.py clip         # an image tower, trained against phrases
+    python runs/make/pretrain_mini.py llm          # answers questions about scenes in text
+    python runs/make/pretrain_mini.py clip         # CLIP training: pictures against phrases
 
-The language model never sees a picture: it reads scenes as text (text_world.py), first with short
-questions, then mostly in conversations. Neither of the two ever meets a scene with a pair of
-concepts that the split `pairs` holds out, nor a Fluent drawing.
+The language model sees no picture. It reads scenes as text (text_world.py), first with short
+questions, then mostly in conversations. Neither model sees a pair of concepts that the split
+`pairs` holds out, or a Fluent drawing.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from tqdm import tqdm
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from clip_moe import CLIPVision, CLIPVisionConfig
-from cumo import has_fast_bf16
 from data import world
 from data.chat import IGNORE
 from data.images import preprocess
 from data.tokenizer import Tokenizer, train_bpe
 from data.weights import write_json, write_tensors
+from engine.memory import has_fast_bf16
 from llm import LLM, LLMConfig, positions
 from runs.make.text_world import FOUND, GRID, PATCH, PLACES, text_batch
 
@@ -38,7 +38,7 @@ MINI = ROOT / "data" / "mini"
 
 
 def corpus(n=6000):
-    """Text for the tokenizer: captions, questions and answers in their template, names."""
+    """Text for the tokenizer: captions, questions and answers in their template, and names."""
     for i in range(n):
         rng = np.random.default_rng((9, i))
         scene = world.sample_scene(rng, "train")
@@ -49,9 +49,9 @@ def corpus(n=6000):
 
 @torch.no_grad()
 def text_accuracy(llm, tokenizer, split, batches=8):
-    """Share of answers that greedy decoding gets exactly right, by question type.
+    """Share of exactly right answers under greedy decoding, by question type.
 
-    An answer is right when each of its tokens is the likeliest one after the right ones before it.
+    An answer is right if each of its tokens is the model's first choice after the correct prefix.
     """
     hits = {}
     for step in range(batches):
@@ -75,7 +75,7 @@ def text_accuracy(llm, tokenizer, split, batches=8):
 
 
 def export(folder, tensors, config):
-    """An ordinary Hugging Face directory, in bfloat16 as public weights are."""
+    """Write a Hugging Face directory, in bfloat16 like most public weights."""
     write_tensors(folder, {name: t.to(torch.bfloat16) for name, t in tensors.items()})
     write_json(folder / "config.json", config | {"dtype": "bfloat16"})
 
@@ -86,7 +86,7 @@ def export_llm(llm):
 
 
 def export_clip(model):
-    """The vision tower and the norm behind its class token; the rest has done its work."""
+    """Write the vision tower and the norm of its class token; the rest is not needed any more."""
     norm = {f"vision_model.post_layernorm.{name}": t for name, t in model.norm.state_dict().items()}
     architecture = {"architectures": ["CLIPVisionModel"]}
     export(
@@ -97,12 +97,11 @@ def export_clip(model):
 
 
 class Probes(torch.nn.Module):
-    """What early layers should know, asked for directly, in training only.
+    """Auxiliary losses on the first two layers, for training only.
 
-    To look something up, a model must know at each token which tokens stood before it and its own
-    place in the text (layer 1), and at a name in a question where the scene has it (layer 2);
-    later layers then answer. Waiting until these pieces appear by chance takes thousands of steps
-    (docs/LOG.md).
+    To look something up, layer 1 must know the preceding tokens and the position of each token, and
+    layer 2 must know, at a name in a question, where the scene has it; later layers then answer.
+    Without these losses the skills take thousands of steps to appear (docs/LOG.md).
     """
 
     def __init__(self, llm, offsets=4):
@@ -123,7 +122,7 @@ class Probes(torch.nn.Module):
         early, later = (norm(self.seen[k], self.seen[k].shape[-1:]) for k in (0, 1))
         before = 0.0
         for offset, linear in enumerate(self.before, 1):
-            some = real[:, offset:] & (torch.rand(real[:, offset:].shape) < 0.25)  # are enough
+            some = real[:, offset:] & (torch.rand(real[:, offset:].shape) < 0.25)  # to save time
             guess = llm.logits(linear(early[:, offset:][some])).float()
             before += cross_entropy(guess, tokens[:, :-offset][some]) / len(self.before)
         own = positions(batch["segments"])
@@ -140,7 +139,7 @@ def pretrain_llm(steps, lr, seed):
     cfg = LLMConfig(vocab_size=tokenizer.vocab_size, dim=256, hidden_dim=512, n_layers=5, n_heads=8,
                     n_kv_heads=4, tie_embeddings=True, max_positions=2048)  # fmt: skip
     llm = LLM(cfg)
-    torch.nn.init.normal_(llm.model.embed_tokens.weight, std=0.1)  # else the first layers drown it
+    torch.nn.init.normal_(llm.model.embed_tokens.weight, std=0.1)  # smaller ones get lost
     probes = Probes(llm)
     trained = [*llm.parameters(), *probes.parameters()]
     optimizer = adamw(trained, lr)
@@ -172,28 +171,28 @@ def pretrain_llm(steps, lr, seed):
 
 
 def adamw(parameters, lr):
-    """AdamW whose weight decay leaves vectors alone."""
+    """AdamW with weight decay for matrices only."""
     groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1},
               {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}]  # fmt: skip
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
 
 
 def set_lr(optimizer, lr, step, steps):
-    """100 steps up, then level, and over the second half down to zero."""
+    """Warm up for 100 steps, stay constant, decay to zero over the second half."""
     for group in optimizer.param_groups:
         group["lr"] = lr * min(1, (step + 1) / 100) * min(1, 2 * (1 - step / steps))
 
 
-# ------------------------------------------------------------------------------------- the eye
+# ------------------------------------------------------------------------------------- CLIP
 
 
 def phrases():
-    """What the text tower is asked to tell apart: every concept and every background."""
+    """The phrases of the text tower: every concept and every background colour."""
     return [world.a(c) for c in world.CONCEPTS] + [f"a {c} background" for c in world.COLORS]
 
 
 def patch_targets(scene):
-    """For each of the 64 patches the index of its phrase; IGNORE at the rim of an object."""
+    """The index of the phrase of each of the 64 patches; IGNORE at the border of an object."""
     target = np.full((GRID, GRID), len(world.CONCEPTS) + list(world.COLORS).index(scene.background))
     y, x = np.mgrid[:GRID, :GRID] * PATCH + PATCH / 2
     for o in scene.objects:
@@ -217,11 +216,11 @@ def picture_batch(split, seed, step, n, p_single, augment=True):
 
 
 class Contrast(torch.nn.Module):
-    """CLIP's two towers meeting in one space of 128 numbers; only `vision` is kept.
+    """CLIP's two towers with a shared space of 128 features; only `vision` is exported.
 
-    The class token (after the last layer) is drawn to all phrases that are true of the picture;
-    each patch, as the language model will see it (after the last layer but one), to the phrase of
-    its region.
+    The class token (after the last layer) is trained towards all phrases that are true of the
+    picture. Each patch, in the layer that CuMo uses (the last but one), is trained towards the
+    phrase of its region.
     """
 
     def __init__(self, vision, tokenizer):
@@ -239,7 +238,7 @@ class Contrast(torch.nn.Module):
         self.phrases = torch.tensor([i + [0] * (width - len(i)) for i in ids])
 
     def forward(self, images):
-        """-> logits over the phrases, of class tokens [n, phrases] and patches [n, 64, phrases]."""
+        """Logits over the phrases: of class tokens [n, phrases] and patches [n, 64, phrases]."""
         text = self.text.hidden(self.text.embed(self.phrases))[0][
             torch.arange(len(self.last)), self.last
         ]
@@ -263,7 +262,8 @@ def contrastive_loss(whole, patches, targets, truths):
 
 @torch.no_grad()
 def picture_accuracy(model, split, n=256):
-    """Share of the objects that their patches, averaged, name: (alone in a picture, in a crowd)."""
+    """Share of objects that the mean logits of their patches classify correctly: (alone in a
+    picture, with others)."""
     hits = {1: [], 0: []}
     names = len(world.CONCEPTS)
     for step in range(2):
@@ -287,7 +287,7 @@ def pretrain_clip(steps, lr, seed, batch=96):
     bar = tqdm(range(steps), desc="clip")
     for step in bar:
         set_lr(optimizer, lr, step, steps)
-        p_single = max(0.0, 1 - step / (0.2 * steps))  # one object first
+        p_single = max(0.0, 1 - step / (0.2 * steps))  # pictures of one object come first
         images, targets, truths = picture_batch("train", seed, step, batch, p_single)
         with torch.autocast("cpu", torch.bfloat16, has_fast_bf16("cpu")):
             loss = contrastive_loss(*model(images), targets, truths)
@@ -300,7 +300,7 @@ def pretrain_clip(steps, lr, seed, batch=96):
             for split in ("seen", "pairs", "style"):
                 alone, crowd = picture_accuracy(model, split)
                 tqdm.write(f"step {step + 1}, {time.time() - start:.0f} s, {split}: "
-                           f"alone {alone:.1%}, in a crowd {crowd:.1%}")  # fmt: skip
+                           f"alone {alone:.1%}, with others {crowd:.1%}")  # fmt: skip
             export_clip(model)
 
 

@@ -1,10 +1,10 @@
-"""Scenes of the emoji world as text, to teach a language model before it sees a picture.
+"""Scenes of the emoji world as text, to pretrain the language model without pictures.
 
-A scene is written in one of two forms: its caption, or a *text picture* of 64 words for the 8x8
-patches of an image, "blue blue cat cat blue ...". From the second a model learns what large
-language models know already: that what stands early in a sequence of patches is at the top, how to
-find a name by its place and a place by its name. The text stands where the image will stand, and is
-asked about in telegraph style or in the conversations of stage 3:
+A scene is written as its caption or as a *text picture*: 64 words for the 8x8 patches of an image,
+"blue blue cat cat blue ...". The text picture teaches what large language models already know: the
+first patches of a sequence are at the top of the image, and how to look up a name by its place or a
+place by its name. The text is put where the image will be. Questions about it are written in
+telegraph style or as the conversations of stage 3:
 
     [INST] blue blue cat cat ...  cat? yes  owl? no  cat: top left  top left: cat  cat bus? left
     [INST] blue blue cat cat ...  Where is the cat? [/INST] at the top left</s>[INST] Is there ...
@@ -20,13 +20,13 @@ from data.chat import IGNORE, IMAGE_TOKEN, render
 from data.packing import assemble
 
 PATCH, GRID = 8, 8
-ROWS, LENGTH = 9, 256  # of a batch
-PLACES = 70  # tokens that a scene and what stands before it may take
-FOUND = ("nothing", *world.PLACES, world.MIDDLE, "several")  # what looking up a name can find
+ROWS, LENGTH = 9, 256  # rows of a batch, tokens of a row
+PLACES = 70  # most tokens of a scene and the tokens before it
+FOUND = ("nothing", *world.PLACES, world.MIDDLE, "several")  # results of looking up a name
 
 
 def text_picture(scene):
-    """64 words, one for each 8x8 patch in reading order: the object it shows, or the background."""
+    """64 words, one for each 8x8 patch in reading order: its object or the background colour."""
     words = np.full((GRID, GRID), scene.background, dtype=object)
     y, x = np.mgrid[:GRID, :GRID] * PATCH + PATCH / 2
     for o in scene.objects:
@@ -36,18 +36,18 @@ def text_picture(scene):
 
 
 def telegrams(scene, rng):
-    """Every look-up a scene allows, in telegraph style: [(question, answer)], shuffled.
+    """All look-ups that a scene allows, in telegraph style: [(question, answer)], shuffled.
 
         cat? yes   owl? no   cat: top left   top left: cat   cat bus? left   animal: cat
 
-    The same look-ups as in the questions proper at a quarter of the tokens, and each only once: a
-    repeated question is answered by copying the first answer.
+    They take a quarter of the tokens of full questions. Each is asked only once, because a repeated
+    question could be answered by copying.
     """
     names = [o.name for o in scene.objects]
     kinds = [world.CATEGORIES[name] for name in names]
     place = {o: o.place.split(" ", 2)[2] for o in scene.objects}  # "top left", "middle"
     asked = [(f"{name}?", "yes") for name in dict.fromkeys(names)]
-    known = {*names, *(partner for name in names for partner in world.partners()[name])}
+    known = {*names, *(partner for name in names for partner in world.PARTNERS[name])}
     others = [world.CONCEPTS[i] for i in rng.permutation(len(world.CONCEPTS))[: len(names)]]
     asked += [(f"{name}?", "no") for name in others if name not in known]
     for o, kind in zip(scene.objects, kinds):
@@ -65,7 +65,7 @@ def telegrams(scene, rng):
 
 
 def written(scene, rng):
-    """A scene in words: a text picture, or a caption."""
+    """A scene as a text picture or a caption, at random."""
     return text_picture(scene) if rng.random() < 0.7 else " " + world.caption(scene)
 
 
@@ -81,12 +81,12 @@ def telegraph_sample(tokenizer, rng):
     return ids, labels, [], scene
 
 
-# What takes a small model longest to learn is asked most often.
+# The questions that a small model learns last are asked more often.
 HARD = world.QUESTION_TYPES + ("existence", "where", "kind", "side")
 
 
 def dialogue_sample(tokenizer, rng, split):
-    """(ids, labels, types, scene): a conversation, with as many turns as fit in LENGTH tokens."""
+    """(ids, labels, types, scene): a conversation with as many turns as LENGTH tokens hold."""
     scene = world.sample_scene(rng, split)
     turns = world.questions(scene, rng, 9, HARD if split == "train" else world.QUESTION_TYPES)
     described = ("describe", world.DESCRIBE, world.caption(scene))
@@ -98,7 +98,7 @@ def dialogue_sample(tokenizer, rng, split):
 
 
 def render_text(turns, tokenizer, text):
-    """(ids, labels) of [(type, question, answer)] about a text that stands where images stand."""
+    """(ids, labels) of [(type, question, answer)], with a text in the place of the image."""
     conversation = []
     for k, (_, question, answer) in enumerate(turns):
         conversation += [{"from": "human", "value": ("" if k else "<image>\n") + question},
@@ -110,10 +110,10 @@ def render_text(turns, tokenizer, text):
 
 
 def text_batch(tokenizer, split, seed, step, short=0.0):
-    """Rows about text scenes -> (batch, types asked in each). `short`: share of telegrams.
+    """Rows about text scenes -> (batch, question types of each row). `short`: share of telegrams.
 
-    batch["found"] [ROWS, LENGTH] says for each name behind a scene what looking it up there finds,
-    an index into FOUND; IGNORE for all other tokens.
+    batch["found"] [ROWS, LENGTH]: for each name after a scene the result of looking it up in the
+    scene, an index into FOUND; IGNORE for all other tokens.
     """
     rows, types, found = [], [], torch.full((ROWS, LENGTH), IGNORE)
     for i in range(ROWS):
@@ -127,7 +127,7 @@ def text_batch(tokenizer, split, seed, step, short=0.0):
         at = 0
         for ids, labels, _, scene in samples:
             ids, labels = ids[: LENGTH - at], labels[: LENGTH - at]
-            if len(ids) > PLACES:  # a piece with questions in it
+            if len(ids) > PLACES:  # else it holds no question
                 rows[-1].append((ids, labels, []))
                 answers = look_ups(scene, tokenizer)
                 targets = [answers.get(token, IGNORE) for token in ids[PLACES:]]
@@ -137,7 +137,7 @@ def text_batch(tokenizer, split, seed, step, short=0.0):
 
 
 def look_ups(scene, tokenizer):
-    """id of a name -> index into FOUND: where it stands in the scene."""
+    """id of a name -> index into FOUND: its place in the scene."""
     names = [o.name for o in scene.objects]
     answers = dict.fromkeys(name_ids(tokenizer).values(), 0)
     for o in scene.objects:
@@ -148,5 +148,5 @@ def look_ups(scene, tokenizer):
 
 @functools.cache
 def name_ids(tokenizer):
-    """concept -> the id of its one token."""
+    """concept -> the id of its single token."""
     return {name: tokenizer.encode(" " + name)[0] for name in world.CONCEPTS}

@@ -1,24 +1,24 @@
-"""Everything that can happen to a training's files, and what is left afterwards: nothing lost.
+"""Every fault that can hit a training's files, many times: nothing may be lost.
 
     python tests/campaigns/crash.py --kills 100 --seed 0 --out bench/faults.json     # 3 kills in CI
 
-A tiny stage 2 meets one fault after another, and the same command goes on each time. In the end its
-weights must equal those of a run that nobody disturbed, bit for bit, and so must the loss of every
-step. A life that finds a resume point must start from it: no step but those since the last save
-is done twice. The kinds of faults, `--kills` of each (of `points`: each once, if they are fewer):
+A tiny stage 2 meets one fault after another, and the same command continues each time. Its final
+weights must equal those of an undisturbed run bit for bit, and so must the loss of every step. A
+process that finds a resume point must start from it: only steps since the last save are repeated.
+The kinds of faults, `--kills` of each (of `points`: each once, if there are fewer):
 
-    killed          SIGKILL at a random moment, every other time while it saves
+    killed          SIGKILL at a random moment, every other time during a save
     points          SIGKILL before and after each fsync, rename, truncation and removal, and with a
                     file of weights half written
     disk error      each of these calls fails instead (EIO)
-    disk full       a disk of a random size (a tmpfs; where none can be mounted: files of a random
-                    size at most), with room again for the next life
-    read-only       the disk can only be read, for a new training and for one that goes on
-    cut, bit flip   the newest resume point loses its end, or one bit of it is another: it must be
-                    named, and the one before taken (but for flips in the blanks between its parts)
-    finished stage  the same of the weights the next stage starts from: that is refused
+    disk full       a disk of a random size (a tmpfs, or a limit on the size of files where none can
+                    be mounted), with room again for the next process
+    read-only       a read-only disk, for a new training and for one that continues
+    cut, bit flip   the newest resume point is cut short, or has one wrong bit: an error must name
+                    it, and the previous one is used (flips in the gaps of the file go unnoticed)
+    finished stage  the same damage to the weights that the next stage starts from: it must refuse
 
-The lives are forks of this process, which has imported PyTorch once: a life takes half a second.
+Each process is a fork of this one, which has imported PyTorch already, and takes half a second.
 """
 
 import argparse
@@ -49,19 +49,20 @@ import data.weights
 import train
 from data.flags import run
 from data.weights import write_json
+from engine import resume
 from runs.results import commit, machine
 
 CALLS = [(os, "fsync"), (os, "replace"), (os, "rename"), (os, "truncate"), (os, "unlink"),
          (os, "mkdir")]  # fmt: skip
-WRITERS = [(torch, "save"), (data.weights, "save_file")]  # (what, into which file)
+WRITERS = [(torch, "save"), (data.weights, "save_file")]  # called with (content, file)
 
 
-# ------------------------------------------------------------------------------------- one life
+# ------------------------------------------------------------------------------------- one process
 
 
 def at_point(number, act, only="", count=None):
-    """Have the process `act` at its `number`-th point of those that the docstring names, or of
-    those `only` of one name, such as "before fsync". The names are listed in the file `count`."""
+    """Call `act` at the `number`-th point (see the file's docstring), or the `number`-th one named
+    `only`, such as "before fsync". The file `count` gets the names of all points."""
     seen = iter(range(10**9))
 
     def point(name, *args):
@@ -94,7 +95,7 @@ def at_point(number, act, only="", count=None):
 
 
 def die(write=None, content=None, file=None):
-    if write:  # with the file half written
+    if write:  # leave the file half written
         write(content, file)
         with open(file, "rb+") as half:
             half.truncate(os.path.getsize(file) // 2)
@@ -112,8 +113,8 @@ def small_files(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def live(go, said, prepare=None):
-    """Start a life: a fork of this process, which runs train.py as the command `go`."""
+def spawn(go, said, prepare=None):
+    """Fork this process to run train.py as the command `go`, with its output in the file `said`."""
     sys.stdout.flush()
     if pid := os.fork():
         return pid
@@ -122,7 +123,7 @@ def live(go, said, prepare=None):
         output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1), os.dup2(output, 2)
         sys.argv = go[1:]
-        sys.modules["matplotlib"] = None  # whose import takes longer than the training
+        sys.modules["matplotlib"] = None  # its import takes longer than the training
         if prepare:
             prepare()
         run(train.main)
@@ -138,12 +139,12 @@ def live(go, said, prepare=None):
 
 
 def end_of(pid):
-    """Exit status of a life; negative: the signal that killed it."""
+    """Exit status of a process; negative: the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 class Training:
-    """A command, the folder it fills, and what the undisturbed run made of it."""
+    """A command, its folder, and `calm`, the undisturbed training to compare with."""
 
     def __init__(self, place, flags, calm=None):
         self.place, self.calm = place, calm
@@ -154,16 +155,16 @@ class Training:
     def clean(self):
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def live(self, prepare=None):
-        """A whole life, killed or not -> its exit status."""
-        return end_of(live(self.go, self.said, prepare))
+    def run(self, prepare=None):
+        """Run the command to its end, killed or not -> its exit status."""
+        return end_of(spawn(self.go, self.said, prepare))
 
     def resumable(self):
-        return any((self.folder / name).is_file() for name in train.RESUME)
+        return any((self.folder / name).is_file() for name in resume.RESUME)
 
     def saved_step(self):
-        """The step of the resume point a life would start from."""
-        found = [self.folder / name for name in train.RESUME if (self.folder / name).is_file()]
+        """The step of the resume point that the next process would start from."""
+        found = [self.folder / name for name in resume.RESUME if (self.folder / name).is_file()]
         return torch.load(found[0], mmap=True)["step"] if found else 0
 
     def finished(self):
@@ -175,10 +176,10 @@ class Training:
         weights = (self.folder / "model.safetensors").read_bytes()
         return hashlib.sha256(weights).hexdigest(), losses
 
-    def goes_on(self, said=""):
-        """Whether the same command goes on, says `said`, and ends as if nothing had happened."""
+    def continues(self, said=""):
+        """Whether the same command continues, prints `said`, and gives the undisturbed result."""
         found, done = self.resumable(), self.finished()
-        code, words = self.live(), self.said.read_text()
+        code, words = self.run(), self.said.read_text()
         resumed = "resumed after" in words or not found or done
         good = code == 0 and resumed and said in words and self.result() == self.calm.result()
         if not good:
@@ -186,8 +187,8 @@ class Training:
         return good
 
     def refuses(self, said=""):
-        """Whether the command ends with one line that tells what is wrong."""
-        code, words = self.live(), self.said.read_text()
+        """Whether the command ends with one error line that contains `said`."""
+        code, words = self.run(), self.said.read_text()
         lines = [line for line in words.splitlines() if line.startswith("error: ")]
         good = code == 1 and len(lines) == 1 and said in lines[0] and "Traceback" not in words
         if not good:
@@ -199,23 +200,23 @@ class Training:
 
 
 def kill_at_random(training, kills, dice):
-    """Yields for each kill whether it was survived, once its training has come to its end."""
+    """Yields for each kill whether it was survived, once its training has ended."""
     took = []
     for _ in range(2):
         training.clean()
         start = time.time()
-        assert training.goes_on()
+        assert training.continues()
         took.append(time.time() - start)
     whole = min(took)
     training.clean()
     open_kills, kept = 0, True
     for _ in range(kills):
         if training.finished():
-            yield from [kept and training.goes_on()] * open_kills
+            yield from [kept and training.continues()] * open_kills
             open_kills, kept = 0, True
             training.clean()
         before, aside = training.saved_step(), training.folder / "resume.pt.partial"
-        pid, begun = live(training.go, training.said), time.time()
+        pid, begun = spawn(training.go, training.said), time.time()
         deadline, aim = begun + dice.uniform(0, whole), dice.random() < 0.5
         while time.time() < deadline:
             time.sleep(0.001)
@@ -225,37 +226,37 @@ def kill_at_random(training, kills, dice):
         end_of(pid)
         kept &= training.finished() or training.saved_step() >= before
         open_kills += 1
-    yield from [kept and training.goes_on()] * open_kills
+    yield from [kept and training.continues()] * open_kills
 
 
 def points_of(training):
-    """The names of all points of an undisturbed life."""
+    """The names of all points of an undisturbed process."""
     training.clean()
     names = training.place.with_suffix(".points")
     names.unlink(missing_ok=True)
-    assert training.live(partial(at_point, -1, die, count=names)) == 0
+    assert training.run(partial(at_point, -1, die, count=names)) == 0
     return names.read_text().splitlines()
 
 
 def kill_at_points(training, points):
     for number, _ in points:
         training.clean()
-        code = training.live(partial(at_point, number, die))
-        yield code == -signal.SIGKILL and training.goes_on()
+        code = training.run(partial(at_point, number, die))
+        yield code == -signal.SIGKILL and training.continues()
 
 
 def fail_at_points(training, points):
     for number, name in points:
         if name.startswith("after"):
-            continue  # the same as before the next one
+            continue  # the same as failing before the next one
         training.clean()
-        code = training.live(partial(at_point, number, fail))
-        told = "Traceback" not in training.said.read_text()
-        yield told and code in (0, 1) and training.goes_on()  # 0: what is left over may stay
+        code = training.run(partial(at_point, number, fail))
+        clear = "Traceback" not in training.said.read_text()
+        yield clear and code in (0, 1) and training.continues()  # 0: a leftover file is harmless
 
 
 class Disk:
-    """A small disk in the folder `place`, or nothing of the kind where none can be mounted."""
+    """A small disk (tmpfs) at the folder `place`; `there` is False where none can be mounted."""
 
     def __init__(self, place):
         place.mkdir()
@@ -274,33 +275,33 @@ class Disk:
 
 def fill_disk(training, times, dice, disk):
     training.clean()
-    assert training.live(die_at_the_third_save) < 0
+    assert training.run(die_at_the_third_save) < 0
     most = 3 * (training.folder / "resume.pt").stat().st_size
     for _ in range(times):
         training.clean()
         size = dice.randrange(8192, most)
         if disk.there:
             disk.mount(f"size={size // 1024}k")
-            told = training.refuses()
+            clear = training.refuses()
             disk.mount("size=64m")
         else:
             size //= 3
-            code = training.live(partial(small_files, size))
-            told = code == 1 and "Traceback" not in training.said.read_text()
-        yield told and training.goes_on()
+            code = training.run(partial(small_files, size))
+            clear = code == 1 and "Traceback" not in training.said.read_text()
+        yield clear and training.continues()
 
 
 def read_only(training, times, disk):
     for k in range(times if disk.there else 0):
         training.clean()
         if k % 2:
-            assert training.live(die_at_the_third_save) < 0
+            assert training.run(die_at_the_third_save) < 0
         there = sorted((f, f.read_bytes()) for f in training.folder.glob("*"))
         disk.mount("ro")
-        told = training.refuses("Read-only file system")
+        clear = training.refuses("Read-only file system")
         disk.mount("rw,size=64m")
         same = there == sorted((f, f.read_bytes()) for f in training.folder.glob("*"))
-        yield told and same and training.goes_on()
+        yield clear and same and training.continues()
 
 
 def damaged(content, kind, dice):
@@ -313,46 +314,46 @@ def damaged(content, kind, dice):
 
 def damage(training, times, dice, kind, unnoticed):
     training.clean()
-    assert training.live(die_at_the_third_save) < 0 and training.resumable()
+    assert training.run(die_at_the_third_save) < 0 and training.resumable()
     kept = training.place.with_suffix(".kept")
     shutil.rmtree(kept, ignore_errors=True)
     shutil.copytree(training.folder, kept)
     for _ in range(times):
         training.clean()
         shutil.copytree(kept, training.folder)
-        newest = training.folder / train.RESUME[0]
+        newest = training.folder / resume.RESUME[0]
         newest.write_bytes(damaged(newest.read_bytes(), kind, dice))
-        good = training.goes_on()
+        good = training.continues()
         if f"{newest} cannot be read" not in training.said.read_text():
             unnoticed[kind] += 1
         yield good
 
 
 def damage_weights(training, init, times, dice):
-    """Of the finished stage 1 that this one starts from."""
+    """Damage the weights of the finished stage 1 that this one starts from."""
     file = init / "model.safetensors"
     whole = file.read_bytes()
     for k in range(times):
         training.clean()
         file.write_bytes(damaged(whole, ("cut", "bit flip")[k % 2], dice))
-        told = training.refuses("model.safetensors is not what its stage wrote")
+        clear = training.refuses("model.safetensors is not what its stage wrote")
         file.write_bytes(whole)
-        yield told and training.goes_on()
+        yield clear and training.continues()
 
 
-# ------------------------------------------------------------------------------------- all of them
+# ------------------------------------------------------------------------------------- the campaign
 
 
 def campaign(place, kills, samples, seed, only, write):
-    """{kind: {"tried", "survived", "lost"}}, which goes to `write` after each kind, with what else
-    there is to tell."""
+    """-> {kind: {"tried", "survived", "lost"}}; `write` gets facts of the run and these counts
+    after each kind."""
     dice = random.Random(seed)
     weights = tiny_weights(place) | dict(samples=samples, rows=1, row_tokens=128)
     stage1 = command(weights | dict(stage=1, samples=4), place / "init")
-    assert end_of(live(stage1, place / "init.txt")) == 0
+    assert end_of(spawn(stage1, place / "init.txt")) == 0
     flags = weights | dict(init=place / "init" / "stage1")
     calm = Training(place / "calm", flags)
-    subprocess.run(calm.go, check=True, capture_output=True)  # a process of its own, for once
+    subprocess.run(calm.go, check=True, capture_output=True)  # a new process and not a fork
     training = Training(place / "disturbed", flags, calm)
     points = list(enumerate(points_of(training)))
     disk = Disk(place / "disk")
@@ -373,11 +374,11 @@ def campaign(place, kills, samples, seed, only, write):
     counts, about = {}, {"points": len(points), "tmpfs": disk.there}
     about["steps"] = len(calm.result()[1])
     try:
-        for kind, lives in kinds.items():
+        for kind, runs in kinds.items():
             if only and kind not in only:
                 continue
             dice.seed(f"{seed} {kind}")  # the same with --only
-            start, survived = time.time(), list(lives)
+            start, survived = time.time(), list(runs)
             counts[kind] = {"tried": len(survived), "survived": sum(survived),
                             "lost": len(survived) - sum(survived)}  # fmt: skip
             if kind in unnoticed:
@@ -395,9 +396,9 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=10, help="length of the training [10]")
     parser.add_argument("--only", nargs="+", default=[], help="these kinds of faults")
-    parser.add_argument("--out", help="JSON file whose `crash` becomes what is counted here")
+    parser.add_argument("--out", help="JSON file whose `crash` gets the counts")
     args = parser.parse_args()
-    torch.set_num_threads(1)  # the same sums in the same order, here and in the lives
+    torch.set_num_threads(1)  # the same order of sums here and in the forks
 
     def write(about, counts):
         if not args.out:

@@ -1,17 +1,17 @@
-"""Sixteen visitors at the web page for minutes: who asks is answered, whatever the others do.
+"""Sixteen visitors at the web page for minutes: every question is answered, whatever others do.
 
-    python tests/campaigns/crowd.py --minutes 5 --out bench/faults.json   # wants gradio
+    python tests/campaigns/crowd.py --minutes 5 --out bench/faults.json   # needs gradio
 
-extras/web.py serves a tiny CuMo at 127.0.0.1. Each visitor is a thread that does one thing again
-and again, until the time is over:
+extras/web.py serves a tiny CuMo at 127.0.0.1. Each visitor is a thread that repeats one thing until
+the time is over:
 
-    nine ask      two questions of one conversation, with a picture or without; each answer must be
-                  what the same model says to whom it belongs to alone
-    four leave    in mid-answer: they close the stream once the answer has begun
-    three upload  garbage: no picture, a bomb, more than the page takes, paths, broken requests; and
-                  look for the machine's files. What comes back must not hold any of them
+    nine ask      two questions of one conversation, with or without a picture; each answer must be
+                  the one that the model gives to a single visitor
+    four leave    during an answer: they close the stream once the answer has begun
+    three upload  garbage: broken pictures, a decompression bomb, too large files, paths, broken
+                  requests; and try to read the machine's files. No response may contain one
 
-The server's memory (RSS) and open files are written down meanwhile, after each answer.
+The server's memory (RSS) and open files are recorded after each answer.
 """
 
 import argparse
@@ -33,17 +33,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import gradio_client
 import numpy as np
 import torch
-from test_web import CAT, MINI, begun, get, served, talk
+from test_web import CAT, MINI, README, begun, get, served, talk
 from tiny import tiny_cumo
 
 from data.images import open_image
 from data.weights import write_json
 from runs.results import commit, machine
 
-TOKENS, UPLOAD_MB = 40, 1  # of an answer; largest upload
+TOKENS, UPLOAD_MB = 40, 1  # longest answer; largest upload
 SECRET = b"nobody may read this"
 CONVERSATIONS = [  # questions, each with its pictures
     [("What is it?", [CAT]), ("And now?", [])],
@@ -53,7 +52,7 @@ CONVERSATIONS = [  # questions, each with its pictures
 
 
 def png(width, height, rows):
-    """A PNG of the unpacked `rows` that says it is so wide and high."""
+    """A PNG with the pixels `rows` whose header claims this width and height."""
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(rows, 9)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -87,17 +86,19 @@ class Crowd:
             self.files[name].write_bytes(content)
         (place / "secret.txt").write_bytes(SECRET)
 
-    def count(self, what, told=""):
+    def count(self, what, details=""):
         with self.lock:
             self.counts[what] += 1
-            if told:
-                print(f"{what}: {told}", flush=True)
+            if details:
+                print(f"{what}: {details}", flush=True)
 
     # --------------------------------------------------------------------------- the visitors
 
     def ask(self, k, turn):
+        import gradio_client
+
         which = (k + turn) % len(CONVERSATIONS)
-        patient = {"timeout": 300}  # a busy computer is no lost answer
+        patient = {"timeout": 300}  # on a busy machine an answer is late, not lost
         client = gradio_client.Client(self.url, verbose=False, httpx_kwargs=patient)
         for (text, files), right in zip(CONVERSATIONS[which], self.expected[which]):
             files = [gradio_client.handle_file(file) for file in files]
@@ -114,12 +115,12 @@ class Crowd:
         self.count("left")
 
     def gone(self, session, stream):
-        """Leave as a browser does that is closed: both its connections end."""
+        """Leave like a closed browser: both its connections end."""
         stream.close()
         urllib.request.urlopen(f"{self.url}/gradio_api/heartbeat/{session}").close()
 
     def upload(self, k, turn):
-        """Each of the ways in turn; the answer is one line, or a refusal, and holds no file."""
+        """Send each kind of garbage; the answer is one line, or a refusal, and contains no file."""
         name, file = list(self.files.items())[turn % len(self.files)]
         try:
             path = self.sent(name, file.read_bytes())
@@ -137,22 +138,17 @@ class Crowd:
                 self.post("/gradio_api/queue/join", body, "application/json").read()
             except urllib.error.HTTPError as error:
                 self.refused(True, error.read().decode(errors="replace"))
-        for way, path in itertools.product(
-            ("/gradio_api/file=", "/file=", "/static/", "/gradio_api/proxy="),
-            (
-                f"{self.place}/secret.txt",
-                "/etc/passwd",
-                f"{CAT}/../README.md",
-                "..%2f..%2fREADME.md",
-            ),
-        ):
+        ways = ("/gradio_api/file=", "/file=", "/static/", "/gradio_api/proxy=")
+        paths = (f"{self.place}/secret.txt", "/etc/passwd", f"{CAT}/../README.md",
+                 "..%2f..%2fREADME.md")  # fmt: skip
+        for way, path in itertools.product(ways, paths):
             status, body = get(self.url, way + path)
             self.refused(status >= 400, body.decode(errors="replace"))
-        time.sleep(1)  # three of them in a row would be all that the server does
+        time.sleep(1)  # leaves the server time for the others
 
     def refused(self, good, answer):
-        """Count a request that must be turned down, by an answer without a file's content."""
-        leaks = "root:" in answer or SECRET.decode() in answer or "CuMo from scratch" in answer
+        """Count a request that must be refused (`good`) without leaking a file's content."""
+        leaks = "root:" in answer or SECRET.decode() in answer or README in answer
         good = good and not leaks
         self.count(*(["refused"] if good else ["let through", answer[:300]]))
 
@@ -162,7 +158,7 @@ class Crowd:
         )
 
     def sent(self, name, content):
-        """Where the server keeps an upload."""
+        """Upload a file -> its path on the server."""
         head = f'--x\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'
         body = head.encode() + content + b"\r\n--x--\r\n"
         path = "/gradio_api/upload"
@@ -203,7 +199,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--minutes", type=float, default=0.5)
     parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--out", help="JSON file whose `web` becomes what is counted here")
+    parser.add_argument("--out", help="JSON file whose `web` gets the counts")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
@@ -225,7 +221,7 @@ def main():
             thread.start()
         for thread in threads:
             thread.join()
-        for _ in server:  # which must still live
+        for _ in server:  # checks that the server is still running, and ends it
             pass
     found = {"minutes": args.minutes, "clients": args.clients} | crowd.found()
     print(json.dumps(found, indent=1))

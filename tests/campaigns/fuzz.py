@@ -1,16 +1,17 @@
-"""Files from strangers, by the thousand: each is read, or refused by one clear line.
+"""Fuzz the readers of untrusted files: each damaged file is read, or refused by one clear line.
 
     python tests/campaigns/fuzz.py --seconds 600 images checkpoint   # these targets; none: all
-    python tests/campaigns/fuzz.py --input 4711 images               # again, and show the error
-    python tests/campaigns/fuzz.py --coverage --seconds 600 images  # led by coverage: atheris
+    python tests/campaigns/fuzz.py --input 4711 images               # repeat one, show its error
+    python tests/campaigns/fuzz.py --coverage --seconds 600 images   # guided by coverage: atheris
 
-An input is one of a target's good files, damaged: bytes changed, cut, doubled; of JSON a value put
-in another's place, nested, left out. It depends on target, seed and number alone. A finding is
+An input is a valid file of a target, damaged: bytes changed, cut, doubled; JSON values replaced,
+nested, left out. It depends only on target, seed and number. Findings are
 
-    any exception but the project's own (a ValueError of one line, raised by a file of ours and not
-    somewhere below; an OSError), more than 20 seconds, more than 6 GB, or a broken promise: text
-    that does not come back from its tokens, labels of another length than the ids, a picture that
-    makes no [3, S, S] of finite numbers.
+    - any exception that is not the project's own: a ValueError of one line, raised by one of our
+      files, or an OSError
+    - more than 20 seconds of CPU time, more than 6 GB of memory
+    - a broken promise: text that its tokens do not decode to, labels and ids of different lengths,
+      a picture that does not become [3, S, S] finite numbers
 
 Findings are printed, counted (`--out FILE`: into its `inputs`) and make the exit status 1.
 """
@@ -39,12 +40,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 
-LED = contextlib.nullcontext()
+INSTRUMENTED = contextlib.nullcontext()
 if "--coverage" in sys.argv:
     import atheris
 
-    LED = atheris.instrument_imports(include=["data", "PIL"])
-with LED:
+    INSTRUMENTED = atheris.instrument_imports(include=["data", "PIL"])
+with INSTRUMENTED:
     import numpy as np
     from PIL import Image
     from tiny import TOKENIZER, tiny_cumo, tiny_weights
@@ -72,15 +73,15 @@ BLOBS = [b"", b"\0", b"\xff", b"\xff\xff\xff\xff", b"\0\0\0\x80", b"\x7f", b'"',
 
 
 def mutated(name, blob, dice):
-    """One to four changes of a file; half of those of a JSON file keep it JSON."""
+    """One to four changes of a file; most changes of a JSON file keep it valid JSON."""
     if name.endswith(".json") and dice.random() < 0.7:
-        with contextlib.suppress(ValueError, RecursionError):  # too deep to copy
+        with contextlib.suppress(ValueError, RecursionError):  # nested too deeply to copy
             content = json.loads(blob)
             for _ in range(dice.randint(1, 4)):
                 content = changed_json(content, dice)
             text = json.dumps(content)
             if dice.random() < 0.03:
-                text = text.replace("1", "9" * 5000, 1)  # too many digits for a number
+                text = text.replace("1", "9" * 5000, 1)  # more digits than Python converts
             return text.encode()
     blob = bytearray(blob)
     for _ in range(dice.randint(1, 4)):
@@ -106,7 +107,7 @@ def mutated(name, blob, dice):
 
 
 def changed_json(content, dice):
-    """A copy in which one value, somewhere, is another."""
+    """A copy with one change at a random place."""
     if not isinstance(content, dict | list) or not content or dice.random() < 0.05:
         value = copy.deepcopy(dice.choice(HOSTILE))
         for _ in range(dice.choice((0, 0, 0, 0, 0, 1, 2, 400))):
@@ -132,7 +133,7 @@ def changed_json(content, dice):
 
 
 class Llava:
-    """The reader of LLaVA JSON, and what a training makes of its samples."""
+    """The reader of LLaVA JSON, and the encoding of its samples."""
 
     def __init__(self, place):
         self.place, self.tokenizer = place, Tokenizer.from_pretrained(TOKENIZER.parent)
@@ -158,7 +159,7 @@ class Llava:
         data = LlavaData(self.place / name, self.place)
         for i in range(len(data)):
             for template in ("mistral_instruct", "plain"):
-                with contextlib.suppress(ValueError):  # which name the sample
+                with contextlib.suppress(ValueError):  # the error names the sample
                     ids, labels, images, _ = encode(
                         data[i], self.tokenizer, template, 9, 24, max_tokens=60
                     )
@@ -193,7 +194,7 @@ class Chat:
 
 
 class Text:
-    """Any text to ids and back, with the three kinds of tokenizers."""
+    """Any text to ids and back, with three kinds of tokenizers."""
 
     def __init__(self, place):
         self.all = []
@@ -238,7 +239,7 @@ class TokenizerFiles:
 
 
 class Images:
-    """Pictures of every kind that Pillow writes, to the tensor CLIP takes."""
+    """Pictures in every format that Pillow writes, to the tensor that CLIP takes."""
 
     def __init__(self, place):
         self.place, self.files = place, {}
@@ -277,11 +278,7 @@ class Checkpoint:
         self.place, self.files = place, {}
         for kind in self.kinds:
             for file in (place / kind).glob("*"):
-                if file.name in (
-                    "config.json",
-                    "model.safetensors",
-                    "model.safetensors.index.json",
-                ):
+                if file.name == "config.json" or file.name.startswith("model.safetensors"):
                     self.files[f"{kind}/{file.name}"] = file.read_bytes()
 
     def read(self, name, blob):
@@ -308,7 +305,7 @@ def plausible(blob):
 
 
 def tokenizer_files():
-    """Small ones of the three kinds; `sp_` is put before a tokenizer.model to hold them apart."""
+    """{name: content} of a small file of each kind; "sp_" keeps tokenizer.model apart."""
     import mistral_common
 
     mistral = Path(mistral_common.__file__).parent / "data"
@@ -342,7 +339,7 @@ def varint(n):
 
 
 def with_checksums(png):
-    """A damaged PNG whose chunks have right checksums, as Pillow looks at nothing else."""
+    """A damaged PNG with valid chunk checksums, so that Pillow reads on."""
     out, at = png[:8], 8
     while at + 12 <= len(png):
         (size,) = struct.unpack(">I", png[at : at + 4])
@@ -355,7 +352,7 @@ def with_checksums(png):
 
 
 def with_length(blob):
-    """Half of the damaged safetensors have the right length of their header."""
+    """Give half of the damaged safetensors the right header length."""
     end = blob.find(b"]}}")
     if end < 0 or zlib.crc32(blob) % 2:
         return blob
@@ -375,7 +372,7 @@ def too_slow(*_):
 
 def attempt(target, name, blob):
     """ "read", "refused", or the traceback of a finding."""
-    signal.setitimer(signal.ITIMER_PROF, 20)  # of the processor's time
+    signal.setitimer(signal.ITIMER_PROF, 20)  # CPU time
     try:
         target.read(name, blob)
         return "read"
@@ -388,7 +385,7 @@ def attempt(target, name, blob):
         return traceback.format_exc()
     except KeyboardInterrupt:
         raise
-    except BaseException:  # Rust's panics are no Exceptions
+    except BaseException:  # a Rust panic is not an Exception
         return traceback.format_exc()
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -401,7 +398,7 @@ def input_of(target, kind, seed, number):
 
 
 def fuzz(kind, target, seed, seconds):
-    """{"tried", "read", "refused", "lost"} and prints each finding that differs from the others."""
+    """-> {"tried", "read", "refused", "lost"}; prints each finding with a new traceback."""
     counts, seen, start = dict(tried=0, read=0, refused=0, lost=0), set(), time.process_time()
     while time.process_time() - start < seconds:
         name, blob = input_of(target, kind, seed, counts["tried"])
@@ -417,8 +414,8 @@ def fuzz(kind, target, seed, seconds):
     return counts
 
 
-def led_by_coverage(kind, seconds):
-    """The same with atheris: it watches which lines an input reaches, and changes it further."""
+def fuzz_by_coverage(kind, seconds):
+    """The same with atheris, which keeps and mutates inputs that reach new lines."""
     with tempfile.TemporaryDirectory() as place, tempfile.TemporaryDirectory() as corpus:
         target = TARGETS[kind](Path(place))
         names = sorted(target.files)
@@ -447,21 +444,21 @@ def led_by_coverage(kind, seconds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("targets", nargs="*", help=f"of {', '.join(TARGETS)} [all]")
-    parser.add_argument("--seconds", type=float, default=10, help="of processor time, each [10]")
+    parser.add_argument("--seconds", type=float, default=10, help="CPU time of each target [10]")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--input", type=int, help="this one alone")
-    parser.add_argument("--coverage", action="store_true", help="led by coverage; one target")
-    parser.add_argument("--out", help="JSON file whose `inputs` become what is counted here")
+    parser.add_argument("--input", type=int, help="only this input")
+    parser.add_argument("--coverage", action="store_true", help="guided by coverage; one target")
+    parser.add_argument("--out", help="JSON file whose `inputs` get the counts")
     args = parser.parse_args()
     for kind in args.targets:
         if kind not in TARGETS:
-            parser.error(f"{kind} is no target; choose from {', '.join(TARGETS)}")
+            parser.error(f"{kind} is not a target; choose from {', '.join(TARGETS)}")
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # Pillow's, of odd files
+    warnings.simplefilter("ignore")  # Pillow's warnings about odd files
     resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30, -1))
     signal.signal(signal.SIGPROF, too_slow)
     if args.coverage:
-        led_by_coverage(args.targets[0], int(args.seconds))
+        fuzz_by_coverage(args.targets[0], int(args.seconds))
     lost = 0
     for kind in args.targets or TARGETS:
         with tempfile.TemporaryDirectory() as place:

@@ -1,10 +1,10 @@
-"""A long training: memory and open files stay flat, every epoch uses every sample once.
+"""A long training: memory and open files stay constant, every epoch uses every sample once.
 
     python tests/campaigns/long_run.py --steps 50000 --out bench/faults.json
 
-A tiny stage 2 takes one sample a step, text or a picture. Every 200 steps the memory of the process
-(RSS), its open files and the size of metrics.jsonl are written down. The slope of the memory is
-that of the second half. Before it, a tenth of the steps are run twice, by two processes: the same
+A tiny stage 2 takes one sample a step, with or without a picture. Every 200 steps it records the
+process's memory (RSS), its open files and the size of metrics.jsonl. The slope of the memory is
+taken over the second half. Before that, two processes train a tenth of the steps each: the same
 seed must give the same weights.
 """
 
@@ -31,11 +31,11 @@ from data.weights import write_json
 from runs.results import commit, machine
 
 EVERY = 200
-SAMPLES = 500  # in the file; each step takes one of them
+SAMPLES = 500  # in the file; a step takes one
 
 
 def flags_of(place):
-    """Flags of a training whose every step is one sample; the last of ten has a picture."""
+    """Flags of a training with one sample a step; every tenth has a picture."""
     Image.new("RGB", (30, 20), "green").save(place / "a.png")
     records = []
     for k in range(SAMPLES):
@@ -49,13 +49,12 @@ def flags_of(place):
     return tiny_weights(place) | sizes | options
 
 
-def memory():
-    """Resident, in MiB."""
+def resident_mib():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
 
 
 def one_training(flags, out, steps, watched=None):
-    """Stage 2 from scratch weights of stage 1 -> sha256 of its weights; in a process of its own."""
+    """Train stage 1 briefly, then stage 2, in a fork of this process -> sha256 of the weights."""
     if pid := os.fork():
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         return hashlib.sha256((out / "stage2" / "model.safetensors").read_bytes()).hexdigest()
@@ -66,7 +65,7 @@ def one_training(flags, out, steps, watched=None):
         for name in ("data", "image_folder"):
             first.pop(name)
         assert train.train_stage(train.resolve(first | dict(row_tokens=256), 1))
-        # every sample fills less than a row and no two fit into one: a step a sample
+        # Every sample fills more than half a row, so each step takes one.
         cfg = train.resolve(flags | dict(samples=steps, out=str(out)), 2)
         if watched:
             watch(watched)
@@ -80,16 +79,16 @@ def one_training(flags, out, steps, watched=None):
 
 
 def watch(watched):
-    """Write down, as the training goes, what must not grow, and which samples are read."""
+    """Record what must not grow during the training, and which samples it reads."""
     step, get = train.Trainer.train_step, train.LlavaData.__getitem__
 
-    def watching_step(self, batches):
-        metrics = step(self, batches)
+    def watching_step(self, *args):
+        metrics = step(self, *args)
         if metrics and self.step % EVERY == 0:
             gc.collect()
             log = self.folder / "metrics.jsonl"
             watched["rows"].append({
-                "step": self.step, "used": self.used, "rss_mib": round(memory(), 2),
+                "step": self.step, "used": self.used, "rss_mib": round(resident_mib(), 2),
                 "files": len(os.listdir("/proc/self/fd")), "metrics_bytes": log.stat().st_size,
             })  # fmt: skip
         return metrics
@@ -104,7 +103,7 @@ def watch(watched):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=50_000)
-    parser.add_argument("--out", help="JSON file whose `long` becomes what is measured here")
+    parser.add_argument("--out", help="JSON file whose `long` gets the results")
     args = parser.parse_args()
     torch.set_num_threads(1)
     start = time.time()

@@ -1,9 +1,9 @@
-"""The tests in the environment of the Python that runs this, and what came of them.
+"""Run the tests in the environment of this Python, and record the outcome.
 
     PYTHON tests/campaigns/platforms.py --out bench/faults.json     # once for each environment
 
-What is written names the versions, and which packages of the extras were missing: the tests that
-need one must be skipped then, and not fail.
+The record names the versions, and which packages of the extras are missing: tests that need one
+must be skipped, not fail.
 """
 
 import argparse
@@ -35,8 +35,8 @@ def version(package):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--out", help="JSON file whose `platforms` get what is counted here")
-    parser.add_argument("words", nargs="*", help="more words for pytest, behind --")
+    parser.add_argument("--out", help="JSON file whose `platforms` get the counts")
+    parser.add_argument("words", nargs="*", help="more arguments for pytest, after --")
     args = parser.parse_args()
     parallel = ["-n", "2", "--dist", "loadfile"] if version("pytest-xdist") else []
     command = ["-m", "pytest", "-q", *parallel, *args.words]

@@ -1,0 +1,222 @@
+"""What a stage leaves on disk, and how it continues after Ctrl-C, a crash or a full disk.
+
+    out/stage2/  train.json       the configuration; "finished"; CRC-32 of the finished weights
+                 metrics.jsonl    one line a step
+                 resume.pt        while it trains: weights, moments, random state, place in the data
+                 resume.old.pt    the resume point before that
+
+The promise: a stage that was stopped anywhere ends with the weights, bit for bit, of a stage that
+ran through. So a resume point holds everything that the next step depends on, is written under
+another name, flushed and then renamed, and the one before it is kept in case the newest cannot be
+read. Lines of metrics.jsonl after the resume point are removed, since these steps run again.
+
+A stage refuses to continue with another configuration, naming the fields that differ, and refuses
+to start from weights whose CRC-32 is not the one that their stage wrote.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import signal
+import zlib
+from dataclasses import asdict
+
+import torch
+
+from data.weights import check_zip, copy_into, publish, sync, write_json
+from engine import fsdp
+
+RESUME = ("resume.pt", "resume.old.pt")  # the newest first
+PLACE = ("step", "used", "counts", "seconds")  # attributes of a Trainer: how far it has come
+
+
+# ------------------------------------------------------------------------------ train.json
+
+
+def stage_dir(cfg, stage):
+    return pathlib.Path(cfg.out) / f"stage{stage}"
+
+
+def read_state(folder):
+    """The train.json of a stage; None if it was not begun. ValueError if it is damaged."""
+    file = folder / "train.json"
+    if not file.is_file():
+        return None
+    try:
+        state = json.loads(file.read_text())
+        state["config"], state["finished"]
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(f"{file} is damaged; --overwrite begins the stage again") from None
+    return state
+
+
+def is_begun(folder):
+    """Whether a stage has a resume point."""
+    return any((folder / name).is_file() for name in RESUME)
+
+
+def is_finished(cfg, folder):
+    """Whether a stage is finished. ValueError if it belongs to a model with other settings."""
+    state = read_state(folder)
+    if not state or not state["finished"]:
+        return False
+    refuse_difference(cfg.shared, state, folder)
+    return True
+
+
+def begin(folder):
+    """Make an empty `folder` for a stage. ValueError if it holds anything but an earlier stage.
+
+    An earlier stage is renamed first, then removed: half a stage would look like foreign files.
+    """
+    gone, ours = folder.with_name(folder.name + ".gone"), ("train.json", "train.json.partial")
+    if folder.exists():
+        files = [file.name for file in folder.iterdir()]
+        if files and not any(name in files for name in ours):
+            raise ValueError(f"{folder} holds files that no training made; name another --out")
+        shutil.rmtree(gone, ignore_errors=True)
+        folder.rename(gone)
+    folder.mkdir(parents=True)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def differences(settings, state):
+    """["lr was 0.1, now 0.2", ...] for each of the `settings` that differs from a stage's."""
+    then, now = state["config"], json.loads(json.dumps(settings))
+    # a flag that is newer than the stage was off, and off is "", 0, False or null
+    differ = [k for k in now if (now[k] or None) != (then.get(k) or None)]
+    return [f"{k} was {then.get(k)!r}, now {now[k]!r}" for k in differ]
+
+
+def refuse_difference(settings, state, folder):
+    """ValueError that names the `settings` that differ from those of the stage in `folder`."""
+    shown = ", ".join(differences(settings, state))
+    if shown:
+        raise ValueError(f"{folder} was made with another configuration: {shown}. Use the same "
+                         "flags, another --out, or --overwrite")  # fmt: skip
+
+
+def earlier_state(cfg, folder):
+    """The state of a stage that is finished or has a resume point, else None.
+
+    A choice of precision that the flags leave open is taken from it: another card may have made it.
+    ValueError if the stage was made with other settings.
+    """
+    state = read_state(folder)
+    if not state or not (state["finished"] or is_begun(folder)):
+        return None  # nothing to lose
+    cfg.weights = cfg.weights or state["config"].get("weights")
+    cfg.moments = cfg.moments or state["config"].get("moments")
+    refuse_difference(cfg.learned, state, folder)
+    return state
+
+
+def checksums(folder):
+    """{file: CRC-32} of the weights of a stage."""
+    sums = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        crc = 0
+        with open(file, "rb") as opened:
+            while part := opened.read(2**24):
+                crc = zlib.crc32(part, crc)
+        sums[file.name] = f"{crc:08x}"
+    return sums
+
+
+def check_sums(folder):
+    """ValueError if the weights of a finished stage are not those that it wrote."""
+    folder = pathlib.Path(folder)
+    try:
+        written = dict(json.loads((folder / "train.json").read_text())["crc32"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return  # not a stage, or from a version without checksums
+    now = checksums(folder)
+    for name in sorted(written.keys() | now):
+        if now.get(name) != written.get(name):
+            raise ValueError(f"{folder / name} is not what its stage wrote (its CRC-32 is not the "
+                             "one in train.json): copy it again, or --overwrite it")  # fmt: skip
+
+
+def finish(trainer, model, **measured):
+    """Turn a fully trained stage into a checkpoint: weights, tokenizer, train.json."""
+    folder, cfg = trainer.folder, trainer.cfg
+    model.save_pretrained(folder)
+    for file in trainer.tokenizer.files:
+        copy_into(folder, file)
+    state = {"finished": True, "seconds": round(trainer.seconds, 1), "samples": trainer.used}
+    state |= measured
+    state["crc32"] = checksums(folder)
+    write_json(folder / "train.json", state | {"config": asdict(cfg)})
+    for file in folder.glob("resume*"):
+        file.unlink()
+
+
+# ------------------------------------------------------------------------------ resume points
+
+
+def save(trainer):
+    """Write a resume point of a Trainer, keeping the one before as resume.old.pt."""
+    state = {"model": trainer.model.state_dict(), "optimizer": trainer.optimizer.state_dict(),
+             "rng": torch.get_rng_state(), **{k: getattr(trainer, k) for k in PLACE}}  # fmt: skip
+    state = fsdp.gather(state)
+    if not fsdp.is_main():
+        return
+    newest, older = (trainer.folder / name for name in RESUME)
+    aside = trainer.folder / (newest.name + ".partial")
+    try:
+        sync(trainer.folder / "metrics.jsonl")
+        torch.save(state, aside)
+        if newest.is_file():
+            newest.replace(older)
+        publish(newest)
+    except (OSError, RuntimeError) as error:  # PyTorch's writer raises RuntimeError
+        aside.unlink(missing_ok=True)
+        raise ValueError(
+            f"{newest} cannot be written (is the disk full?): {error!r:.99}; the one before is "
+            "good, and the same command continues"
+        ) from None
+
+
+def load(trainer):
+    """Put a Trainer at the newest resume point that can be read. ValueError if there is none."""
+    state = newest_readable(trainer.folder)
+    fsdp.load(trainer.model, trainer.optimizer, state)
+    for name in PLACE:
+        setattr(trainer, name, state[name])
+    torch.set_rng_state(state["rng"])
+    if not fsdp.is_main():
+        return
+    log = trainer.folder / "metrics.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)[: trainer.step]
+    os.truncate(log, sum(map(len, lines)))
+
+
+@contextlib.contextmanager
+def stop_on_signals(trainer):
+    """Ctrl-C and SIGTERM only set `trainer.stop`, so that a second one cannot cut a save short."""
+
+    def stop(*_):
+        trainer.stop = True
+
+    handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def newest_readable(folder):
+    for name in RESUME:
+        file = folder / name
+        try:
+            check_zip(file)
+            mmap = fsdp.world()[1] > 1  # each process then reads only its shards
+            return torch.load(file, weights_only=True, map_location="cpu", mmap=mmap)
+        except FileNotFoundError:  # the machine stopped between two renames
+            continue
+        except Exception as error:  # a truncated or damaged file can raise anything
+            print(f"{file} cannot be read ({error!r:.99}), trying the one before")
+    raise ValueError(f"no resume point in {folder} can be read; --overwrite begins the stage again")

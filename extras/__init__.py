@@ -1,0 +1,1 @@
+"""Optional integrations, each imported only where a flag asks for it."""
