@@ -171,21 +171,22 @@ class Cache:
         self.ring = cfg.sliding_window is not None and cfg.sliding_window < size
         self.size, self.seen = cfg.sliding_window if self.ring else size, 0
         shape = (cfg.n_layers, rows, cfg.n_kv_heads, self.size, cfg.head_dim)
-        self.keys, self.values = torch.zeros(2, *shape, dtype=dtype, device=device)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.places = torch.zeros(rows, 2, self.size, dtype=torch.int64, device=device)
         self.next = torch.zeros(rows, 1, dtype=torch.int64, device=device)  # position of the next
 
     def reserve(self, pos_BT):
         """Prepare for T more tokens; return their positions, which follow those of the tokens so
         far. ValueError if there is no room."""
-        self.start, self.seen = self.seen, self.seen + pos_BT.shape[1]
-        if self.seen > self.size and not self.ring:
-            raise ValueError(f"{self.seen} tokens, but the cache has room for {self.size}")
-        turn_T = torch.arange(self.start, self.seen, device=pos_BT.device)
-        self.turn = turn_T[-self.size :] % self.size  # the slots that the tokens go to
+        start, end = self.seen, self.seen + pos_BT.shape[1]
+        if end > self.size and not self.ring:
+            raise ValueError(f"{end} tokens, but the cache has room for {self.size}")
+        self.start, self.seen = start, end
+        self.slots_T = torch.arange(start, end, device=pos_BT.device)[-self.size :] % self.size
         # One query looks at all slots on a GPU, where a compiled step needs fixed shapes; on a CPU
         # at those in use, rounded up, so that a compiled step meets few shapes.
-        used = 256 << (self.start // 256).bit_length()
+        used = 256 << (start // 256).bit_length()
         self.view = self.size if pos_BT.is_cuda else min(used, self.size)
         pos_BT = pos_BT + self.next
         self.next = pos_BT[:, -1:] + 1
@@ -193,10 +194,10 @@ class Cache:
 
     def extend(self, slots, new):
         """Store new [B, *, T, ...]; return everything that its T queries may look at."""
-        old = slots[:, :, : self.view if new.shape[2] == 1 else self.start]
-        both = old if new.shape[2] == 1 else torch.cat((old, new), dim=2)
-        slots.index_copy_(2, self.turn, new[:, :, -self.size :].to(slots.dtype))  # also into `old`
-        return both
+        one = new.shape[2] == 1  # replaces the token that has just left its window
+        seen = slots if one else torch.cat((slots[:, :, : self.start], new), dim=2)
+        slots.index_copy_(2, self.slots_T, new[:, :, -self.size :].to(slots.dtype))
+        return seen[:, :, : self.view] if one else seen
 
 
 class Attention(nn.Module):
@@ -251,8 +252,6 @@ class Block(nn.Module):
         y, aux = self.block_sparse_moe(h.flatten(0, 1)[None], real_BT.flatten()[None])
         return x + y.view_as(x), aux
 
-
-# ------------------------------------------------------------------------- the loss, the next token
 
 LOGITS_AT_ONCE = 2**25  # entries of the largest [N, V] block: 128 MiB in float32
 
@@ -397,8 +396,8 @@ class LLM(nn.Module):
         return x, Aux(balance.mean(), z.mean(), load, choice, *rest)
 
     def step(self, x, segments, cache):
-        """The next tokens [B, T], or embeddings [B, T, D] -> logits [B, V] of the token after them,
-        and their maximum as from `max`, or None if it is yet to be found."""
+        """Tokens [B, T] or embeddings [B, T, D] -> (logits [B, V] of the token that follows, their
+        `max` or None: a faster step may know it already)."""
         x = x if x.is_floating_point() else self.embed(x)
         x, _ = self.hidden(x, segments, cache)
         return self.logits(x[:, -1:])[:, 0].float(), None

@@ -14,13 +14,16 @@ When the cache is full, the oldest turns are dropped (the last picture stays), a
 half the room, is read again. A model with a sliding window has a ring buffer, which is never full.
 """
 
+import contextlib
+import signal
+import sys
 import time
 from dataclasses import dataclass, replace
 
 import torch
 
 from data.chat import IMAGE_TAG, render, render_next, template_of
-from data.images import preprocess
+from data.images import open_image, preprocess
 from engine.decode import fast_step
 from llm import LLM, OPTIONS, Cache
 
@@ -149,7 +152,7 @@ class Conversation:
         ids, pixels = prompt(self.model, self.tokenizer, question, images, not self.turns)
         turns = [*self.turns, Turn(question, ids, pixels, [])]
         new, unseen, cache = self.pending + ids, turns[-1:], self.cache
-        if not cache:  # the first question, or the last answer failed
+        if not cache and self.turns:  # the last answer failed
             new, unseen = ids_of(turns), turns
         longest = self.options["max_new_tokens"]
         if self.room and (cache.seen if cache else 0) + len(new) + longest > self.room:
@@ -203,3 +206,53 @@ class Conversation:
 def ids_of(turns):
     """The ids of whole turns, one after the other."""
     return [i for turn in turns for i in turn.ids + turn.said]
+
+
+COMMANDS = "/image FILE adds a picture to the next question, /reset starts over, /quit leaves"
+
+
+@contextlib.contextmanager
+def ctrl_c():
+    """A function that returns whether Ctrl-C was pressed; it ends an answer, not the program."""
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def chat(conversation, answer, images=()):
+    """A chat in the terminal, until the end of the input: answer(question, images, interrupted)
+    prints an answer, about all pictures since the last question."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  arrow keys
+    images = [conversation.look(image) for image in images]
+    print(COMMANDS, file=sys.stderr)
+    while True:
+        try:
+            line = input("> " * (sys.stdin.isatty() and sys.stdout.isatty())).strip()
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            continue
+        except EOFError:
+            return
+        word, _, rest = line.partition(" ")
+        try:
+            if word == "/quit":
+                return
+            if word == "/reset":
+                conversation.reset()
+                images = []
+            elif word == "/image" and not rest.strip():
+                raise ValueError("/image needs the name of a file: /image cat.jpg")
+            elif word == "/image":
+                images = [*images, conversation.look(open_image(rest.strip()))]
+            elif word.startswith("/"):
+                raise ValueError(f"{word} is no command; {COMMANDS}")
+            elif line:
+                with ctrl_c() as interrupted:
+                    answer(line, images, interrupted)
+                images = []
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)

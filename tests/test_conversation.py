@@ -1,4 +1,4 @@
-"""A conversation computes nothing twice and answers as if it had read everything anew."""
+"""A conversation computes nothing twice, and answers as if it had read all turns again."""
 
 import gc
 import weakref
@@ -24,7 +24,7 @@ def talk(model=None, **options):
 
 
 def read_anew(model, turns, pictures, max_new_tokens=6):
-    """The answer to the last of these turns, the whole conversation in one prompt."""
+    """The answer to the last of these turns, with the whole conversation in one prompt."""
     ids, _ = render(turns, MINI, model.cfg.template, model.image_tokens, len(pictures))
     size, mode = model.cfg.vision.image_size, model.cfg.image_mode
     pixels = torch.stack([preprocess(p, size, mode) for p in pictures]) if pictures else None
@@ -35,7 +35,7 @@ def read_anew(model, turns, pictures, max_new_tokens=6):
 
 @pytest.mark.parametrize("window", [None, 12])
 def test_answers_are_those_of_the_whole_conversation_read_anew(window):
-    """Token for token: an answer's text may be spelled by other tokens than the model's."""
+    """Token for token, since other tokens than the model's can spell the same text."""
     model = tiny_cumo(experts=4, vocab=1024, window=window).eval()
     spoken = talk(model)
     asked = [("Where is it?", [CAT]), ("And these?", [RED, CAT]), ("Why?", []), ("So?", [])]
@@ -91,7 +91,7 @@ def test_the_last_picture_is_not_forgotten_with_its_turn():
 
 
 def test_no_picture_is_kept_once_it_is_pixels():
-    """Of the largest that is accepted it would be half a gigabyte, for as long as one talks."""
+    """The largest accepted picture would take half a gigabyte during the whole conversation."""
     spoken, picture = talk(tiny_cumo(vocab=1024).eval()), CAT.copy()
     kept = weakref.ref(picture)
     spoken.ask("What is this?", [picture])
@@ -112,7 +112,7 @@ def test_oldest_turns_are_dropped_when_there_is_no_room_and_the_rest_read_anew()
     fresh, kept = talk(model, context=90), spoken.turns
     ids = [i for turn in kept for i in turn.ids + turn.said][: -len(kept[-1].said)]
     start, pixels = prompt(model, MINI, kept[0].question, [CAT])
-    assert kept[0].ids == start, "it begins like a conversation, with the picture"
+    assert kept[0].ids == start, "the first turn kept begins like a conversation, with the picture"
     expected = fresh.model.generate(torch.tensor([ids]), pixels, max_new_tokens=6,
                                     eos_token_id=MINI.eos)  # fmt: skip
     assert answers[-1].answer == MINI.decode(expected[0].tolist()).strip()
@@ -124,7 +124,7 @@ def test_a_window_is_a_ring_in_which_there_is_always_room():
     for k in range(12):
         assert spoken.ask(f"Is it number {k}?").dropped == 0
     assert spoken.cache.size == 16 and spoken.cache.seen > 160
-    assert len(spoken.turns) == 1, "nothing grows"
+    assert len(spoken.turns) == 1, "the turns must not pile up"
 
 
 def test_a_question_without_room_is_refused_and_changes_nothing():
@@ -190,7 +190,7 @@ def test_an_answer_has_a_longest_length_if_none_is_given():
 
 
 def test_a_seed_goes_on_from_answer_to_answer_and_starts_again_with_a_reset():
-    how = dict(temperature=100.0, seed=5, max_new_tokens=20)  # hot: whatever is asked
+    how = dict(temperature=100.0, seed=5, max_new_tokens=20)  # hot: any question gives variety
     spoken = talk(**how)
     answers = [spoken.ask("What is it?").answer for _ in range(3)]
     assert len(set(answers)) == 3
@@ -211,7 +211,7 @@ def test_reset_forgets_everything():
 
 
 def written(text, stop):
-    """What a Printer writes, piece by piece, of a text that is said token by token."""
+    """What a Printer writes of a text that comes token by token: (pieces, whole, shown)."""
     pieces = []
     printer = Printer(MINI, stop, pieces.append)
     for i in MINI.encode(text):
@@ -230,7 +230,7 @@ def test_nothing_is_shown_of_a_stop_text_even_if_it_comes_in_pieces():
     for stop in (["\nUser"], ["zebra", "\nUser:"], ["User", "\nUser: no"]):
         pieces, whole, shown = written("a cat\nUser: no", stop)
         assert shown == whole == "a cat", stop
-    assert written("a cat\nUse", ["\nUser"])[1:] == ("a cat\nUse",) * 2, "it did not come"
+    assert written("a cat\nUse", ["\nUser"])[1:] == ("a cat\nUse",) * 2, "it was not completed"
     assert written("User", ["User"])[1:] == ("", "")
 
 
@@ -266,4 +266,4 @@ def test_prompt_holds_the_images_before_the_question():
     assert ids.count(-200) == 2 * model.image_tokens and pixels.shape == (2, 3, 24, 24)
     assert torch.equal(pixels, torch.stack([preprocess(picture, 24) for picture in (RED, CAT)]))
     text = MINI.decode([i for i in ids if i >= 0])
-    assert text.endswith("What is  this? [/INST]"), "a tag in the question is no third image"
+    assert text.endswith("What is  this? [/INST]"), "the tag is no third image"

@@ -1,4 +1,4 @@
-"""The step in C++ says what PyTorch says, at odd sizes, in every type, whoever else is there."""
+"""The C++ step gives PyTorch's logits: at odd sizes, in every type, with any number of rows."""
 
 import copy
 import itertools
@@ -11,7 +11,7 @@ from engine.decode import MOST_ROWS, Step, fast_step
 from engine.quant import quantize
 from llm import LLM, Cache, LLMConfig
 
-# 97 words; no size is a multiple of what a register holds, and some are less
+# 97 tokens; no size is a multiple of a register's width, and some are smaller
 SIZES = {
     "odd": LLMConfig(97, 42, 59, 2, 3, 1, head_dim=14),
     "wide": LLMConfig(97, 200, 331, 2, 4, 2, head_dim=38, tie_embeddings=True),
@@ -30,7 +30,7 @@ def no_grad():
 def made(name, dtype=torch.float32):
     torch.manual_seed(0)
     llm = LLM(SIZES[name])
-    for parameter in llm.parameters():  # loud, so that a mistake is no rounding error
+    for parameter in llm.parameters():  # large weights, so that a mistake exceeds rounding errors
         parameter.normal_(std=0.3) if parameter.dim() > 1 else parameter.uniform_(0.5, 2)
     return llm.to(dtype).eval()
 
@@ -45,7 +45,7 @@ def prefilled(llm, B, T=7, dtype=torch.float32):
 
 
 def steps_of(llm, cache, tokens):
-    """Logits [steps, B, V] by the C++ and by PyTorch, from two copies of one cache."""
+    """Logits [steps, B, V] of the C++ and of PyTorch, from two copies of one cache."""
     step, other = Step.of(llm, cache), copy.deepcopy(cache)
     fast = []
     for ids in tokens:
@@ -62,8 +62,8 @@ def steps_of(llm, cache, tokens):
 @pytest.mark.parametrize("name, B", [*itertools.product(SIZES, (1, 3, 4, 9)), ("odd", 19),
                                      ("many heads", 19)])  # fmt: skip
 def test_logits_are_those_of_pytorch(name, B):
-    """Unequal prompts, odd sizes, grouped heads, a ring that turns over twice, a tied head; 19 rows
-    are more than a register has lanes."""
+    """Unequal prompts, odd sizes, grouped heads, a ring that wraps around twice, a tied head; 19
+    rows are more than a register has lanes."""
     llm = made(name)
     fast, slow = steps_of(llm, *prefilled(llm, B))
     torch.testing.assert_close(fast, slow, atol=2e-5 * slow.abs().max().item(), rtol=0)
@@ -71,7 +71,7 @@ def test_logits_are_those_of_pytorch(name, B):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_more_rows_than_a_register_has_lanes_are_near_the_truth(name):
-    """That in float64: at most 2.5 times PyTorch's own error, since sums are in another order."""
+    """The truth is float64. The error is at most 2.5 times PyTorch's: sums have another order."""
     llm = made(name)
     cache, tokens = prefilled(llm, 19)
     exact, truth, other = copy.deepcopy(llm).double(), copy.deepcopy(cache), copy.deepcopy(cache)
@@ -89,7 +89,7 @@ def test_more_rows_than_a_register_has_lanes_are_near_the_truth(name):
 @pytest.mark.parametrize("C, T", [(1, 9), (1, 64), (3, 5)])
 @pytest.mark.parametrize("name", ["odd", "wide", "tiny"])
 def test_short_prompts_at_once(name, C, T):
-    """The first turn, and one that goes on: the last logits, and all that the cache keeps."""
+    """The first turn and a second one: the last logits, and everything in the cache."""
     llm = made(name)
     cache = Cache(llm.cfg, C, 2 * T + 1)
     exact, other = copy.deepcopy(llm).double(), Cache(llm.cfg, C, 2 * T + 1, torch.float64)
@@ -102,7 +102,7 @@ def test_short_prompts_at_once(name, C, T):
         for ours, true in (fast, slow), (cache.keys, other.keys), (cache.values, other.values):
             torch.testing.assert_close(ours.double(), true, atol=2e-5 * true.abs().max(), rtol=0)
         assert torch.equal(cache.places, other.places) and torch.equal(cache.next, other.next)
-    assert not step.takes(llm.embed(torch.randint(97, (C, 2))), None), "no room is left"
+    assert not step.takes(llm.embed(torch.randint(97, (C, 2))), None), "the cache is full"
 
 
 @pytest.mark.parametrize("name", ["odd", "wide"])
@@ -133,7 +133,7 @@ def test_int8_weights(name, B):
 @pytest.mark.parametrize("name", ["odd", "wide"])
 @pytest.mark.parametrize("size", [0, 1e-20, 1, 1e4, 1e15])
 def test_int8_weights_and_a_feature_far_above_the_others(name, size):
-    """A single row is multiplied as whole numbers, of 24 bits for its greatest feature."""
+    """A single row is multiplied in integers, with 24 bits for its greatest feature."""
     llm = quantize(made(name))
     cache, _ = prefilled(llm, 1)
     exact, other = copy.deepcopy(llm).double(), copy.deepcopy(cache)
@@ -156,12 +156,12 @@ def test_tokens_or_their_embeddings(dtype, C, T):
     for bad in (-1, 97):
         with pytest.raises(ValueError, match=f"tokens .*{bad}.* must be 0 to 96"):
             steps[0](ids.clone().fill_(bad))
-    assert steps[0].cache.seen == T, "refused tokens leave the cache alone"
+    assert steps[0].cache.seen == T, "refused tokens must not change the cache"
 
 
 @pytest.mark.parametrize("name", ["wide", "odd", "many heads"])
 def test_a_row_is_the_same_on_any_number_of_threads_and_nearly_so_alone(name):
-    """Also where a thread has but some of the heads that share their keys."""
+    """Also where a thread has only some of the heads that share their keys."""
     llm = made(name)
     cache, tokens = prefilled(llm, 9)
     alone = Cache(llm.cfg, 1, cache.size)
@@ -188,10 +188,10 @@ def test_a_row_is_the_same_on_any_number_of_threads_and_nearly_so_alone(name):
 @pytest.mark.parametrize("C", [1, 3])
 @pytest.mark.parametrize("words, first", [([96, 50, 8], 8), ([96, 49], 49), ([0, 96], 0), ([], 0)])
 def test_of_equal_logits_the_first_is_the_greatest(C, words, first):
-    """On one thread and on three, which have some of the words each."""
+    """On one thread and on three, each with a part of the vocabulary."""
     llm = made("odd")
     llm.lm_head.weight[:] = -1 if words else 0
-    llm.lm_head.weight[words] = 1  # times x, whose features are all above 0
+    llm.lm_head.weight[words] = 1  # times x, whose features are all positive
     for block in llm.model.layers:
         block.self_attn.o_proj.weight[:] = block.mlp.down_proj.weight[:] = 0
     try:
@@ -216,12 +216,12 @@ def test_generate_takes_it_and_goes_on_over_turns(monkeypatch):
         turns = [torch.randint(97, (2, n)) for n in (6, 1, 3)]
         answers.append([llm.generate(t, max_new_tokens=5, cache=cache, step=fast) for t in turns])
     assert all(torch.equal(a, b) for a, b in zip(*answers))
-    assert calls == [2] * 13  # all but the turns of 6 and 3 tokens, with which the ring turns over
+    assert calls == [2] * 13  # all but the turns of 6 and 3 tokens, where the ring wraps around
 
 
 @pytest.mark.parametrize("name", ["odd", "wide"])
 def test_weights_move_together_and_stay_the_same(name, tmp_path):
-    """The moved model is saved, copied and trained as before, and is moved only once."""
+    """The packed model is saved, copied and trained as before, and is packed only once."""
     llm = made(name)
     before = {key: value.clone() for key, value in llm.state_dict().items()}
     step = lambda: Step.of(llm, Cache(llm.cfg, 1, 4))
@@ -253,7 +253,7 @@ def test_what_it_cannot_do_is_left_to_pytorch(experts, dtype, rows):
 
 
 def test_float32_weights_with_a_cache_in_bfloat16():
-    """As under autocast: what is kept is rounded, and nothing else."""
+    """As under autocast: keys and values are rounded, nothing else is."""
     llm = made("wide")
     cache, tokens = prefilled(llm, 3)
     half, x = copy.deepcopy(cache), llm.embed(tokens[0])
@@ -265,7 +265,7 @@ def test_float32_weights_with_a_cache_in_bfloat16():
 
 
 def test_padded_prompts_are_left_to_pytorch():
-    """Compiled or not, a batch of unequal prompts gives the answers of one by one."""
+    """A batch of unequal prompts gives the same answers as one prompt at a time."""
     llm = made("odd")
     tokens = torch.randint(97, (3, 6))
     segments = (torch.arange(6) >= torch.tensor([[0], [2], [5]])).long()
@@ -286,7 +286,7 @@ def test_rows_that_do_not_fit_are_refused(shape):
 
 
 def test_weights_replaced_or_cast_meanwhile():
-    """An answer goes on with the weights it began with; int8's scales may be bfloat16."""
+    """An answer keeps the weights it began with; the scales of int8 may be bfloat16."""
     llm = made("odd")
     cache, tokens = prefilled(llm, 1)
     other, x = copy.deepcopy(cache), llm.embed(tokens[0])
@@ -350,7 +350,7 @@ def test_a_compiler_that_fails_is_named(compiler, said, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(ValueError, match=said):
         decode.build.__wrapped__("float", "float")
-    assert not [*tmp_path.glob("nanocumo/*")], "nothing half-made may stay"
+    assert not [*tmp_path.glob("nanocumo/*")], "no incomplete file may stay"
 
 
 def test_without_a_compiler_it_says_so(monkeypatch):

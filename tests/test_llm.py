@@ -1,4 +1,4 @@
-"""The language model, against transformers, against the original's outputs, and by its own laws."""
+"""The language model against transformers, the original's outputs, and its own invariants."""
 
 import functools
 import json
@@ -28,7 +28,7 @@ SMALL = dict(
     num_key_value_heads=2,
     initializer_range=0.15,
 )
-CASES = {  # transformers' class, and what differs from SMALL
+CASES = {  # transformers' class, and the fields that differ from SMALL
     "mistral, window 7": ("Mistral", dict(sliding_window=7)),
     "mistral, no window": ("Mistral", dict(sliding_window=None, rope_theta=1e6)),
     "llama, tied head": ("Llama", dict(tie_word_embeddings=True, num_key_value_heads=6)),
@@ -59,7 +59,7 @@ def same(ours, theirs, tolerance=1e-5):
 
 
 def peer(family, folder=None, **options):
-    """A random model of transformers in evaluation mode; or the one in `folder`."""
+    """A random transformers model in evaluation mode, or the one in `folder`."""
     transformers = pytest.importorskip("transformers")
     cls = getattr(transformers, f"{family}ForCausalLM")
     if folder:
@@ -71,7 +71,7 @@ def peer(family, folder=None, **options):
 
 
 def build(seed=0, scale=5.0, **options):
-    """A small LLM of our own, its weights large enough for attention to be uneven."""
+    """A small LLM of ours, with weights large enough for uneven attention."""
     torch.manual_seed(seed)
     sizes = dict(vocab_size=V, dim=48, hidden_dim=72, n_layers=3, n_heads=6, n_kv_heads=2)
     llm = LLM(LLMConfig(**sizes | options)).eval()
@@ -187,7 +187,7 @@ def test_logits_loss_and_router_losses_equal_the_original(name, case):
     if aux:
         assert aux.balance.item() == pytest.approx(io[f"{case}.llm_balance_loss"].item(), rel=1e-5)
         assert aux.z.item() == pytest.approx(io[f"{case}.llm_z_loss"].item(), rel=1e-5)
-    ours.parity = False  # only the fate of padding differs
+    ours.parity = False  # changes only the routing of padding
     same(
         ours.logits(ours.hidden(io[f"{case}.inputs_embeds"], real.long())[0])[real],
         io[f"{case}.logits"][real],
@@ -229,7 +229,7 @@ def test_packed_equals_unpacked(kind):
 @every_kind
 @torch.no_grad()
 def test_flex_attention_equals_plain_attention(kind, monkeypatch):
-    """The GPU's path, with FlexAttention's own uncompiled reference in place of its kernel."""
+    """The GPU's code, with FlexAttention's uncompiled reference in place of its kernel."""
     monkeypatch.setattr(module, "compiled", lambda function: function)
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 6, 150, 16), torch.randn(2, 2, 150, 16), torch.randn(2, 2, 150, 16)

@@ -1,4 +1,4 @@
-"""int8 weights: the error that rounding must make and no more, and the same answers."""
+"""int8 weights: no more than the rounding error, and the same answers."""
 
 import pytest
 import torch

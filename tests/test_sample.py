@@ -1,4 +1,4 @@
-"""Asking about a picture from the command line: the answer streams, mistakes get one line."""
+"""Asking about a picture from the command line: the answer streams, an error takes one line."""
 
 import json
 import re
@@ -112,11 +112,11 @@ def test_a_question_may_be_piped_and_a_slow_pipe_is_waited_for(model_dir, ask):
         assert slow.communicate("Is it red?\n")[0] == ask(*given, "--ask", "Is it red?")
     with subprocess.Popen(command(model_dir, *flags, "--ask", "Is it red?"), stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, text=True) as silent:  # fmt: skip
-        assert silent.stdout.read() == ask(*given, "--ask", "Is it red?"), "nobody reads the pipe"
+        assert silent.stdout.read() == ask(*given, "--ask", "Is it red?"), "the pipe is not read"
 
 
 def test_closed_input_is_no_question(monkeypatch):
-    monkeypatch.setattr(sys, "stdin", None)  # which is what Python makes of `<&-`
+    monkeypatch.setattr(sys, "stdin", None)  # Python does this after `<&-`
     assert sample.piped() == ""
 
 
@@ -166,13 +166,11 @@ def test_a_mistake_in_a_chat_is_one_line_and_the_chat_goes_on(model_dir, monkeyp
     picture, long, short = f"/image {ROOT / 'cat.jpg'}", "word " * 200, "What?"
     lines = [picture, long, short]
     kept, (refused,) = chatted(model_dir, lines, monkeypatch, capsys, "--context", "180")
-    assert refused.startswith("error: question and answer may take"), "its picture is still there"
+    assert refused.startswith("error: question and answer may take"), "the picture must be kept"
     run = model_dir, [picture, short], monkeypatch, capsys
     assert kept == chatted(*run, "--context", "180")[0]
-    told = chatted(model_dir, ["a", "b", "c"], monkeypatch, capsys, "--context", "150")[0]
-    assert re.fullmatch(
-        r"\(the oldest turns, \d, had no room any more and were dropped\)", told[-1]
-    )
+    shown = chatted(model_dir, ["a", "b", "c"], monkeypatch, capsys, "--context", "150")[0]
+    assert re.fullmatch(r"\(the oldest turns were dropped for lack of room: \d\)", shown[-1])
 
 
 def test_a_picture_that_cannot_be_seen_is_refused_at_once_and_forgotten(
@@ -209,7 +207,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(model_dir):
                           stderr=subprocess.PIPE) as talk:  # fmt: skip
         talk.stdin.write(b"What?\n")
         talk.stdin.flush()
-        assert talk.stdout.read(20), "it has begun to answer"
+        assert talk.stdout.read(20), "the answer has begun"
         talk.send_signal(signal.SIGINT)
         talk.stdin.write(b"/imgae\n")
         talk.stdin.close()
@@ -226,7 +224,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(model_dir):
         (["--image", "."], "folder"),
         (["--ask", "  "], "question is empty"),
         ([], "--image FILE"),
-        (["--ask", "What?", "--experts", "x.png"], "--experts x.png draws what experts see of one"),
+        (["--ask", "What?", "--experts", "x.png"], "--experts x.png draws the routing of one"),
         (["--imgae", "cat.jpg"], "did you mean --image?"),
         (["--ask", "What?", "--temperature", "-1"], "temperature"),
         (["--ask", "What?", "--top-p", "0"], "--top-p 0.0 must be above 0 and up to 1"),
