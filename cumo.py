@@ -53,8 +53,8 @@ class CuMoConfig:
     llm: LLMConfig
     mlp_experts: int = 0  # experts of the connector; 0: a dense connector
     mlp_top_k: int = 2
-    balance_coef: float = 0.1  # of the balance losses
-    z_coef: float = 0.01  # of the router z-losses
+    balance_coef: float = 0.1  # weight of the balance losses
+    z_coef: float = 0.01  # weight of the router z-losses
     template: str = "mistral_instruct_system"  # how conversations are written (data/chat.py)
     image_mode: str = "pad"  # how pictures are made square (data/images.py)
 

@@ -50,7 +50,7 @@ def open_data(cfg, task):
         raise ValueError(f"--limit {cfg.limit} is for --data; the emoji world has --samples")
     if cfg.preset not in ("mini", "smol-mini"):
         raise ValueError(
-            f"stage {cfg.stage} of {cfg.preset} needs data of its own: run it by itself, with "
+            f"stage {cfg.stage} of {cfg.preset} needs data of its own: run it alone, with "
             f"--stage {cfg.stage} --data FILE.json --image-folder DIR"
         )
     if not cfg.samples:

@@ -47,7 +47,7 @@ STAGE_FILES = {  # file of the original's first two stages -> prefix that its na
     "mm_projector.bin": "model.mm_projector.",
     "clip.bin": "model.vision_tower.",
 }
-MAPPED_AT_ONCE = 2**24  # bytes of a file that are read before it is mapped anew
+MAPPED_AT_ONCE = 2**24  # bytes of a file that are read before it is mapped again
 LARGEST = {"n_layers": 2**10, "num_experts": 2**10, "mlp_experts": 2**10, "max_positions": 2**40}
 
 

@@ -165,7 +165,7 @@ def test_padded_batch_generates_what_each_prompt_does_alone():
 
 
 def stage_files(model, folder):
-    """What the original's stages write beside the shards: mm_projector.bin and clip.bin."""
+    """What the original's stages write next to the shards: mm_projector.bin and clip.bin."""
     views = model.public_state_dict()
     clip = {k.removeprefix("model.vision_tower."): v for k, v in views.items() if ".vision_" in k}
     torch.save(

@@ -254,7 +254,7 @@ def test_bad_input_gets_one_line(model_dir, tmp_path, flags, message, monkeypatc
             "--experts no/x.png cannot be written; name a file in a folder",
         ),
         (["--experts", "."], "--experts . cannot be written"),
-        (["--experts", "x"], "--experts x: its name must end in .png, or another kind of picture"),
+        (["--experts", "x"], "--experts x: its name must end in .png, or another format"),
         pytest.param(
             ["--experts", "x.doc"], "--experts x.doc: its name must end in .png", marks=knows_kinds
         ),

@@ -142,7 +142,7 @@ def test_frozen_parts_stay_as_they_are_and_the_others_learn(weights, finished, t
         for part, prefix in seen.items():
             assert any(name.startswith(prefix) for name in moved) == (part not in freeze), freeze
     dense = load_file(finished / "stage2" / "model.safetensors")
-    sparse = load_file(out / "stage3" / "model.safetensors")  # of the frozen, upcycled connector
+    sparse = load_file(out / "stage3" / "model.safetensors")  # the frozen, upcycled connector
     for name, copy in sparse.items():
         if name.startswith("model.mm_projector.experts."):
             assert torch.equal(copy, dense[re.sub(r"experts\.\d\.", "", name)])
@@ -303,8 +303,8 @@ def test_a_damaged_stage_is_not_built_upon(fault, weights, finished, tmp_path):
     file.write_bytes(content if fault == "bit" else content[:-4])
     with pytest.raises(ValueError, match=f"{file} is not what its stage wrote .*CRC-32"):
         run_stages(weights, tmp_path, 2)
-    for told in ("", "{}", '{"crc32": 5}'):  # of a model from elsewhere
-        (tmp_path / "stage1" / "train.json").write_text(told)
+    for content in ("", "{}", '{"crc32": 5}'):  # a model from elsewhere
+        (tmp_path / "stage1" / "train.json").write_text(content)
         resume.check_sums(tmp_path / "stage1")
 
 

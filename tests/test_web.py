@@ -22,6 +22,7 @@ from PIL import Image
 from refused import refusal
 from tiny import ROOT, tiny_cumo
 
+from cumo import CuMo
 from data.tokenizer import Tokenizer
 from engine.conversation import Conversation
 from extras import web
@@ -99,9 +100,9 @@ def test_mistakes_are_one_line_and_the_conversation_goes_on(sparse, tmp_path):
 def test_a_failing_model_is_one_line_and_a_new_conversation(sparse, monkeypatch, capsys):
     visitor = visitors(sparse).find("a")
     last(sparse, visitor, "What?")
-    fail = lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory"))
+    fail = lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory"))
     with monkeypatch.context() as patched:
-        patched.setattr(Conversation, "generate", fail)
+        patched.setattr(CuMo, "generate", fail)
         said, _ = last(sparse, visitor, "And?")
     assert said == "error: the model failed (OutOfMemoryError); the conversation starts again"
     assert "no memory" in capsys.readouterr().err
