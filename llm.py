@@ -34,24 +34,11 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from clip_moe import attend
-from data import weights
+from data import configs, weights
 from data.chat import IGNORE
+from data.flags import check_options
 from data.hub import local_folder
 from mlp_moe import Aux, SparseMoE, checkpointed
-
-HF_NAMES = {  # our name of a field -> its name in a public config.json
-    "vocab_size": "vocab_size", "dim": "hidden_size", "hidden_dim": "intermediate_size",
-    "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads", "head_dim": "head_dim", "rms_norm_eps": "rms_norm_eps",
-    "rope_theta": "rope_theta", "max_positions": "max_position_embeddings",
-    "sliding_window": "sliding_window", "tie_embeddings": "tie_word_embeddings",
-    "num_experts": "num_local_experts", "top_k": "num_experts_per_tok"}  # fmt: skip
-HF_DEFAULTS = {  # model_type -> what transformers assumes for a missing field, where we differ
-    "llama": {"rms_norm_eps": 1e-6, "num_key_value_heads": None},
-    "mistral": {"rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096},
-    "mixtral": {"rope_theta": 1e6, "num_key_value_heads": 8, "num_local_experts": 8},
-}
-ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_type": "default"}
 
 
 @dataclass
@@ -84,29 +71,11 @@ class LLMConfig:
     @classmethod
     def from_hf(cls, config: dict) -> "LLMConfig":
         """From the config.json of a Llama, Mistral or Mixtral; ValueError for any other kind."""
-        family = str(config.get("model_type")).removeprefix("llava_")  # CuMo's own: llava_mistral
-        if family not in HF_DEFAULTS:
-            raise ValueError(f"model_type {family!r} is not one of {', '.join(HF_DEFAULTS)}")
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # new name, old
-        if not isinstance(rope, dict):
-            raise ValueError(f"rope_parameters={rope!r:.80} must be an object")
-        rope = {"rope_type": rope.get("type", "default")} | rope
-        config = HF_DEFAULTS[family] | config | rope  # newer files have rope_theta in there
-        for field, supported in ONLY.items():
-            if config.get(field, supported) != supported:
-                raise ValueError(f"{field}={config[field]!r} is not supported, only {supported!r}")
-        config["num_key_value_heads"] = config["num_key_value_heads"] or config.get(
-            "num_attention_heads"
-        )
-        return weights.config_from_names(cls, config, HF_NAMES)
+        return weights.config_from_names(cls, configs.complete(config), configs.NAMES)
 
     def to_hf(self) -> dict:
         """A config.json with which transformers, too, loads the weights."""
-        family = "Mixtral" if self.num_experts else "Mistral"
-        kind = {"architectures": [f"{family}ForCausalLM"], "model_type": family.lower()}
-        dense = () if self.num_experts else ("num_experts", "top_k")  # a Mistral has neither
-        fields = {HF_NAMES[k]: v for k, v in asdict(self).items() if k not in dense}
-        return kind | {"hidden_act": "silu"} | fields
+        return configs.to_public(asdict(self))
 
 
 def positions(segments_BT):
@@ -117,8 +86,7 @@ def positions(segments_BT):
 
 
 def sees(q_pos, k_pos, q_seg, k_seg, window):
-    """Who sees whom: a query sees the past of its own document, within the window. Padding (segment
-    0) sees padding, so that no softmax runs over nothing."""
+    """A query sees the past of its document, within the window. Padding (0) sees padding."""
     seen = (q_seg == k_seg) & (k_pos <= q_pos)
     return seen if window is None else seen & (q_pos - k_pos < window)
 
@@ -163,8 +131,8 @@ class Cache:
     """Keys, values and places of the tokens so far, one document a row.
 
     There are slots for `size` tokens or for one window, whichever is less. With a window they are a
-    ring buffer: token n goes to slot n % window. Their order is free, since `sees` compares
-    positions; an empty slot has segment 0, so no token sees it.
+    ring buffer: token n goes to slot n % window. Attention does not need them in order, because
+    `sees` compares positions. An empty slot has segment 0, so no token sees it.
     """
 
     def __init__(self, cfg, rows, size, dtype=torch.float32, device="cpu"):
@@ -298,14 +266,6 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-OPTIONS = {  # option of `LLM.generate` -> (whether a value is valid, which ones are)
-    "max_new_tokens": (lambda n: n > 0, "1 or more"),
-    "temperature": (lambda t: 0 <= t < float("inf"), "0 or more, and finite"),
-    "top_p": (lambda p: 0 < p <= 1, "above 0 and up to 1"),
-    "top_k": (lambda k: k is None or k > 0, "1 or more"),
-}
-
-
 def choose(logits_BV, temperature, top_p=1.0, top_k=None, generator=None, greatest=None):
     """The next token of each row [B], see `LLM.generate`; `greatest` as from `LLM.step`."""
     if not greatest and not math.isfinite(logits_BV.sum()):
@@ -372,8 +332,7 @@ class LLM(nn.Module):
         share [L, 1, E], entropy [L]. `run` calls a block; engine/decode.py compiles that call.
         """
         assert segments is None or cache is None or cache.seen == 0, "padding comes first"
-        if segments is None:
-            segments = x.new_ones(x.shape[:2], dtype=torch.int64)
+        segments = x.new_ones(x.shape[:2], dtype=torch.int64) if segments is None else segments
         # CuMo: padding (parity: on the right) looks at the text, but is never looked at.
         asking = segments.clamp(min=1) if self.parity else segments
         pos = positions(asking) if cache is None else cache.reserve(positions(asking))
@@ -420,10 +379,8 @@ class LLM(nn.Module):
         x = self.embed(tokens) if embeds is None else embeds
         if not x.shape[1]:
             raise ValueError("a prompt of 0 tokens must be 1 or more")
-        for name, value in zip(OPTIONS, (max_new_tokens, temperature, top_p, top_k)):
-            valid, wanted = OPTIONS[name]
-            if not valid(value):
-                raise ValueError(f"{name}={value} must be {wanted}")
+        check_options(flags=False, max_new_tokens=max_new_tokens, temperature=temperature,
+                      top_p=top_p, top_k=top_k)  # fmt: skip
         if segments is not None and ((segments.diff() < 0).any() or (segments[:, -1] != 1).any()):
             raise ValueError("segments of prompts are zeros (padding on the left), then ones")
         size = x.shape[1] + max_new_tokens
@@ -457,9 +414,7 @@ class LLM(nn.Module):
 
     def is_unused(self, name):
         """Old files store the angles of RoPE, some a tied head a second time."""
-        return name.endswith("rotary_emb.inv_freq") or (
-            self.cfg.tie_embeddings and name == "lm_head.weight"
-        )
+        return name.endswith(("rotary_emb.inv_freq", *["lm_head.weight"] * self.cfg.tie_embeddings))
 
     def load_original(self, tensors):
         """Copy public weights in; ValueError names those that do not fit."""

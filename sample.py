@@ -23,13 +23,13 @@ from functools import partial
 import torch
 
 from cumo import CuMo
-from data.flags import check_device, parse, run
+from data.flags import check_choice, check_device, check_options, parse, run
 from data.hub import local_folder
 from data.images import open_image
 from data.tokenizer import Tokenizer
 from data.weights import read_config
 from data.world import DESCRIBE
-from engine.conversation import Conversation, chat, check_options
+from engine.conversation import Conversation, chat
 from engine.quant import quantize
 from llm import LLM
 
@@ -111,10 +111,8 @@ def check(cfg, given):
             raise ValueError(f"--experts {cfg.experts} draws the routing of one picture, not of "
                              f"{len(cfg.image)}: give --image FILE")  # fmt: skip
         check_target(cfg.experts)
-    if cfg.dtype not in DTYPES:
-        raise ValueError(f"--dtype {cfg.dtype!r} is unknown; choose float32 or bfloat16")
-    if cfg.quant not in ("", "int8"):
-        raise ValueError(f"--quant {cfg.quant!r} is unknown; choose int8")
+    check_choice("dtype", cfg.dtype, DTYPES)
+    check_choice("quant", cfg.quant, ("", "int8"))
 
 
 def main():

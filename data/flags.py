@@ -130,6 +130,25 @@ def check_numbers(cfg, above_0=(), counts=(), infinite=()):
             raise ValueError(f"--{name.replace('_', '-')} {value} must be {least}")
 
 
+OPTIONS = {  # option of an answer -> (whether a value is valid, which ones are)
+    "max_new_tokens": (lambda n: n > 0, "1 or more"),
+    "temperature": (lambda t: 0 <= t < math.inf, "0 or more, and finite"),
+    "top_p": (lambda p: 0 < p <= 1, "above 0 and up to 1"),
+    "top_k": (lambda k: k is None or k > 0, "1 or more"),
+    "context": (lambda n: n > 0, "1 or more"),
+    "stop": (lambda texts: "" not in texts, "texts that are not empty"),
+}
+
+
+def check_options(flags=True, **options):
+    """ValueError for an invalid value, written as --name value or, without `flags`, name=value."""
+    for name, value in options.items():
+        valid, wanted = OPTIONS.get(name, (lambda value: True, ""))
+        if not valid(value):
+            shown = f"--{name.replace('_', '-')} {value}" if flags else f"{name}={value}"
+            raise ValueError(f"{shown} must be {wanted}")
+
+
 def check_device(name):
     """ValueError unless this machine has the device called `name`."""
     try:

@@ -23,9 +23,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from data.chat import IMAGE_TAG, render, render_next, template_of
+from data.flags import check_options
 from data.images import open_image, preprocess
 from engine.decode import fast_step
-from llm import LLM, OPTIONS, Cache
+from llm import LLM, Cache
 
 
 def prompt(model, tokenizer, question, images=(), first=True):
@@ -38,7 +39,7 @@ def prompt(model, tokenizer, question, images=(), first=True):
     if not text.strip():
         raise ValueError('the question is empty; ask something, as in --ask "What is this?"')
     if alone and n_images:
-        raise ValueError("this is a language model alone, it sees nothing; ask without a picture")
+        raise ValueError("this is a language model without vision; ask without a picture")
     if n_images:
         size, mode = model.cfg.vision.image_size, model.cfg.image_mode
         new = not isinstance(images, torch.Tensor)
@@ -101,17 +102,6 @@ class Answer:
     dropped: int  # turns that were dropped for lack of room
 
 
-def check_options(context=4096, stop=(), **options):
-    """ValueError, with the flag of sample.py, for options that a `Conversation` cannot have."""
-    if "" in stop:
-        raise ValueError("--stop '' is empty; name the text before which an answer ends")
-    known = OPTIONS | {"context": (lambda n: n > 0, "1 or more")}
-    for name, value in {"context": context, **options}.items():
-        valid, wanted = known.get(name, (lambda value: True, ""))
-        if not valid(value):
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be {wanted}")
-
-
 class Conversation:
     """Questions about pictures, and answers; all of it stays in the language model's cache.
 
@@ -123,7 +113,7 @@ class Conversation:
     def __init__(self, model, tokenizer, context=4096, compile=False, stop=(), max_new_tokens=128,
                  **options):  # fmt: skip
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        check_options(context, stop, max_new_tokens=max_new_tokens, **options)
+        check_options(context=context, stop=stop, max_new_tokens=max_new_tokens, **options)
         self.model, self.tokenizer, self.stop, self.options = model, tokenizer, stop, options
         llm = model if isinstance(model, LLM) else model.llm
         window, weight = llm.cfg.sliding_window, llm.model.norm.weight

@@ -40,11 +40,11 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from data.flags import check_device, parse, run
+from data.flags import check_device, check_options, parse, run
 from data.images import open_image
 from data.tokenizer import Tokenizer
 from data.world import DESCRIBE
-from engine.conversation import Conversation, check_options
+from engine.conversation import Conversation
 from extras.plots import draw_routing, pyplot
 from llm import LLM
 from sample import DTYPES, find_model, load
@@ -274,7 +274,8 @@ def serve(cfg, folder):
     for name in ("keep", "waiting", "upload_mb"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be 1 or more")
-    check_options(cfg.context, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
+    check_options(context=cfg.context, max_new_tokens=cfg.max_new_tokens,
+                  temperature=cfg.temperature)  # fmt: skip
     path = cfg.model or find_model()
     model, tokenizer = load(path, cfg.device, DTYPES[cfg.dtype]), Tokenizer.from_pretrained(path)
     new = lambda: Conversation(model, tokenizer, cfg.context, max_new_tokens=cfg.max_new_tokens,

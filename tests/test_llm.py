@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_cumo
 
 import llm as module
+from data import configs
 from data.chat import IGNORE
 from engine.decode import fast_step
 from llm import LLM, Cache, LLMConfig, choose, positions, sees
@@ -496,7 +497,7 @@ def test_a_silent_config_means_what_transformers_takes_it_for(family):
     cfg = LLMConfig.from_hf(written)
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoConfig.for_model(**written)
-    for ours, name in module.HF_NAMES.items():
+    for ours, name in configs.NAMES.items():
         if name in ("rope_theta", "head_dim", "max_position_embeddings"):
             continue
         wanted = getattr(theirs, name, LLMConfig.__dataclass_fields__[ours].default)

@@ -55,7 +55,7 @@ def test_language_model_alone_answers_without_a_picture(tmp_path, ask):
     shutil.copy(MINI / "tokenizer.json", tmp_path)
     flags = ["--model", tmp_path, "--max-new-tokens", 4]
     assert ask(*flags, "--ask", "What is a cat?").endswith("\n")
-    with pytest.raises(ValueError, match="sees nothing; ask without a picture"):
+    with pytest.raises(ValueError, match="without vision; ask without a picture"):
         ask(*flags, "--image", ROOT / "cat.jpg")
 
 
@@ -191,8 +191,7 @@ def test_a_language_model_alone_refuses_pictures_in_a_chat(tmp_path, monkeypatch
     lines = [f"/image {ROOT / 'cat.jpg'}", "What?"]
     answers, refused = chatted(tmp_path, lines, monkeypatch, capsys)
     assert len(answers) == 1
-    assert refused == ["error: this is a language model alone, it sees nothing; ask without a "
-                       "picture"]  # fmt: skip
+    assert refused == ["error: this is a language model without vision; ask without a picture"]
 
 
 def test_a_chat_in_json_prints_nothing_but_json(model_dir, monkeypatch, capsys):
@@ -232,7 +231,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(model_dir):
         (["--ask", "What?", "--model", "nowhere"], "nowhere"),
         (["--ask", "What?", "--device", "cuda:99"], "--device cuda:99"),
         (["--ask", "What?", "--chat"], "--ask is for one answer"),
-        (["--ask", "What?", "--dtype", "fp16"], "--dtype 'fp16' is unknown; choose float32"),
+        (["--ask", "What?", "--dtype", "fp16"], "--dtype 'fp16' is unknown; choose from float32"),
         (["--ask", "What?", "--context", "9"], "there is room for 9: ask less"),
         (["--ask", "What?", "--context", "0"], "--context 0 must be 1 or more"),
         (["--ask", "What?", "--top-k", "-1"], "--top-k -1 must be 1 or more"),
