@@ -26,23 +26,17 @@ A head size, U tokens that are attended to.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data import configs
 from data.hub import local_folder
-from data.weights import check_fields, config_from_names, fill, load_into, read_config, read_tensors
+from data.weights import fill, load_into, read_config, read_tensors
 from mlp_moe import ACTIVATIONS, Aux, SparseMoE, checkpointed
-
-# our field -> name in public configs (the last three are ours; transformers ignores them)
-HF_NAMES = {"image_size": "image_size", "patch_size": "patch_size", "dim": "hidden_size",
-            "hidden_dim": "intermediate_size", "n_layers": "num_hidden_layers",
-            "n_heads": "num_attention_heads", "act": "hidden_act",
-            "layer_norm_eps": "layer_norm_eps",
-            "scales": "scales", "num_experts": "num_experts", "top_k": "num_selected"}  # fmt: skip
 
 
 @dataclass
@@ -60,7 +54,7 @@ class CLIPVisionConfig:
     top_k: int = 2  # experts a token
 
     def __post_init__(self):
-        check_fields(self)
+        configs.check_fields(self)
         self.scales = tuple(self.scales) if isinstance(self.scales, list | tuple) else ()
         if not self.scales or any(type(scale) is not int or scale < 1 for scale in self.scales):
             raise ValueError(f"scales={self.scales}: choose integers from 1 up, such as "
@@ -73,17 +67,11 @@ class CLIPVisionConfig:
     @classmethod
     def from_hf(cls, config: dict) -> "CLIPVisionConfig":
         """From the config.json of a whole CLIP or of its vision tower."""
-        config = config.get("vision_config", config)
-        if not isinstance(config, dict) or not {"image_size", "patch_size"} <= config.keys():
-            raise ValueError("this is no CLIP vision config: it has no image_size and patch_size, "
-                             f"only {config!r:.99}")  # fmt: skip
-        vit_b = dict(dim=768, hidden_dim=3072, n_layers=12, n_heads=12)  # transformers' defaults
-        return config_from_names(cls, config, HF_NAMES, vit_b)
+        return configs.build(cls, configs.clip_fields(config))
 
     def to_hf(self) -> dict:
         """The config.json that transformers reads."""
-        names = {name: getattr(self, field) for field, name in HF_NAMES.items()}
-        return {"model_type": "clip_vision_model", "num_channels": 3} | names
+        return configs.to_public_clip(asdict(self))
 
 
 def attend(q_BHTA: Tensor, k_BGUA: Tensor, v_BGUA: Tensor, mask: Tensor | None = None) -> Tensor:

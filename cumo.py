@@ -30,10 +30,10 @@ import torch
 from torch import Tensor, nn
 
 from clip_moe import CLIPVision, CLIPVisionConfig
+from data import configs
 from data.chat import IGNORE, IMAGE_TOKEN
 from data.hub import local_folder
 from data.weights import (
-    check_fields,
     fill,
     read_config,
     read_stage_files,
@@ -59,7 +59,7 @@ class CuMoConfig:
     image_mode: str = "pad"  # how pictures are made square (data/images.py)
 
     def __post_init__(self):
-        check_fields(self)
+        configs.check_fields(self)
 
     def to_original(self):
         """The original's config.json, completed by `vision_config`."""

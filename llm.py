@@ -59,7 +59,7 @@ class LLMConfig:
     top_k: int = 2  # experts a token
 
     def __post_init__(self):
-        weights.check_fields(self)
+        configs.check_fields(self)
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"{self.n_heads=} is not a multiple of {self.n_kv_heads=}")
         if self.head_dim is None and self.dim % self.n_heads:
@@ -71,11 +71,11 @@ class LLMConfig:
     @classmethod
     def from_hf(cls, config: dict) -> "LLMConfig":
         """From the config.json of a Llama, Mistral or Mixtral; ValueError for any other kind."""
-        return weights.config_from_names(cls, configs.complete(config), configs.NAMES)
+        return configs.build(cls, configs.llm_fields(config))
 
     def to_hf(self) -> dict:
         """A config.json with which transformers, too, loads the weights."""
-        return configs.to_public(asdict(self))
+        return configs.to_public_llm(asdict(self))
 
 
 def positions(segments_BT):

@@ -23,7 +23,6 @@ or the new one. A sharded save removes its index first and writes it last: an in
 as "no weights here", never as a mixture of two models.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -48,7 +47,6 @@ STAGE_FILES = {  # file of the original's first two stages -> prefix that its na
     "clip.bin": "model.vision_tower.",
 }
 MAPPED_AT_ONCE = 2**24  # bytes of a file that are read before it is mapped again
-LARGEST = {"n_layers": 2**10, "num_experts": 2**10, "mlp_experts": 2**10, "max_positions": 2**40}
 
 
 def read_config(path: str | Path) -> dict:
@@ -193,35 +191,6 @@ def copy_into(folder: str | Path, file: str | Path) -> None:
     copy = Path(folder) / Path(file).name
     shutil.copy(file, copy.with_name(copy.name + ".partial"))
     publish(copy)
-
-
-def check_fields(config: object) -> None:
-    """ValueError unless every number of a config dataclass has its type and a plausible size."""
-    for field in dataclasses.fields(config):
-        name, value = field.name, getattr(config, field.name)
-        whole = type(value) is int
-        if field.type is bool:
-            good, wanted = type(value) is bool, "true or false"
-        elif field.type is float:
-            good = whole or isinstance(value, float)
-            good, wanted = good and 0 <= value < float("inf"), "a number from 0 up"
-        elif field.type is int or field.type == int | None and value is not None:
-            least, most = int("experts" not in name), LARGEST.get(name, 2**20)
-            good = whole and least <= value <= most
-            wanted = f"an integer from {least} to {most}"
-        else:
-            continue
-        if not good:
-            raise ValueError(f"config: {name}={value!r:.80} must be {wanted}")
-
-
-def config_from_names(cls, config: dict, names: dict[str, str], defaults: dict | None = None):
-    """A config dataclass from a public config.json; `names` is {our field: its public name}."""
-    given = {ours: config[theirs] for ours, theirs in names.items() if theirs in config}
-    try:
-        return cls(**(defaults or {}) | given)
-    except TypeError as error:  # names the required fields that are missing
-        raise ValueError(f"config.json is incomplete: {error}") from None
 
 
 @torch.no_grad()

@@ -497,7 +497,7 @@ def test_a_silent_config_means_what_transformers_takes_it_for(family):
     cfg = LLMConfig.from_hf(written)
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoConfig.for_model(**written)
-    for ours, name in configs.NAMES.items():
+    for ours, name in configs.LLM_NAMES.items():
         if name in ("rope_theta", "head_dim", "max_position_embeddings"):
             continue
         wanted = getattr(theirs, name, LLMConfig.__dataclass_fields__[ours].default)
