@@ -39,13 +39,9 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-def tanh_gelu(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
 # keyed by the names that public configs use
 ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu, "silu": F.silu,
-               "gelu_pytorch_tanh": tanh_gelu}  # fmt: skip
+               "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}  # fmt: skip
 
 # checkpointed(block, x) recomputes the block in the backward pass instead of keeping activations.
 # It keeps the results of sorts, so that recomputation sends each token to the same experts.

@@ -33,24 +33,20 @@ from tqdm import tqdm
 
 from clip_moe import CLIPVision
 from cumo import CuMo, CuMoConfig
+from data import loader
 from data.chat import TEMPLATES, template_of
 from data.flags import check_choice, check_device, check_numbers, parse, run
 from data.hub import local_folder
 from data.images import MODES
 from data.llava import check_row, encode
-from data.loader import KINDS, Loader, data_order, default_workers, open_data, summary
 from data.packing import check_rows, collate, pack
 from data.tokenizer import Tokenizer
 from data.weights import write_json
-from engine import fsdp, memory, resume
-from engine.memory import has_fast_bf16
-from engine.optim import MOMENTS, WEIGHTS, make_optimizer
+from engine import fsdp, memory, optim, resume
 from engine.resume import stage_dir
 from llm import LLM
 from mlp_moe import Connector
 from upcycle import PARTS, upcycle
-
-# ------------------------------------------------------------------------------ settings
 
 
 @dataclass
@@ -178,11 +174,11 @@ def resolve(given, stage, target=True):
     cfg = TrainConfig(**(PRESETS[preset] | STAGES[preset][stage] | given))
     cfg.stage = stage
     if "bf16" not in given:
-        cfg.bf16 = cfg.estimate or has_fast_bf16(cfg.device)
+        cfg.bf16 = cfg.estimate or memory.has_fast_bf16(cfg.device)
     if "compile" not in given:
         cfg.compile = cfg.device.startswith("cuda")
     if "workers" not in given:
-        cfg.workers = default_workers(cfg.device)
+        cfg.workers = loader.default_workers(cfg.device)
     if cfg.data and "samples" not in given:
         cfg.samples = 0  # all of it, once
     check_settings(cfg)
@@ -193,17 +189,14 @@ def check_settings(cfg):
     """ValueError, with the flag and the way out, for a value that no training can have."""
     check_choice("template", cfg.template, TEMPLATES)
     check_choice("image-mode", cfg.image_mode, MODES)
-    check_choice("weights", cfg.weights, ["", *WEIGHTS])
-    check_choice("moments", cfg.moments, ["", *MOMENTS])
+    check_choice("weights", cfg.weights, ["", *optim.WEIGHTS])
+    check_choice("moments", cfg.moments, ["", *optim.MOMENTS])
     for name, choices in (("scratch", cfg.upcycle.split(",")), ("freeze", PARTS)):
         for part in split_parts(getattr(cfg, name)):
             check_choice(name, part, choices)
     if set(split_parts(cfg.freeze)) == set(PARTS):
         raise ValueError(f"--freeze {cfg.freeze} leaves nothing to learn; freeze at most two parts")
-    most = max(16, 4 * (os.cpu_count() or 1))
-    if cfg.workers > most:
-        raise ValueError(f"--workers {cfg.workers} are too many for this machine; "
-                         f"take up to {most}")  # fmt: skip
+    loader.check_workers(cfg.workers)
     check_numbers(cfg, above_0=("lr", "clip_grad"), infinite=("clip_grad",),
                   counts=("rows", "row_tokens", "accumulate", "save_every"))  # fmt: skip
     if cfg.warmup >= 1:
@@ -280,16 +273,16 @@ class Trainer:
         check_rows(cfg.rows, fsdp.world()[1])
         torch.manual_seed(cfg.seed)
         self.cfg, self.folder = cfg, stage_dir(cfg, cfg.stage)
-        self.data = open_data(cfg, WORLD_TASK[cfg.stage])
+        self.data = loader.open_data(cfg, WORLD_TASK[cfg.stage])
         with fsdp.in_turn():
             self.model, source = build(cfg)
             fsdp.shard(self.model, cfg.device, cfg.bf16)
         self.tokenizer = Tokenizer.from_pretrained(source)
         check_row(cfg.row_tokens, self.tokenizer, cfg.template, self.model.image_tokens)
-        self.optimizer = make_optimizer(self.model, cfg)
-        self.order = data_order(len(self.data), cfg.samples or len(self.data), cfg.seed)
+        self.optimizer = optim.make_optimizer(self.model, cfg)
+        self.order = loader.data_order(len(self.data), cfg.samples or len(self.data), cfg.seed)
         self.step, self.used, self.seconds, self.stop = 0, 0, 0.0, False
-        self.counts = dict.fromkeys(KINDS, 0)
+        self.counts = dict.fromkeys(loader.KINDS, 0)
         self.rate = memory.product_rate(cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32)
         if cfg.compile:  # rows have one length; the number of images differs from batch to batch
             for block in self.model.llm.model.layers:
@@ -304,15 +297,12 @@ class Trainer:
             encode, tokenizer=self.tokenizer, template=cfg.template, max_tokens=cfg.row_tokens,
             image_tokens=model.image_tokens, image_size=model.cfg.vision.image_size,
             image_mode=cfg.image_mode)  # fmt: skip
-        skipped = self.folder / "skipped.jsonl" if fsdp.is_main() else None
-        loader = Loader(self.data, self.order, code, cfg.workers, self.counts, skipped)
-        return pack(loader.samples(self.used), cfg.rows, cfg.row_tokens)
+        log = self.folder / "skipped.jsonl" if fsdp.is_main() else None
+        stream = loader.Loader(self.data, self.order, code, cfg.workers, self.counts, log)
+        return pack(stream.samples(self.used), cfg.rows, cfg.row_tokens)
 
     def train_step(self, batches, start=None):
-        """One optimizer step over a list of batches, as `batches()` yields them -> metrics.
-
-        start: when reading them began; None: now.
-        """
+        """One optimizer step over a list of batches -> metrics; `start`: when reading began."""
         cfg, start, before = self.cfg, start or time.perf_counter(), self.used
         tokens, n_images, metrics = 0, 0, []
         for batch in batches:
@@ -416,7 +406,7 @@ def train_stage(cfg):
         again = shlex.join(["python", *(word for word in sys.argv if word != "--overwrite")])
         print(f"stopped after {trainer.used:,} samples; the same command continues: {again}")
         return False
-    lines = summary(trainer.counts, getattr(trainer.data, "rejected", []), cfg.row_tokens)
+    lines = loader.summary(trainer.counts, getattr(trainer.data, "rejected", []), cfg.row_tokens)
     model = fsdp.gather_model(trainer.model)
     if fsdp.is_main():
         peak = round(memory.peak_memory(cfg.device) / memory.GB, 2)

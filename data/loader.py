@@ -75,6 +75,13 @@ def default_workers(device):
     return min(4, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
+def check_workers(workers):
+    """ValueError for more processes than this machine can run."""
+    most = max(16, 4 * (os.cpu_count() or 1))
+    if workers > most:
+        raise ValueError(f"--workers {workers} are too many for this machine; take up to {most}")
+
+
 def summary(counts, rejected, row_tokens):
     """Lines about the samples that a finished training left out or cut. ValueError if it could use
     none. rejected: the reasons of the samples left out before the first step."""
