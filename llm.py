@@ -15,8 +15,9 @@ each position. Llama, Mistral and Mixtral weights all fit:
     SwiGLU    down(silu(gate(x)) * up(x)); or several of them behind a router (mlp_moe.py).
 
 Training packs several conversations into a row. `segments` [B, T] numbers them (0 is padding) and
-positions restart in each, so packing changes no logit. None of this is new in CuMo: to the decoder
-an image is 576 more rows of x (cumo.py).
+positions restart in each, so packing changes no logit. A sliding window limits how far back a layer
+looks; L layers look L times as far. None of this is new in CuMo: to the decoder an image is 576
+more rows of x (cumo.py).
 Mistral: arXiv 2310.06825. Mixtral: 2401.04088. RoPE: 2104.09864. GQA: 2305.13245.
 
 Letters: B rows, T tokens, U keys that the queries look at, N tokens flattened, D features, H query
@@ -36,7 +37,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from clip_moe import attend
 from data import configs, weights
 from data.chat import IGNORE
-from data.flags import check_options
+from data.flags import OPTIONS
 from data.hub import local_folder
 from mlp_moe import Aux, SparseMoE, checkpointed
 
@@ -91,6 +92,9 @@ def sees(q_pos, k_pos, q_seg, k_seg, window):
     return seen if window is None else seen & (q_pos - k_pos < window)
 
 
+compiled = functools.cache(torch.compile)  # called at the first use, since it takes seconds
+
+
 def attention_mask(q_B2T, k_B2U, window, dtype=None):
     """`sees` for all pairs of places (position, segment): 0 or -inf to add to the scores; without
     a dtype, FlexAttention's list of the blocks in which something is seen."""
@@ -102,9 +106,6 @@ def attention_mask(q_B2T, k_B2U, window, dtype=None):
     (q_pos, q_seg), (k_pos, k_seg) = q_B2T[..., None].unbind(1), k_B2U[:, :, None].unbind(1)
     seen_BTU = sees(q_pos, k_pos, q_seg, k_seg, window)
     return torch.where(seen_BTU, 0.0, -torch.inf).to(dtype)[:, None]
-
-
-compiled = functools.cache(torch.compile)  # called at the first use, since it takes seconds
 
 
 def flex_attend(q_BHTA: Tensor, k_BGUA: Tensor, v_BGUA: Tensor, mask: BlockMask) -> Tensor:
@@ -163,9 +164,9 @@ class Cache:
     def extend(self, slots, new):
         """Store new [B, *, T, ...]; return everything that its T queries may look at."""
         one = new.shape[2] == 1  # replaces the token that has just left its window
-        seen = slots if one else torch.cat((slots[:, :, : self.start], new), dim=2)
+        visible = slots if one else torch.cat((slots[:, :, : self.start], new), dim=2)
         slots.index_copy_(2, self.slots_T, new[:, :, -self.size :].to(slots.dtype))
-        return seen[:, :, : self.view] if one else seen
+        return visible[:, :, : self.view] if one else visible
 
 
 class Attention(nn.Module):
@@ -225,7 +226,7 @@ LOGITS_AT_ONCE = 2**25  # entries of the largest [N, V] block: 128 MiB in float3
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """Summed cross-entropy of x [N, D] times head [V, D], LOGITS_AT_ONCE at a time.
+    """Summed cross-entropy of x [N, D] times the head W [V, D], LOGITS_AT_ONCE at a time.
 
     The logits of 4,096 tokens are 500 MiB for Mistral-7B, their softmax and gradient as much again.
     Their gradient is known as soon as they are, so no logit needs to be kept or computed twice:
@@ -261,7 +262,7 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of a product of x with weights."""
+    """The dtype of a product of x with weights, under autocast or not."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
@@ -274,7 +275,7 @@ def choose(logits_BV, temperature, top_p=1.0, top_k=None, generator=None, greate
     high_B, token_B = greatest or logits_BV.max(-1)
     if temperature < 1e-6:  # dividing by less can overflow in float32
         return token_B
-    logits_BV = logits_BV - high_B[:, None]  # finite at any temperature
+    logits_BV = logits_BV - high_B[:, None]  # at most 0, so the quotient is never +inf
     logits_BV, token_BV = (logits_BV / temperature).sort(dim=-1, descending=True)
     probs_BV = logits_BV[:, :top_k].softmax(-1)
     better_BV = probs_BV.cumsum(-1) - probs_BV  # probability of all tokens before this one
@@ -286,7 +287,7 @@ class LLM(nn.Module):
     def __init__(self, cfg: LLMConfig):
         super().__init__()
         self.cfg = cfg
-        self.recompute = False  # True: keep only each block's input, recompute it going backward
+        self.recompute = False  # True: keep only each block's input, recompute the rest going back
         self.parity = False  # True: padding is routed and counted, as in the original
         self.model = nn.Module()  # every name as in the public weights
         self.model.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.dim)
@@ -295,7 +296,7 @@ class LLM(nn.Module):
         if not cfg.tie_embeddings:
             self.lm_head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
         for parameter in self.parameters():
-            if parameter.dim() > 1 and not parameter.is_meta:  # there it would only take time
+            if parameter.dim() > 1 and not parameter.is_meta:  # it has no values
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(self, tokens: Tensor, segments: Tensor | None = None) -> Tensor:
@@ -379,14 +380,16 @@ class LLM(nn.Module):
         x = self.embed(tokens) if embeds is None else embeds
         if not x.shape[1]:
             raise ValueError("a prompt of 0 tokens must be 1 or more")
-        check_options(flags=False, max_new_tokens=max_new_tokens, temperature=temperature,
-                      top_p=top_p, top_k=top_k)  # fmt: skip
+        for name, value in zip(OPTIONS, (max_new_tokens, temperature, top_p, top_k)):
+            valid, wanted = OPTIONS[name]
+            if not valid(value):
+                raise ValueError(f"{name}={value} must be {wanted}")
         if segments is not None and ((segments.diff() < 0).any() or (segments[:, -1] != 1).any()):
             raise ValueError("segments of prompts are zeros (padding on the left), then ones")
         size = x.shape[1] + max_new_tokens
         cache = cache or Cache(self.cfg, len(x), size, product_dtype(x), x.device)
         step = step(self, cache) if step else functools.partial(self.step, cache=cache)
-        if isinstance(seed, int):
+        if not isinstance(seed, torch.Generator | None):
             seed = torch.Generator(x.device).manual_seed(seed)
         ends = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or []
         end_tokens = torch.tensor(ends, dtype=torch.int64, device=x.device)
@@ -414,7 +417,8 @@ class LLM(nn.Module):
 
     def is_unused(self, name):
         """Old files store the angles of RoPE, some a tied head a second time."""
-        return name.endswith(("rotary_emb.inv_freq", *["lm_head.weight"] * self.cfg.tie_embeddings))
+        tied = ("lm_head.weight",) if self.cfg.tie_embeddings else ()
+        return name.endswith(("rotary_emb.inv_freq", *tied))
 
     def load_original(self, tensors):
         """Copy public weights in; ValueError names those that do not fit."""

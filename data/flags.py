@@ -130,7 +130,7 @@ def check_numbers(cfg, above_0=(), counts=(), infinite=()):
             raise ValueError(f"--{name.replace('_', '-')} {value} must be {least}")
 
 
-OPTIONS = {  # option of an answer -> (whether a value is valid, which ones are)
+OPTIONS = {  # option of an answer -> (whether a value is valid, which values are)
     "max_new_tokens": (lambda n: n > 0, "1 or more"),
     "temperature": (lambda t: 0 <= t < math.inf, "0 or more, and finite"),
     "top_p": (lambda p: 0 < p <= 1, "above 0 and up to 1"),
@@ -140,13 +140,12 @@ OPTIONS = {  # option of an answer -> (whether a value is valid, which ones are)
 }
 
 
-def check_options(flags=True, **options):
-    """ValueError for an invalid value, written as --name value or, without `flags`, name=value."""
+def check_options(**options):
+    """ValueError, with its flag, for an invalid value of `OPTIONS`."""
     for name, value in options.items():
         valid, wanted = OPTIONS.get(name, (lambda value: True, ""))
         if not valid(value):
-            shown = f"--{name.replace('_', '-')} {value}" if flags else f"{name}={value}"
-            raise ValueError(f"{shown} must be {wanted}")
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be {wanted}")
 
 
 def check_device(name):
