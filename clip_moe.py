@@ -67,7 +67,7 @@ class CLIPVisionConfig:
     @classmethod
     def from_hf(cls, config: dict) -> "CLIPVisionConfig":
         """From the config.json of a whole CLIP or of its vision tower."""
-        return configs.build(cls, configs.clip_fields(config))
+        return configs.make(cls, configs.clip_fields(config))
 
     def to_hf(self) -> dict:
         """The config.json that transformers reads."""

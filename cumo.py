@@ -21,7 +21,7 @@ Where we differ from the original: a row without an image costs no image, paddin
 and CLIP's unused last layer is not computed. `model.parity = True` restores the original's losses.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -30,17 +30,9 @@ import torch
 from torch import Tensor, nn
 
 from clip_moe import CLIPVision, CLIPVisionConfig
-from data import configs
+from data import configs, weights
 from data.chat import IGNORE, IMAGE_TOKEN
 from data.hub import local_folder
-from data.weights import (
-    fill,
-    read_config,
-    read_stage_files,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
 from llm import LLM, LLMConfig
 from mlp_moe import Connector
 
@@ -61,59 +53,15 @@ class CuMoConfig:
     def __post_init__(self):
         configs.check_fields(self)
 
-    def to_original(self):
-        """The original's config.json, completed by `vision_config`."""
-        sparse_llm = self.llm.num_experts > 0
-        kind = "Mixtral" if sparse_llm else "Mistral"
-        return self.llm.to_hf() | {
-            "model_type": f"llava_{kind.lower()}",
-            "architectures": [f"Llava{kind}ForCausalLM"],
-            "mlp_smoe": self.mlp_experts > 0,
-            "clip_smoe": self.vision.num_experts > 0,
-            "num_experts": max(self.mlp_experts, self.vision.num_experts),
-            "num_selected": self.mlp_top_k if self.mlp_experts else self.vision.top_k,
-            "balance_loss_coef": self.balance_coef,
-            "router_z_loss_coef": self.z_coef,
-            "scales": list(self.vision.scales),
-            "mm_hidden_size": self.vision.dim,
-            "mm_projector_type": "smoe_mlp" if self.mlp_experts else "mlp2x_gelu",
-            "mm_vision_select_layer": -2,
-            "mm_vision_select_feature": "patch",
-            "image_aspect_ratio": self.image_mode,
-            "nanocumo_template": self.template,
-            "nanocumo_mlp_experts": self.mlp_experts,
-            "nanocumo_mlp_top_k": self.mlp_top_k,
-            "vision_config": self.vision.to_hf(),
-        }  # fmt: skip
-
     @classmethod
     def from_original(cls, config, path):
         """From a config.json, ours or the original's. ValueError if it names no vision tower."""
-        experts, top_k = config.get("num_experts", 0), config.get("num_selected", 2)
-        if "vision_config" in config:
-            vision = CLIPVisionConfig.from_hf(config)
-        elif isinstance(config.get("mm_vision_tower"), str):  # the original names its CLIP
-            tower = read_config(local_folder(config["mm_vision_tower"], "config"))
-            vision = replace(
-                CLIPVisionConfig.from_hf(tower),
-                scales=config.get("scales") or (1,),
-                num_experts=experts if config.get("clip_smoe") else 0,
-                top_k=top_k,
-            )
-        else:
-            raise ValueError(f"{path} is no CuMo but a language model without vision: its "
-                             "config.json has no vision_config or mm_vision_tower")  # fmt: skip
-        mlp_experts = config.get("nanocumo_mlp_experts", experts) if config.get("mlp_smoe") else 0
-        return cls(
-            vision,
-            LLMConfig.from_hf(config),
-            mlp_experts=mlp_experts,
-            mlp_top_k=config.get("nanocumo_mlp_top_k", top_k),
-            balance_coef=config.get("balance_loss_coef", 0.1),
-            z_coef=config.get("router_z_loss_coef", 0.01),
-            template=config.get("nanocumo_template", "mistral_instruct_system"),
-            image_mode=config.get("image_aspect_ratio", "pad"),
-        )
+        vision, llm, rest = configs.cumo_fields(config, path)
+        return cls(configs.make(CLIPVisionConfig, vision), configs.make(LLMConfig, llm), **rest)
+
+    def to_original(self):
+        """The original's config.json, completed by `vision_config`."""
+        return configs.to_public_cumo(asdict(self))
 
 
 class Output(NamedTuple):
@@ -231,8 +179,8 @@ class CuMo(nn.Module):
     def save_pretrained(self, path, dtype=None):
         """Write config.json and safetensors under the original's names, cast to `dtype`."""
         views = self.public_state_dict()
-        write_tensors(path, {k: v.to(dtype) for k, v in views.items()} if dtype else views)
-        write_json(Path(path) / "config.json", self.cfg.to_original())
+        weights.write_tensors(path, {k: v.to(dtype) for k, v in views.items()} if dtype else views)
+        weights.write_json(Path(path) / "config.json", self.cfg.to_original())
 
     @classmethod
     def from_pretrained(cls, path, device=None, dtype=None):
@@ -242,11 +190,11 @@ class CuMo(nn.Module):
         ValueError names every missing, unexpected or wrongly shaped weight.
         """
         path = local_folder(path)
-        cfg = CuMoConfig.from_original(read_config(path), path)
+        cfg = CuMoConfig.from_original(weights.read_config(path), path)
         with torch.device("meta"):
             model = cls(cfg).to(dtype or torch.float32)
-        read = lambda headers: chain(read_tensors(path, headers), read_stage_files(path, headers))
-        return fill(model, read, device, source=str(path))
+        read = lambda h: chain(weights.read_tensors(path, h), weights.read_stage_files(path, h))
+        return weights.fill(model, read, device, source=str(path))
 
 
 if __name__ == "__main__":  # a worked example: an image in the middle of a sentence

@@ -72,7 +72,7 @@ class LLMConfig:
     @classmethod
     def from_hf(cls, config: dict) -> "LLMConfig":
         """From the config.json of a Llama, Mistral or Mixtral; ValueError for any other kind."""
-        return configs.build(cls, configs.llm_fields(config))
+        return configs.make(cls, configs.llm_fields(config))
 
     def to_hf(self) -> dict:
         """A config.json with which transformers, too, loads the weights."""

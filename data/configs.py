@@ -8,6 +8,9 @@ nonsense.
 
 import dataclasses
 
+from data.hub import local_folder
+from data.weights import read_config
+
 LLM_NAMES = {  # our name of a field -> its public name
     "vocab_size": "vocab_size", "dim": "hidden_size", "hidden_dim": "intermediate_size",
     "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
@@ -36,7 +39,7 @@ def renamed(config: dict, names: dict) -> dict:
     return {ours: config[theirs] for ours, theirs in names.items() if theirs in config}
 
 
-def build(cls, fields: dict):
+def make(cls, fields: dict):
     """A config dataclass. ValueError that names the required fields that are missing."""
     try:
         return cls(**fields)
@@ -106,3 +109,53 @@ def to_public_clip(fields: dict) -> dict:
     """CLIPVisionConfig's fields as a config.json that transformers reads."""
     public = {name: fields[ours] for ours, name in CLIP_NAMES.items()}
     return {"model_type": "clip_vision_model", "num_channels": 3} | public
+
+
+def cumo_fields(config: dict, path) -> tuple[dict, dict, dict]:
+    """Fields of CLIPVisionConfig, of LLMConfig and of CuMoConfig itself from a CuMo's config.json,
+    ours or the original's. ValueError if it names no vision tower."""
+    experts, top_k = config.get("num_experts", 0), config.get("num_selected", 2)
+    if "vision_config" in config:
+        vision = clip_fields(config)
+    elif isinstance(config.get("mm_vision_tower"), str):  # the original names its CLIP
+        vision = clip_fields(read_config(local_folder(config["mm_vision_tower"], "config")))
+        vision |= {"scales": config.get("scales") or (1,), "top_k": top_k,
+                   "num_experts": experts if config.get("clip_smoe") else 0}  # fmt: skip
+    else:
+        raise ValueError(f"{path} is no CuMo but a language model without vision: its "
+                         "config.json has no vision_config or mm_vision_tower")  # fmt: skip
+    mlp_experts = config.get("nanocumo_mlp_experts", experts) if config.get("mlp_smoe") else 0
+    return vision, llm_fields(config), {
+        "mlp_experts": mlp_experts,
+        "mlp_top_k": config.get("nanocumo_mlp_top_k", top_k),
+        "balance_coef": config.get("balance_loss_coef", 0.1),
+        "z_coef": config.get("router_z_loss_coef", 0.01),
+        "template": config.get("nanocumo_template", "mistral_instruct_system"),
+        "image_mode": config.get("image_aspect_ratio", "pad"),
+    }  # fmt: skip
+
+
+def to_public_cumo(fields: dict) -> dict:
+    """CuMoConfig's fields as the original's config.json, completed by `vision_config`."""
+    vision, llm = fields["vision"], fields["llm"]
+    kind = "Mixtral" if llm["num_experts"] else "Mistral"
+    return to_public_llm(llm) | {
+        "model_type": f"llava_{kind.lower()}",
+        "architectures": [f"Llava{kind}ForCausalLM"],
+        "mlp_smoe": fields["mlp_experts"] > 0,
+        "clip_smoe": vision["num_experts"] > 0,
+        "num_experts": max(fields["mlp_experts"], vision["num_experts"]),
+        "num_selected": fields["mlp_top_k"] if fields["mlp_experts"] else vision["top_k"],
+        "balance_loss_coef": fields["balance_coef"],
+        "router_z_loss_coef": fields["z_coef"],
+        "scales": list(vision["scales"]),
+        "mm_hidden_size": vision["dim"],
+        "mm_projector_type": "smoe_mlp" if fields["mlp_experts"] else "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "image_aspect_ratio": fields["image_mode"],
+        "nanocumo_template": fields["template"],
+        "nanocumo_mlp_experts": fields["mlp_experts"],
+        "nanocumo_mlp_top_k": fields["mlp_top_k"],
+        "vision_config": to_public_clip(vision),
+    }
