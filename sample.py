@@ -67,7 +67,7 @@ def find_model(out="out"):
     )
 
 
-def load(path, device, dtype=None, quant=""):
+def load_model(path, device, dtype=None, quant=""):
     """The CuMo in a folder, or the LLM if the folder holds nothing else."""
     config = read_config(path)
     sees = "vision_config" in config or "mm_vision_tower" in config
@@ -128,7 +128,7 @@ def main():
         raise ValueError("nothing to do; give --image FILE, --ask QUESTION, or both")
     check_device(cfg.device)
     path = local_folder(cfg.model) if cfg.model else find_model()
-    model = load(path, cfg.device, DTYPES[cfg.dtype], cfg.quant)
+    model = load_model(path, cfg.device, DTYPES[cfg.dtype], cfg.quant)
     if cfg.experts:
         from extras.plots import draw_routing
 

@@ -226,12 +226,12 @@ def lr_at(done, cfg):
 
 def stage_plan(cfg):
     """The memory.Plan of one batch of this stage."""
-    return memory.stage_plan(cfg, learning(cfg))
+    return memory.plan_stage(cfg, learning(cfg))
 
 
 def choose_precision(cfg):
     """Set what the flags leave open of precision and memory -> memory.Plan."""
-    plan = memory.choose_precision(stage_plan(cfg), cfg.device, memory.chosen(cfg))
+    plan = memory.best_plan(stage_plan(cfg), cfg.device, memory.chosen(cfg))
     cfg.weights, cfg.moments, cfg.recompute = plan.weights, plan.moments, plan.recompute
     return plan
 
@@ -360,7 +360,7 @@ class Trainer:
                                 tok_s=metrics["tokens_per_s"], mfu=f"{metrics['mfu']:.0%}",
                                 GB=metrics["memory_gb"])  # fmt: skip
                 if self.step % self.cfg.save_every == 0:
-                    resume.save(self)
+                    resume.save_point(self)
             return False
 
 
@@ -392,7 +392,7 @@ def train_stage(cfg):
     every, trained = sum(n for n, _ in sizes), sum(n for n, learns in sizes if learns)
     print(f"{name}: trains {trained:,} of {every:,} parameters on {len(trainer.order):,} samples")
     if state:
-        resume.load(trainer)
+        resume.load_point(trainer)
         print(f"{name}: resumed after {trainer.used:,} samples")
     elif fsdp.is_main():
         resume.begin(folder)
@@ -401,7 +401,7 @@ def train_stage(cfg):
     with resume.stop_on_signals(trainer), memory.advice(plan, cfg.device):
         done = trainer.loop(wandb)
         if not done:
-            resume.save(trainer)
+            resume.save_point(trainer)
     if not done:
         again = shlex.join(["python", *(word for word in sys.argv if word != "--overwrite")])
         print(f"stopped after {trainer.used:,} samples; the same command continues: {again}")

@@ -24,8 +24,8 @@ from data import world
 from data.flags import run
 from data.tokenizer import Tokenizer
 from engine.conversation import Conversation
-from extras.plots import COLORS, pyplot, save
-from sample import load
+from extras.plots import COLORS, pyplot, save_figure
+from sample import load_model
 
 MINIATURE = str(ROOT / "out" / "stage3")
 
@@ -88,7 +88,7 @@ def draw_growth(result, file):
         f"{result['machine']}, {result['threads']} threads, {result['precision'][6:]}",
         fontsize=10,
     )
-    save(figure, file)
+    save_figure(figure, file)
 
 
 def main():
@@ -101,7 +101,7 @@ def main():
     file = ROOT / "bench" / "long_chat.json"
     if args.draw:
         return draw_growth(json.loads(file.read_text()), file.with_suffix(".png"))
-    model = load(args.model, "cpu")
+    model = load_model(args.model, "cpu")
     model.llm.cfg.sliding_window = args.window
     rows = long_conversation(model, Tokenizer.from_pretrained(args.model), args.tokens)
     name = "the miniature" if args.model == MINIATURE else pathlib.Path(args.model).name

@@ -24,7 +24,7 @@ from data.tokenizer import Tokenizer
 from engine.quant import quantize
 from eval import SPLITS, accuracy, answer_batch, exam
 from llm import LLM
-from sample import load
+from sample import load_model
 
 PRECISIONS = {"float32": (torch.float32, ""), "bfloat16": (torch.bfloat16, ""),
               "int8": (torch.float32, "int8")}  # fmt: skip
@@ -59,7 +59,7 @@ def answering(folder, n):
     """Share of exact answers of the miniature, and the megabytes of its language model."""
     rows, tokenizer = {}, Tokenizer.from_pretrained(folder)
     for name, (dtype, quant) in PRECISIONS.items():
-        model = load(folder, "cpu", dtype, quant)
+        model = load_model(folder, "cpu", dtype, quant)
         rows[name] = {"megabytes": megabytes(model.llm)}
         ask = partial(answer_batch, model, tokenizer)
         for split in SPLITS:

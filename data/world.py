@@ -199,25 +199,25 @@ def draw(scene, rng=None, scale=1):
 # ------------------------------------------------------------------------------------- questions
 
 
-def choose(rng, *options):
+def pick(rng, *options):
     return options[rng.integers(len(options))]
 
 
 def ask_what(scene, rng):
     if scene.objects[0].place == MIDDLE:
-        q = choose(rng, "What is in the picture?", "What is this?", "What do you see?")
+        q = pick(rng, "What is in the picture?", "What is this?", "What do you see?")
         return q, a(scene.objects[0].name)
     taken = {o.place: a(o.name) for o in scene.objects}
     free = [p for p in PLACES if p not in taken]
-    place = choose(rng, *free) if free and rng.random() < 0.1 else choose(rng, *taken)
-    q = choose(rng, f"What is {place}?", f"What do you see {place}?")
+    place = pick(rng, *free) if free and rng.random() < 0.1 else pick(rng, *taken)
+    q = pick(rng, f"What is {place}?", f"What do you see {place}?")
     return q, taken.get(place, "nothing")
 
 
 def ask_existence(scene, rng):
     present = sorted({o.name for o in scene.objects})
     if rng.random() < 0.5:
-        name, answer = choose(rng, *present), "yes"
+        name, answer = pick(rng, *present), "yes"
     else:
         kinds = {CATEGORIES[n] for n in present} if rng.random() < 0.5 else set(CATEGORIES.values())
         # never ask about a held-out partner: training would teach that such pairs do not occur
@@ -226,17 +226,17 @@ def ask_existence(scene, rng):
         alike = [
             c for c in absent if CATEGORIES[c] in kinds
         ]  # empty if all of a category is present
-        name, answer = choose(rng, *(alike or absent)), "no"
-    return choose(rng, f"Is there {a(name)}?", f"Do you see {a(name)}?"), answer
+        name, answer = pick(rng, *(alike or absent)), "no"
+    return pick(rng, f"Is there {a(name)}?", f"Do you see {a(name)}?"), answer
 
 
 def ask_count(scene, rng):
     names = [o.name for o in scene.objects]
     if rng.random() < 0.5:
-        q = choose(rng, "How many things are there?", "How many objects do you see?")
+        q = pick(rng, "How many things are there?", "How many objects do you see?")
         return q, NUMBERS[len(names)]
     twice = [n for n in names if names.count(n) > 1]
-    name = choose(rng, *(twice or names))
+    name = pick(rng, *(twice or names))
     return f"How many {plural(name)} are there?", NUMBERS[names.count(name)]
 
 
@@ -244,8 +244,8 @@ def ask_where(scene, rng):
     names = [o.name for o in scene.objects]
     once = [o for o in scene.objects if names.count(o.name) == 1]
     if once:
-        o = choose(rng, *once)
-        return choose(rng, f"Where is the {o.name}?", f"Where do you see the {o.name}?"), o.place
+        o = pick(rng, *once)
+        return pick(rng, f"Where is the {o.name}?", f"Where do you see the {o.name}?"), o.place
 
 
 def ask_kind(scene, rng):
@@ -260,14 +260,14 @@ def ask_kind(scene, rng):
         if kind not in ("object", "sky") and sum(k in alike for k in kinds) == 1:
             asked.append((kind, o))
     if asked:
-        kind, o = choose(rng, *asked)
+        kind, o = pick(rng, *asked)
         kind = "garment" if kind == "clothing" else kind
-        q = choose(rng, f"Which {kind} is in the picture?", f"Which {kind} do you see?")
+        q = pick(rng, f"Which {kind} is in the picture?", f"Which {kind} do you see?")
         return q, a(o.name)
 
 
 def ask_background(scene, rng):
-    q = choose(rng, "What color is the background?", "Which color is behind the objects?")
+    q = pick(rng, "What color is the background?", "Which color is behind the objects?")
     return q, scene.background
 
 
@@ -282,7 +282,7 @@ def ask_side(scene, rng):
 
 
 def ask_list(scene, rng):
-    q = choose(rng, "List all objects.", "Which objects are in the picture?")
+    q = pick(rng, "List all objects.", "Which objects are in the picture?")
     return q, join([a(o.name) for o in scene.objects])
 
 

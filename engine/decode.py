@@ -84,7 +84,7 @@ class Arguments(Structure):  # `Step` of decode.cpp
 
 
 @functools.cache
-def build(weight: str, cache: str):
+def compile_step(weight: str, cache: str):
     """The function `step` of decode.cpp, compiled for this processor and these types.
 
     ValueError if there is no compiler, or if it fails.
@@ -172,7 +172,7 @@ class Step:
             return None
         if keys.shape[1] > MOST_ROWS or widest > WIDEST:
             return None
-        build(TYPES[llm.head.weight.dtype], TYPES[keys.dtype])  # if this fails, nothing has moved
+        compile_step(TYPES[llm.head.weight.dtype], TYPES[keys.dtype])  # before anything moves
         with MOVING, torch.inference_mode(False), torch.no_grad():
             pack_weights(modules)
         return Step(llm, cache)
@@ -180,7 +180,7 @@ class Step:
     def __init__(self, llm, cache):
         cfg, C, B, threads = llm.cfg, cache.keys.shape[1], MOST_ROWS, torch.get_num_threads()
         self.cache, self.kept = cache, []  # owners of the memory that the pointers below refer to
-        self.step = build(TYPES[llm.head.weight.dtype], TYPES[cache.keys.dtype])
+        self.step = compile_step(TYPES[llm.head.weight.dtype], TYPES[cache.keys.dtype])
         pair = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32)
         layers = []
         for block, keys, values in zip(llm.model.layers, cache.keys, cache.values):

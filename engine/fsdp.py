@@ -196,7 +196,7 @@ def shard_like(whole, sharded):
     return distribute_tensor(whole.to(sharded.device), *where, src_data_rank=None)
 
 
-def load(model, optimizer, state):
+def load_shards(model, optimizer, state):
     """Fill model and optimizer with the whole tensors of a resume.pt."""
     now, weights = model.state_dict(), state["model"].items()
     model.load_state_dict({name: shard_like(whole, now[name]) for name, whole in weights})

@@ -185,7 +185,7 @@ def stage_model(cfg) -> CuMoConfig:
     return model
 
 
-def stage_plan(cfg, learning: list[str]) -> Plan:
+def plan_stage(cfg, learning: list[str]) -> Plan:
     """The plan of a stage (cfg: a train.TrainConfig) that trains the submodules `learning`."""
     processes = fsdp.world()[1]
     tokens = cfg.rows * cfg.row_tokens // processes
@@ -220,7 +220,7 @@ def first_that_fits(plan: Plan, available: int, **fixed) -> Plan:
     return next((p for p in ways if total(p) <= FREE * available), min(ways, key=total))
 
 
-def choose_precision(plan: Plan, device: str, fixed: dict) -> Plan:
+def best_plan(plan: Plan, device: str, fixed: dict) -> Plan:
     """The most exact plan that fits `device`, with the settings in `fixed`. ValueError if even the
     smallest needs more than twice the memory: that is beyond the estimate's error."""
     there = available_memory(device)

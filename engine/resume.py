@@ -156,7 +156,7 @@ def finish(trainer, model, **measured):
 # ------------------------------------------------------------------------------ resume points
 
 
-def save(trainer):
+def save_point(trainer):
     """Write a resume point of a Trainer, keeping the one before as resume.old.pt."""
     state = {"model": trainer.model.state_dict(), "optimizer": trainer.optimizer.state_dict(),
              "rng": torch.get_rng_state(), **{k: getattr(trainer, k) for k in PLACE}}  # fmt: skip
@@ -179,10 +179,10 @@ def save(trainer):
         ) from None
 
 
-def load(trainer):
+def load_point(trainer):
     """Put a Trainer at the newest resume point that can be read. ValueError if there is none."""
     state = newest_readable(trainer.folder)
-    fsdp.load(trainer.model, trainer.optimizer, state)
+    fsdp.load_shards(trainer.model, trainer.optimizer, state)
     for name in PLACE:
         setattr(trainer, name, state[name])
     torch.set_rng_state(state["rng"])

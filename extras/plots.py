@@ -56,7 +56,7 @@ def check_target(file, flag="--experts"):
                          f"that matplotlib writes ({', '.join(sorted(kinds))})")  # fmt: skip
 
 
-def save(figure, file, dpi=110):
+def save_figure(figure, file, dpi=110):
     """Write a figure to a file, and say so on stderr (stdout is for results), or to a buffer."""
     figure.savefig(file, dpi=dpi)
     pyplot().close(figure)
@@ -127,7 +127,7 @@ def draw_load(load, file):
     axis.invert_yaxis()
     axis.spines[["top", "right"]].set_visible(False)
     expert_legend(figure, max(map(len, load.values())))
-    save(figure, file)
+    save_figure(figure, file)
 
 
 def expert_map(picture, choice):
@@ -214,7 +214,7 @@ def draw_experts(picture, choices, load, file, scales=1):
         note += ("\nThe bars of CLIP count the tiles of the larger scales too; the connector "
                  "routes a patch once, on the channels of all scales.")  # fmt: skip
     figure.supxlabel(note, fontsize=8, color="#444444")
-    save(figure, file, dpi=140)
+    save_figure(figure, file, dpi=140)
 
 
 def draw_routing(model, image, file):
@@ -276,7 +276,7 @@ def draw_answers(cells, file):
     note = ("seen: fresh scenes; pairs: objects that never met in training; style: a drawing style "
             "never trained on")  # fmt: skip
     figure.text(0.5, 0.012, note, fontsize=9, color="#555555", ha="center")
-    save(figure, file)
+    save_figure(figure, file)
 
 
 def running_mean(values):
@@ -325,7 +325,7 @@ def draw_losses(stages, file):
             axis.legend(frameon=False, fontsize=9)
     figure.supxlabel("thin: each step; thick: running mean over a tenth of all steps", fontsize=9,
                      color="#555555")  # fmt: skip
-    save(figure, file)
+    save_figure(figure, file)
 
 
 def read_metrics(folder):

@@ -47,7 +47,7 @@ from data.world import DESCRIBE
 from engine.conversation import Conversation
 from extras.plots import draw_routing, pyplot
 from llm import LLM
-from sample import DTYPES, find_model, load
+from sample import DTYPES, find_model, load_model
 
 CSS = ".message img { max-height: 110px } .message-buttons { display: none }"
 CHARACTERS, PICTURES = 4000, 4  # limits of one question; gradio itself has none
@@ -277,7 +277,10 @@ def serve(cfg, folder):
     check_options(context=cfg.context, max_new_tokens=cfg.max_new_tokens,
                   temperature=cfg.temperature)  # fmt: skip
     path = cfg.model or find_model()
-    model, tokenizer = load(path, cfg.device, DTYPES[cfg.dtype]), Tokenizer.from_pretrained(path)
+    model, tokenizer = (
+        load_model(path, cfg.device, DTYPES[cfg.dtype]),
+        Tokenizer.from_pretrained(path),
+    )
     new = lambda: Conversation(model, tokenizer, cfg.context, max_new_tokens=cfg.max_new_tokens,
                                temperature=cfg.temperature)  # fmt: skip
     # A first token before the page opens: a wrong flag fails here and not at a visitor's question.

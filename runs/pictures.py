@@ -13,7 +13,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data.images import open_image
-from extras.plots import COLORS, pyplot, save
+from extras.plots import COLORS, pyplot, save_figure
 
 SHOWN = (  # rows of bench/speed.py in the table and the picture: (section, start of the case)
     ("moe", "CLIP-L, 16"),
@@ -118,7 +118,7 @@ def draw_architecture(file):
     box(axis, 5, 1.9, 9.4, 0.85, "LLM", size=26)
     arrow(axis, (5, 1.47), (5, 0.98))
     box(axis, 5, 0.6, 4.2, 0.72, "at the bottom left", TEXT, size=23)
-    save(figure, file)
+    save_figure(figure, file)
 
 
 # ------------------------------------------------------------------------- bench/speed.py's races
@@ -179,7 +179,7 @@ def draw_ratios(run, file):
     axis.minorticks_off()
     axis.grid(axis="x", alpha=0.4)
     axis.invert_yaxis()
-    save(figure, file)
+    save_figure(figure, file)
 
 
 # ---------------------------------------------------------------------------- the ablations
@@ -256,7 +256,7 @@ def draw_ablations(groups, file, reach=6):
     said = ("Thick mark: mean; circles: our seeds; blue band: the seeds of the reference; arrow: "
             'off the scale. "...": the row above, with this change.')  # fmt: skip
     figure.supxlabel(said, fontsize=9)
-    save(figure, file)
+    save_figure(figure, file)
 
 
 def main():

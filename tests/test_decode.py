@@ -349,7 +349,7 @@ def test_a_compiler_that_fails_is_named(compiler, said, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(ValueError, match=said):
-        decode.build.__wrapped__("float", "float")
+        decode.compile_step.__wrapped__("float", "float")
     assert not [*tmp_path.glob("nanocumo/*")], "no incomplete file may stay"
 
 
@@ -357,15 +357,15 @@ def test_without_a_compiler_it_says_so(monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ValueError, match="compile needs a C.. compiler .g.. or clang.*slower"):
-        decode.build.__wrapped__("float", "float")
+        decode.compile_step.__wrapped__("float", "float")
 
 
 def test_it_is_compiled_once(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    decode.build.__wrapped__("float", "float")
+    decode.compile_step.__wrapped__("float", "float")
     (library,) = tmp_path.glob("nanocumo/*")
     monkeypatch.setattr(decode.subprocess, "run", None)
-    decode.build.__wrapped__("float", "float")
+    decode.compile_step.__wrapped__("float", "float")
     assert [*tmp_path.glob("nanocumo/*")] == [library]
 
 
@@ -375,7 +375,7 @@ def test_it_is_compiled_once(monkeypatch, tmp_path):
 def test_processors_without_avx512_get_the_same(kind, dtype, monkeypatch):
     flags = [flag.replace("native", kind) for flag in decode.FLAGS]
     monkeypatch.setattr(decode, "FLAGS", flags)
-    monkeypatch.setattr(decode, "build", decode.build.__wrapped__)
+    monkeypatch.setattr(decode, "compile_step", decode.compile_step.__wrapped__)
     llm = made("wide", torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
     llm = quantize(llm) if dtype == torch.int8 else llm
     exact, most = copy.deepcopy(llm).float(), 4e-2 if dtype == torch.bfloat16 else 1e-5

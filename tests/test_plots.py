@@ -182,7 +182,9 @@ def test_bars_have_a_scale_on_which_the_even_share_is_marked(drawn):
 def test_note_on_scales_is_drawn_only_for_several(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     plt, notes = plots.pyplot(), []
-    monkeypatch.setattr(plots, "save", lambda figure, *_, **__: notes.append(figure._supxlabel))
+    monkeypatch.setattr(
+        plots, "save_figure", lambda figure, *_, **__: notes.append(figure._supxlabel)
+    )
     for scales in ((1,), (1, 3)):
         plots.draw_routing(tiny_cumo(experts=4, scales=scales), PLAIN, tmp_path / "map.png")
     one, two = (text.get_text() for text in notes)
@@ -203,7 +205,7 @@ def test_losses_of_every_stage_are_drawn_and_balance_with_its_line_at_1(monkeypa
     dense = [{"samples": 8 * k, "lm_loss": 5 / k} for k in range(1, 41)]
     sparse = [row | {"clip_balance": 1.2, "mlp_balance": 1.1, "clip_z": 2.0} for row in dense]
     kept = []
-    monkeypatch.setattr(plots, "save", lambda figure, file: kept.append(figure))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, file: kept.append(figure))
     plots.draw_losses({1: dense, 3: sparse}, tmp_path / "loss.png")
     axes = {axis.get_title(): axis for axis in kept[0].axes if axis.get_title()}
     plots.pyplot().close("all")
@@ -221,7 +223,7 @@ def test_losses_of_every_stage_are_drawn_and_balance_with_its_line_at_1(monkeypa
 def test_an_answer_is_marked_right_or_wrong_and_no_two_lines_overlap(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     kept = []
-    monkeypatch.setattr(plots, "save", lambda figure, file: kept.append(figure))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, file: kept.append(figure))
     asked = [("Is it?", "no", "no"), ("List all.", "a dog " * 9, "a cat " * 9), ("Why?", "1", "2")]
     plots.draw_answers([("seen", PLAIN, asked)], tmp_path / "answers.png")
     figure = kept[0]
@@ -237,7 +239,7 @@ def test_the_table_and_the_picture_of_ratios_have_the_same_rows(monkeypatch, tmp
     pytest.importorskip("matplotlib")
     run = json.loads((ROOT / "bench" / "amd-epyc-bfloat16.json").read_text())
     kept = []
-    monkeypatch.setattr(pictures, "save", lambda figure, file: kept.append(figure))
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, file: kept.append(figure))
     pictures.draw_ratios(run, tmp_path / "ratios.png")
     (axis,) = kept[0].axes
     names = [text.get_text().replace("\n", " ") for text in axis.get_yticklabels()]

@@ -260,7 +260,7 @@ def test_bad_input_gets_one_line(model_dir, tmp_path, flags, message, monkeypatc
     ],
 )
 def test_bad_flags_show_before_a_model_is_loaded(tmp_path, flags, message, monkeypatch, capsys):
-    monkeypatch.setattr(sample, "load", None)
+    monkeypatch.setattr(sample, "load_model", None)
     monkeypatch.chdir(tmp_path)
     flags = ["--model", tmp_path, "--image", ROOT / "cat.jpg", "--ask", "What?", *flags]
     assert message in refusal(sample.main, flags, monkeypatch, capsys)

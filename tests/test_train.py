@@ -325,7 +325,7 @@ def test_any_bit_of_a_resume_point_is_told_or_is_not_read(weights, finished, tmp
         content = bytearray(whole)
         content[place] ^= 8
         newest.write_bytes(content)
-        resume.load(trainer)
+        resume.load_point(trainer)
         assert trainer.step == state["step"]
         for name, weight in trainer.model.state_dict().items():
             assert torch.equal(weight, state["model"][name])
@@ -500,7 +500,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(weights, finished, tmp_path
     assert state["config"]["samples"] == 4000 and 0 < steps < 400
     train.choose_precision(cfg)
     trainer = train.Trainer(cfg)
-    resume.load(trainer)
+    resume.load_point(trainer)
     assert trainer.step == steps, "it goes on after the last step of the log"
 
 
@@ -512,7 +512,7 @@ def test_a_second_ctrl_c_does_not_cut_the_last_save(weights, tmp_path, monkeypat
 
         return call
 
-    for owner, name in ((train.Trainer, "train_step"), (resume, "save")):
+    for owner, name in ((train.Trainer, "train_step"), (resume, "save_point")):
         monkeypatch.setattr(owner, name, interrupted(getattr(owner, name)))
     monkeypatch.setattr(sys, "argv", command(weights, tmp_path, "--stage", "1")[1:])
     train.main()
