@@ -2,6 +2,7 @@
 
 import ast
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,9 @@ def test_the_model_files_know_nothing_of_what_makes_them_fast():
     for name in ("mlp_moe", "clip_moe", "llm", "cumo", "upcycle"):
         assert not [row for row in imports_of(ROOT / f"{name}.py") if row[1] == "engine"], name
         assert "ctypes" not in (ROOT / f"{name}.py").read_text()
+
+
+def test_pip_installs_dependencies_and_nothing_else():
+    """Modules called `data` or `train` in site-packages would break other projects' imports."""
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert setup == {"py-modules": [], "packages": []}
