@@ -9,8 +9,8 @@ transformer does the rest, every token attending to every other:
     x += MLP(LN2(x))  or, in CuMo,  x += MoE(LN2(x))        (paper section 3.2, "CLIP-MoE")
 
 Only the MLPs become sparse (upcycle.py). The features are the patch tokens of the last but one
-layer, without the class token and without a final norm. The last layer was trained to summarise the
-image into the class token, so it is not computed.
+layer, without the class token and without a final norm. The last layer's output is not used, so it
+is not computed.
 
 S2, several scales (arXiv 2403.13043). CLIP's positions fix its input at 336 pixels, so more detail
 takes more passes. At scale 3 the image is enlarged to 1008 pixels and cut into 3 x 3 tiles:
@@ -172,7 +172,7 @@ def merge_tiles(x: Tensor, scale: int) -> Tensor:
         return x
     grid = int(x.shape[1] ** 0.5)
     patches = x.unflatten(1, (grid, grid)).unflatten(0, (scale, scale, -1))  # r c n g g D
-    rows = patches.permute(2, 0, 3, 1, 4, 5)  # n (r g) (c g) D, read next as n (g r) (g c) D
+    rows = patches.permute(2, 0, 3, 1, 4, 5)  # n (r g) (c g) D: rows and columns of the grid
     blocks = rows.reshape(-1, grid, scale, grid, scale, x.shape[-1])
     return blocks.float().mean((2, 4)).to(x.dtype).flatten(1, 2)
 
@@ -220,7 +220,7 @@ class CLIPVision(nn.Module):
 
     def public_state_dict(self, keep_vars: bool = False) -> dict[str, Tensor]:
         """Views of all weights under the names of public checkpoints; with `keep_vars`, as in
-        `state_dict`, unstacked weights are the parameters themselves."""
+        `state_dict`, dense weights are the parameters themselves."""
         views = {}
         for name, tensor in self.state_dict(keep_vars=keep_vars).items():
             if ".moe." not in name:
@@ -254,7 +254,7 @@ class CLIPVision(nn.Module):
 
 
 def mean_aux(auxes: list[list[Aux]]) -> Aux | None:
-    """Means over the layers of each scale, then over the scales, whatever their number of tiles."""
+    """balance and z: means over layers, then scales. load and entropy: means over scales."""
     if not auxes[0]:
         return None
     balance, z, load, entropy = (

@@ -6,8 +6,8 @@
                                                   e e e I I I I I e e e --LLM--> "a cat"
 
 To the language model an image is P more tokens, embedded by the connector (LLaVA, arXiv
-2304.08485). CuMo (arXiv 2405.05949) makes the two parts before the language model sparse: E times
-the parameters at K times the cost. Two more losses train the routers (section 3.3):
+2304.08485). CuMo (arXiv 2405.05949) makes the MLPs of the two parts before the language model
+sparse. Two more losses keep the routers balanced (section 3.3):
 
     loss = LM cross-entropy + 0.1 * sum of balance losses + 0.01 * sum of z losses
 
@@ -18,7 +18,7 @@ A checkpoint is a directory with the names of the released CuMo models: `config.
 safetensors (`model.vision_tower...`, `model.mm_projector...`, the LLM's own), dense or sparse.
 
 Where we differ from the original: a row without an image costs no image, padding is never routed,
-and CLIP's unused last layer is not computed. `model.parity = True` restores the original's losses.
+and CLIP's unused last layer is not computed. `model.parity = True` restores the last two.
 """
 
 from dataclasses import asdict, dataclass
@@ -70,7 +70,7 @@ class Output(NamedTuple):
     lm_loss: Tensor | None
     aux: dict  # {"clip" | "mlp" | "llm": (balance, z), or None where that part is dense}
     load: dict  # {"clip": [L, E], "mlp": [E], "llm": [L, E]} share of the assignments, or None
-    entropy: dict  # {"clip": [L], "mlp": [], "llm": [L]} of the routers, in nats, or None
+    entropy: dict  # {"clip": [L], "mlp": scalar, "llm": [L]} of the routers, in nats
 
     def metrics(self):
         """The numbers that a training logs; loads and entropies are lists over the layers."""
@@ -167,8 +167,8 @@ class CuMo(nn.Module):
     # ------------------------------------------------------------------------- checkpoints
 
     def public_state_dict(self, keep_vars=False):
-        """Views of all parameters under the names of the released checkpoints; with `keep_vars`, as
-        in `state_dict`, unstacked weights are the parameters themselves."""
+        """Views of all parameters under the names of the released checkpoints; `keep_vars`: see
+        CLIPVision."""
         views = dict(self.llm.public_state_dict(keep_vars))
         vision = self.vision.public_state_dict(keep_vars)
         views |= {"model.vision_tower." + k: v for k, v in vision.items()}

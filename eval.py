@@ -1,6 +1,6 @@
 """Exact-answer accuracy on held-out scenes, by question type, compared with two baselines.
 
-    python eval.py                       # the furthest stage in out/, all splits
+    python eval.py                       # the last finished stage in out/, all splits
     python eval.py --model DIR --n 1000
     python eval.py --model DIR --benchmark pope --folder eval/pope     # extras/benchmarks.py
     python eval.py --experts load.png --data mine.json --image-folder pics
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from cumo import CuMo
 from data.exam import SPLITS, exam, fixed_answers, question_form
-from data.flags import check_device, parse, run
+from data.flags import check_choice, check_device, parse, run
 from data.hub import local_folder
 from data.tokenizer import Tokenizer
 from data.weights import make_folder, write_json
@@ -38,7 +38,7 @@ from sample import DTYPES, find_model
 
 @dataclass
 class EvalConfig:
-    model: str = ""  # a checkpoint; empty: the furthest stage in out/
+    model: str = ""  # a checkpoint; empty: the last finished stage in out/
     out: str = "out"  # folder for eval.json and the pictures
     n: int = 1600  # questions a split; of a benchmark: the first n, not given: all
     benchmark: str = ""  # a public one instead of the scenes: pope, gqa, ... (extras/benchmarks.py)
@@ -107,8 +107,7 @@ def check_flags(cfg):
         raise ValueError("--benchmark NAME and --folder DIR go together, without --data, --experts")
     if cfg.image_folder and not cfg.data:
         raise ValueError(f"--image-folder {cfg.image_folder} goes with --data FILE")
-    if cfg.dtype not in DTYPES:
-        raise ValueError(f"--dtype {cfg.dtype!r} is unknown; choose float32 or bfloat16")
+    check_choice("dtype", cfg.dtype, DTYPES)
     check_device(cfg.device)
 
 

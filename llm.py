@@ -1,12 +1,12 @@
 """The language model: a Mistral-style decoder, dense or (Mixtral) with sparse experts.
 
-A decoder makes T predictions from T tokens, each from the tokens before it. Every layer adds two
-terms to the residual stream x [B, T, D]: attention reads earlier positions, then an MLP transforms
-each position. Llama, Mistral and Mixtral weights all fit:
+A decoder makes T predictions from T tokens, each from one token and those before it. Every layer
+adds two terms to the residual stream x [B, T, D]: attention reads earlier positions, then an MLP
+transforms each position. Llama, Mistral and Mixtral weights all fit:
 
-    tokens -> embed -> x -+- RMSNorm -> attention -+- RMSNorm -> SwiGLU -+-> RMSNorm -> head
-                          '----------- + ----------'---------- + --------'
-                           `--------------- n_layers times --------------'
+    tokens -> embed -.-> RMSNorm -> attention -> + -.-> RMSNorm -> SwiGLU -> + -> RMSNorm -> head
+                     |---------- x --------------'  '---------- x -----------'|
+                     '-------------------- n_layers times --------------------'
 
     RMSNorm   x / rms(x) * weight: LayerNorm without the mean and without the bias.
     RoPE      rotates pairs of features of q and k by an angle proportional to the position, so
@@ -53,7 +53,7 @@ class LLMConfig:
     head_dim: int | None = None  # A; None: dim // n_heads
     rms_norm_eps: float = 1e-5
     rope_theta: float = 1e4  # the slowest pair takes about 2 pi theta tokens a turn
-    max_positions: int = 32768  # only noted in config.json: RoPE has no table of positions
+    max_positions: int = 32768  # longest context of a chat; RoPE itself has no limit
     sliding_window: int | None = None  # tokens seen, the query's own included; None: all
     tie_embeddings: bool = False  # the head is the embedding, transposed
     num_experts: int = 0  # E in every layer; 0: dense
@@ -334,7 +334,7 @@ class LLM(nn.Module):
         """
         assert segments is None or cache is None or cache.seen == 0, "padding comes first"
         segments = x.new_ones(x.shape[:2], dtype=torch.int64) if segments is None else segments
-        # CuMo: padding (parity: on the right) looks at the text, but is never looked at.
+        # CuMo: padding (on the right) is a query that sees the text, but never a key.
         asking = segments.clamp(min=1) if self.parity else segments
         pos = positions(asking) if cache is None else cache.reserve(positions(asking))
         q_B2T, k_B2U = torch.stack((pos, asking), dim=1), torch.stack((pos, segments), dim=1)

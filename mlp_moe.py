@@ -2,7 +2,7 @@
 
 A transformer's MLP sends every token through the same weights. A sparse block has E such MLPs, the
 experts, and a router that sends each token through K of them: E times the parameters for K times
-the arithmetic. CuMo (arXiv 2405.05949, section 3.1) uses such blocks in CLIP and in the connector.
+the arithmetic. CuMo (arXiv 2405.05949, section 3.2) uses such blocks in CLIP and in the connector.
 
     x [N, D] --> router --> probs [N, E] --> the K best experts of each token, and their weights
        |                                                |
@@ -13,7 +13,7 @@ the arithmetic. CuMo (arXiv 2405.05949, section 3.1) uses such blocks in CLIP an
     probs = softmax(x W)                        one logit per expert, in float32
     y_t   = sum over the top K of  w_te * expert_e(x_t),   w = the top K probs, scaled to sum to 1
 
-Without help a router sends every token to one expert. Two losses prevent that (`routing_losses`).
+Left alone, a router may send most tokens to a few experts; `routing_losses` prevents it.
 
 Experts are stacked parameters, w1 [E, D, F] and w2 [E, F, D]. After the tokens are sorted by
 expert, one grouped matrix product runs all experts: no loop, no dropped token, and no wait for the
@@ -55,7 +55,7 @@ checkpointed = partial(
 class Aux(NamedTuple):
     """The losses and statistics of a router's decisions about one batch."""
 
-    balance: Tensor  # scalar, 1 (even) to E (collapsed)
+    balance: Tensor  # scalar: about 1 for even use, E if one expert certainly gets every token
     z: Tensor  # scalar
     load: Tensor  # [E] share of the assignments that went to each expert; sums to 1, no gradient
     choice: Tensor  # [B, T, K] chosen experts, best first; E (no expert) where padded
@@ -96,7 +96,7 @@ class Router(nn.Module):
         return weights / weights.sum(-1, keepdim=True), choice, logits, probs
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Aux]:
-        # In float32 under any autocast: near ties decide which expert learns.
+        # In float32 under any autocast: bf16 would flip the choice between near-equal experts.
         # CuMo: the original takes logits and z in the surrounding precision, bf16 in training.
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -110,13 +110,13 @@ class Router(nn.Module):
 
 
 def routing_losses(logits_BTE: Tensor, probs_BTE: Tensor, choice_BTK: Tensor, real_BT: Tensor):
-    """The two auxiliary losses of the paper's section 3.3 and what a log wants to know -> Aux.
+    """The two auxiliary losses (paper section 3.3), and statistics for the log -> Aux.
 
     balance = E * mean over samples of sum_e prob_e * share_e, where prob_e is the mean probability
-              of expert e and share_e the share of tokens whose first choice it is: 1 for even
-              use, E when one expert takes everything. Only prob has a gradient, away from busy
-              experts. Only first choices count, as in GShard and the original: counting all K
-              choices says little when K is close to E.
+              of expert e and share_e the share of tokens whose first choice it is. Only prob
+              has a gradient; it lowers the probability of busy experts. Only first choices
+              count, as in GShard and the original: counting all K choices says little when K is
+              close to E.
     z       = mean of logsumexp(logits)^2, which keeps the logits small.
     """
     E, K = logits_BTE.shape[-1], choice_BTK.shape[-1]
@@ -135,12 +135,12 @@ def routing_losses(logits_BTE: Tensor, probs_BTE: Tensor, choice_BTK: Tensor, re
     return Aux(balance, z, load_E, choice_BTK, prob_BE, share_BE, entropy)
 
 
-def grouped_matmul(x_MD: Tensor, w_EDF: Tensor, ends_E: Tensor, rows_ME: Tensor) -> Tensor:
+def grouped_matmul(x_MD: Tensor, w_EDF: Tensor, ends_E: Tensor, onehot_ME: Tensor) -> Tensor:
     """Rows ends[e-1] to ends[e] of x, times w[e], for all experts e at once.
 
     PyTorch's grouped product needs bfloat16 rows aligned to 16 bytes; on a CPU, uncompiled, it also
     takes float32 and float16. Otherwise each row is written into its expert's columns of a zero
-    matrix [M, E*D] (`rows_ME` is the one-hot of row -> expert): an exact ordinary product, at E
+    matrix [M, E*D] (`onehot_ME` is the one-hot of row -> expert): an exact ordinary product, at E
     times the arithmetic.
     """
     aligned = all(size * x_MD.element_size() % 16 == 0 for size in w_EDF.shape[1:])
@@ -148,7 +148,7 @@ def grouped_matmul(x_MD: Tensor, w_EDF: Tensor, ends_E: Tensor, rows_ME: Tensor)
     more = (torch.float32, torch.float16) if eager_cpu else ()
     if aligned and x_MD.dtype in (torch.bfloat16, *more):
         return F.grouped_mm(x_MD, w_EDF, offs=ends_E)
-    return (rows_ME[:, :, None] * x_MD[:, None, :]).flatten(1) @ w_EDF.flatten(0, 1)
+    return (onehot_ME[:, :, None] * x_MD[:, None, :]).flatten(1) @ w_EDF.flatten(0, 1)
 
 
 class Experts(nn.Module):
@@ -186,13 +186,13 @@ class Experts(nn.Module):
             x_MD = x_MD.to(torch.get_autocast_dtype(x_MD.device.type))
         experts_E = torch.arange(len(ends_E), device=x_MD.device)
         row_M = torch.arange(len(x_MD), device=x_MD.device)
-        rows_ME = torch.searchsorted(ends_E, row_M, right=True)[:, None] == experts_E
-        rows_ME = rows_ME.to(x_MD.dtype)
+        onehot_ME = torch.searchsorted(ends_E, row_M, right=True)[:, None] == experts_E
+        onehot_ME = onehot_ME.to(x_MD.dtype)
 
         def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-            y = grouped_matmul(x, w.to(x.dtype), ends_E, rows_ME)
+            y = grouped_matmul(x, w.to(x.dtype), ends_E, onehot_ME)
             # a product with the one-hot adds each row's bias and gives an exact gradient
-            return y if b is None else torch.addmm(y, rows_ME, b.to(x.dtype))
+            return y if b is None else torch.addmm(y, onehot_ME, b.to(x.dtype))
 
         hidden_MF = ACTIVATIONS[self.act](linear(x_MD, self.w1, self.b1))
         if self.w3 is not None:
@@ -251,13 +251,13 @@ class SparseMoE(nn.Module):
         experts_E = torch.arange(num_experts, device=x.device)
         ends_E = torch.searchsorted(sorted_M, experts_E, right=True, out_int32=True)
         ends_E[-1] = len(sorted_M)
-        position_M = torch.empty_like(order_M)
-        position_M[order_M] = torch.arange(len(order_M), device=x.device)
+        inverse_M = torch.empty_like(order_M)
+        inverse_M[order_M] = torch.arange(len(order_M), device=x.device)
         # 3) run all experts
         x_MD = x.flatten(0, -2).repeat_interleave(K, 0)  # K rows a token
-        y_MD = self.experts(Permuted.apply(x_MD, order_M, position_M), ends_E)
+        y_MD = self.experts(Permuted.apply(x_MD, order_M, inverse_M), ends_E)
         # 4) un-sort and combine
-        y_BTKD = Permuted.apply(y_MD, position_M, order_M)
+        y_BTKD = Permuted.apply(y_MD, inverse_M, order_M)
         y_BTKD = y_BTKD.view(*weights_BTK.shape, y_MD.shape[-1])
         return (weights_BTK[..., None] * y_BTKD).sum(-2).to(y_MD.dtype), aux
 
@@ -271,7 +271,7 @@ class Connector(nn.Module):
     """From CLIP's features to the language model's: (x) -> (y, Aux, or None when dense).
 
     A two-layer MLP with exact GELU, in_dim -> out_dim -> out_dim, as in LLaVA; with num_experts > 0
-    a sparse mixture of such MLPs (paper section 3.1, "MLP-MoE"). No residual, no norm.
+    a sparse mixture of such MLPs (paper section 3.2, "MLP-MoE"). No residual, no norm.
     """
 
     def __init__(self, in_dim: int, out_dim: int, num_experts: int = 0, top_k: int = 2):

@@ -71,7 +71,7 @@ def load_model(path, device, dtype=None, quant=""):
     """The CuMo in a folder, or the LLM if the folder holds nothing else."""
     config = read_config(path)
     sees = "vision_config" in config or "mm_vision_tower" in config
-    place = "cpu" if quant else device  # a GPU with room for int8 may lack room for more
+    place = "cpu" if quant else device  # quantize there: the GPU may not hold the full weights
     model = (CuMo if sees else LLM).from_pretrained(path, device=place, dtype=dtype).eval()
     if quant:
         quantize(model if isinstance(model, LLM) else model.llm)

@@ -64,19 +64,19 @@ class ModelSettings:
 class PrecisionSettings:
     """For every stage that runs; another choice gives other numbers."""
 
-    bf16: bool = True  # bf16 products over float32 weights, where the hardware has them
+    bf16: bool | None = None  # bf16 products over float32 weights; default: if hardware has them
     weights: str = ""  # fp32, bf16-master or bf16-sr; empty: what fits (--estimate)
     moments: str = ""  # AdamW's moments: fp32 or bf16; empty: what fits
 
 
 @dataclass
 class RunSettings:
-    """For every stage that runs; none of them changes what is learned."""
+    """For every stage that runs; none of them changes more than rounding."""
 
     stage: int = 0  # train this stage, and first those it needs; 0: all three
     out: str = "out"  # folder of the three stages
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to train
-    compile: bool = False  # torch.compile the blocks; on unless --no-compile on a GPU
+    compile: bool | None = None  # torch.compile the blocks; default: on a GPU
     recompute: bool | None = None  # gradient checkpointing; default: only if needed to fit
     estimate: bool = False  # print the memory of the stage on each size of card, and stop
     plot: bool = True  # draw the loss curves when a stage ends (pip install matplotlib)
@@ -88,14 +88,14 @@ class RunSettings:
 
 @dataclass
 class StageSettings:
-    """For the stage named by --stage; the stages it needs first take the values of the table."""
+    """For the stage named by --stage; a stage that it needs first takes the table's values."""
 
     data: str = ""  # LLaVA JSON or JSONL; empty: the emoji world
     image_folder: str = ""  # folder that the image paths of --data are relative to
     limit: int = 0  # use only the first so many records of --data; 0: all
     samples: int = 0  # number of samples to see; 0: all of --data, once
     augment: bool = True  # recolour the drawings of the emoji world
-    init: str = ""  # start from this checkpoint; without --stage, stage 3 alone
+    init: str = ""  # start from this checkpoint; if --stage is not given, only stage 3 runs
     template: str = "mistral_instruct_system"  # how conversations are written
     image_mode: str = "pad"  # how images become square: pad or square
     rows: int = 8  # packed rows a batch
@@ -123,7 +123,7 @@ class TrainConfig(StageSettings, RunSettings, PrecisionSettings, ModelSettings):
         return {f.name: getattr(self, f.name) for group in groups for f in fields(group)}
 
     shared = property(lambda self: self.of(ModelSettings))
-    learned = property(lambda self: self.of(ModelSettings, PrecisionSettings, StageSettings))
+    must_match = property(lambda self: self.of(ModelSettings, PrecisionSettings, StageSettings))
 
 
 CLIP_L = "openai/clip-vit-large-patch14-336"
@@ -208,7 +208,7 @@ def split_parts(text):
     return text.split(",") if text else []
 
 
-def learning(cfg):
+def trained_modules(cfg):
     """The submodules of a CuMo that this stage trains."""
     if cfg.stage == 1:
         return ["connector"]
@@ -220,13 +220,13 @@ def lr_at(done, cfg):
     """Learning rate when a share `done` (0 to 1) of the samples is used: warm-up, then cosine. (The
     number of steps is not known in advance: a row is packed with as many samples as fit.)"""
     if done < cfg.warmup:
-        return cfg.lr * (done + 1e-3) / (cfg.warmup + 1e-3)
+        return cfg.lr * (done + 1e-3) / (cfg.warmup + 1e-3)  # not 0 at the first step
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * min(1, (done - cfg.warmup) / (1 - cfg.warmup))))
 
 
 def stage_plan(cfg):
     """The memory.Plan of one batch of this stage."""
-    return memory.plan_stage(cfg, learning(cfg))
+    return memory.plan_stage(cfg, trained_modules(cfg))
 
 
 def choose_precision(cfg):
@@ -244,8 +244,8 @@ def build(cfg):
     source = cfg.init or (stage_dir(cfg, cfg.stage - 1) if cfg.stage > 1 else cfg.llm)
     dtype = torch.float32 if cfg.weights == "fp32" else torch.bfloat16
     if cfg.stage == 1 and not cfg.init:
-        vision = CLIPVision.from_pretrained(local_folder(cfg.clip), cfg.scales, dtype)
-        llm = LLM.from_pretrained(local_folder(cfg.llm), dtype)
+        vision = CLIPVision.from_pretrained(local_folder(cfg.clip), cfg.scales, dtype=dtype)
+        llm = LLM.from_pretrained(local_folder(cfg.llm), dtype=dtype)
         with torch.device("meta"):  # random weights of a 7B would take 28 GB, and be thrown away
             model = CuMo(CuMoConfig(vision.cfg, llm.cfg))
         model.vision, model.llm = vision, llm
@@ -258,7 +258,7 @@ def build(cfg):
         model = upcycle(model, parts, cfg.num_experts, cfg.top_k, cfg.seed, scratch)
     model.vision.recompute = model.llm.recompute = bool(cfg.recompute)
     for name, module in model.named_children():  # vision, connector, llm
-        module.requires_grad_(name in learning(cfg))
+        module.requires_grad_(name in trained_modules(cfg))
     model.cfg.balance_coef, model.cfg.z_coef = cfg.balance_coef, cfg.z_coef
     model.cfg.image_mode, model.cfg.template = cfg.image_mode, cfg.template
     if cfg.template == "plain":  # for captions only; a user's questions need another template
@@ -319,7 +319,7 @@ class Trainer:
         norm = fsdp.full(norm).item()
         if not math.isfinite(norm):
             names = [self.data.name(i) for i in self.order[before : self.used].tolist()]
-            good = f". The resume point in {self.folder} is good" * resume.is_begun(self.folder)
+            good = ". The last resume point is good" * resume.has_resume_point(self.folder)
             raise ValueError(
                 f"the loss or a gradient is not finite in the batch of samples {', '.join(names)}; "
                 f"correct them, lower --lr, or try --no-bf16{good}"
@@ -341,11 +341,11 @@ class Trainer:
 
     def loop(self, wandb=None):
         """Train to the end of the data -> True, or until Ctrl-C -> False."""
-        first, device = fsdp.is_main(), self.cfg.device
+        main, device = fsdp.is_main(), self.cfg.device
         bar = tqdm(total=len(self.order), initial=self.used, unit="sample",
-                   desc=f"stage {self.cfg.stage}", disable=not first)  # fmt: skip
+                   desc=f"stage {self.cfg.stage}", disable=not main)  # fmt: skip
         self.model.train()
-        log = open(self.folder / "metrics.jsonl" if first else os.devnull, "a", buffering=1)
+        log = open(self.folder / "metrics.jsonl" if main else os.devnull, "a", buffering=1)
         with log, bar, closing(self.batches()) as batches:  # closing ends the workers
             while not fsdp.any_rank(self.stop, device):
                 start, taken = time.perf_counter(), list(islice(batches, self.cfg.accumulate))
@@ -389,8 +389,8 @@ def train_stage(cfg):
         wandb = open_wandb(cfg)
     trainer = Trainer(cfg)
     sizes = [(p.numel(), p.requires_grad) for p in trainer.model.parameters()]
-    every, trained = sum(n for n, _ in sizes), sum(n for n, learns in sizes if learns)
-    print(f"{name}: trains {trained:,} of {every:,} parameters on {len(trainer.order):,} samples")
+    total, trained = sum(n for n, _ in sizes), sum(n for n, learns in sizes if learns)
+    print(f"{name}: trains {trained:,} of {total:,} parameters on {len(trainer.order):,} samples")
     if state:
         resume.load_point(trainer)
         print(f"{name}: resumed after {trainer.used:,} samples")
@@ -439,7 +439,7 @@ def main():
         if not target:
             if resume.is_finished(stage_cfg, stage_dir(stage_cfg, stage)):
                 continue
-            print(f"stage {last} needs stage {stage}, which is missing")
+            print(f"stage {last} needs stage {stage}, which is not finished")
         if not train_stage(stage_cfg):
             return
 

@@ -7,13 +7,13 @@ not converge that way. So each expert starts as a copy of the trained MLP that i
     x -> MLP       x -> router -> MLP, MLP, MLP, MLP     x -> router -> MLP1, MLP2, MLP3, MLP4
 
 With identical experts the router's weights, which sum to 1, cancel out: y = sum_k w_k MLP(x) =
-MLP(x). So step 0 loses nothing. The router starts random, so each expert then sees other tokens and
-grows apart from the others. No noise is added.
+MLP(x). So step 0 loses nothing. The router starts random, so the experts then see different tokens
+and grow apart. No noise is added.
 
     python upcycle.py SRC DST --parts clip,mlp --experts 4 --top-k 2
 
-`--parts llm` upcycles the language model too (Table 3c). `--scratch clip` leaves the experts of
-that part random, for the rows of the ablation that show why copies matter.
+`--parts clip,mlp,llm` upcycles the language model too (Table 3c). `--scratch clip` leaves the
+experts of that part random, for the rows of the ablation that show why copies matter.
 """
 
 import argparse
@@ -57,15 +57,15 @@ def sparse_config(cfg, parts, num_experts, top_k):
     return cfg
 
 
-def copy_to_experts(experts, fc1, fc2, gate=None):
+def copy_to_experts(experts, fc1, fc2, fc3=None):
     """Make each of the E experts a copy of one MLP: [D, F] is broadcast over [E, D, F]."""
-    experts.w1.copy_((gate or fc1).weight.T)
+    experts.w1.copy_(fc1.weight.T)
     experts.w2.copy_(fc2.weight.T)
-    if gate is not None:  # SwiGLU: (silu(x w1) * (x w3)) w2
-        experts.w3.copy_(fc1.weight.T)
-    else:
+    if fc3 is None:
         experts.b1.copy_(fc1.bias)
         experts.b2.copy_(fc2.bias)
+    else:  # SwiGLU has a third matrix and no bias: (silu(x w1) * (x w3)) w2
+        experts.w3.copy_(fc3.weight.T)
 
 
 @torch.no_grad()
@@ -84,7 +84,9 @@ def upcycle(model, parts=("clip", "mlp"), num_experts=4, top_k=2, seed=0, scratc
     sparse = sparse.to_empty(device=weight.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for kind in (Router, Experts) if scratch else (Router,):  # routers do not depend on scratch
+        for kind in (
+            (Router, Experts) if scratch else (Router,)
+        ):  # routers first: the same for any scratch
             for module in (m for m in sparse.modules() if isinstance(m, kind)):
                 module.reset_parameters()
 
@@ -102,7 +104,7 @@ def upcycle(model, parts=("clip", "mlp"), num_experts=4, top_k=2, seed=0, scratc
     if "llm" in copied:
         for new, old in zip(sparse.llm.model.layers, model.llm.model.layers):
             experts, mlp = new.block_sparse_moe.experts, old.mlp
-            copy_to_experts(experts, mlp.up_proj, mlp.down_proj, gate=mlp.gate_proj)
+            copy_to_experts(experts, mlp.gate_proj, mlp.down_proj, mlp.up_proj)
     return sparse
 
 

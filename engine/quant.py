@@ -77,14 +77,14 @@ class Int8Experts(nn.Module):
     def forward(self, x_MD: Tensor, ends_E: Tensor) -> Tensor:
         row_M = torch.arange(len(x_MD), device=x_MD.device)
         expert_M = torch.searchsorted(ends_E, row_M, right=True)
-        rows_ME = expert_M[:, None] == torch.arange(len(ends_E), device=x_MD.device)
+        onehot_ME = expert_M[:, None] == torch.arange(len(ends_E), device=x_MD.device)
 
         def linear(x: Tensor, name: str) -> Tensor:
             w_EDF, scale_EF = getattr(self, name), getattr(self, f"scale_{name}")
             if len(x) <= FEW:
                 y = torch.einsum("md,mdf->mf", x, w_EDF[expert_M].to(x.dtype))
             else:
-                y = grouped_matmul(x, w_EDF.to(x.dtype), ends_E, rows_ME.to(x.dtype))
+                y = grouped_matmul(x, w_EDF.to(x.dtype), ends_E, onehot_ME.to(x.dtype))
             return (y * scale_EF[expert_M]).to(x.dtype)
 
         hidden_MF = ACTIVATIONS[self.act](linear(x_MD, "w1")) * linear(x_MD, "w3")

@@ -52,7 +52,7 @@ def read_state(folder):
     return state
 
 
-def is_begun(folder):
+def has_resume_point(folder):
     """Whether a stage has a resume point."""
     return any((folder / name).is_file() for name in RESUME)
 
@@ -67,10 +67,8 @@ def is_finished(cfg, folder):
 
 
 def begin(folder):
-    """Make an empty `folder` for a stage. ValueError if it holds anything but an earlier stage.
-
-    An earlier stage is renamed first, then removed: half a stage would look like foreign files.
-    """
+    """Make an empty `folder` for a stage, removing an earlier one. ValueError for files without a
+    train.json. The earlier stage is renamed first: a crash cannot leave half of it in place."""
     gone, ours = folder.with_name(folder.name + ".gone"), ("train.json", "train.json.partial")
     if folder.exists():
         files = [file.name for file in folder.iterdir()]
@@ -85,7 +83,7 @@ def begin(folder):
 def differences(settings, state):
     """["lr was 0.1, now 0.2", ...] for each of the `settings` that differs from a stage's."""
     then, now = state["config"], json.loads(json.dumps(settings))
-    # a flag that is newer than the stage was off, and off is "", 0, False or null
+    # a setting that an older train.json lacks counts as off: "", 0, False and null are equal
     differ = [k for k in now if (now[k] or None) != (then.get(k) or None)]
     return [f"{k} was {then.get(k)!r}, now {now[k]!r}" for k in differ]
 
@@ -101,15 +99,15 @@ def refuse_difference(settings, state, folder):
 def earlier_state(cfg, folder):
     """The state of a stage that is finished or has a resume point, else None.
 
-    A choice of precision that the flags leave open is taken from it: another card may have made it.
+    A choice of precision that the flags leave open is taken from that state.
     ValueError if the stage was made with other settings.
     """
     state = read_state(folder)
-    if not state or not (state["finished"] or is_begun(folder)):
+    if not state or not (state["finished"] or has_resume_point(folder)):
         return None  # nothing to lose
     cfg.weights = cfg.weights or state["config"].get("weights")
     cfg.moments = cfg.moments or state["config"].get("moments")
-    refuse_difference(cfg.learned, state, folder)
+    refuse_difference(cfg.must_match, state, folder)
     return state
 
 
@@ -136,7 +134,8 @@ def check_sums(folder):
     for name in sorted(written.keys() | now):
         if now.get(name) != written.get(name):
             raise ValueError(f"{folder / name} is not what its stage wrote (its CRC-32 is not the "
-                             "one in train.json): copy it again, or --overwrite it")  # fmt: skip
+                             "one in train.json): copy it again, or train it again with "
+                             "--overwrite")  # fmt: skip
 
 
 def finish(trainer, model, **measured):
@@ -174,8 +173,9 @@ def save_point(trainer):
     except (OSError, RuntimeError) as error:  # PyTorch's writer raises RuntimeError
         aside.unlink(missing_ok=True)
         raise ValueError(
-            f"{newest} cannot be written (is the disk full?): {error!r:.99}; the one before is "
-            "good, and the same command continues"
+            f"{newest} cannot be written (is the disk full?): {error!r:.99}; "
+            + "the one before is good, and the same command continues"
+            * has_resume_point(trainer.folder)
         ) from None
 
 

@@ -43,7 +43,7 @@ except ImportError:
 
 @dataclass
 class LmmsConfig:
-    model: str = ""  # a checkpoint; empty: the furthest stage in out/
+    model: str = ""  # a checkpoint; empty: the last finished stage in out/
     tasks: str = ""  # names of lmms-eval's tasks, separated by commas: pope,gqa
     include: str = ""  # a folder with your own tasks
     limit: int = 0  # questions a task, for a first try; 0: all

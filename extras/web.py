@@ -1,7 +1,7 @@
 """A web page to ask a CuMo about pictures: answers stream in, next to the map of the experts.
 
     pip install ".[web]"
-    python extras/web.py                                    # the furthest stage in out/
+    python extras/web.py                                    # the last finished stage in out/
     python extras/web.py --model mine --host 0.0.0.0        # reachable from the network
 
 One model serves many visitors. Each browser tab has its own `Conversation`, with its own KV cache,
@@ -56,7 +56,7 @@ MESSAGES = 100  # limit of the history on the page; each update sends all of it 
 
 @dataclass
 class WebConfig:
-    model: str = ""  # a checkpoint; empty: the furthest stage in out/
+    model: str = ""  # a checkpoint; empty: the last finished stage in out/
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: reachable from other machines
     port: int = 7860  # port to listen on
     keep: int = 32  # conversations in memory; the one idle for longest is dropped first

@@ -153,7 +153,7 @@ def test_frozen_parts_take_no_memory_for_moments(weights):
     frozen, whole = (
         train.stage_plan(train.resolve(weights | f, 2)) for f in ({"freeze": "llm"}, {})
     )
-    assert train.learning(cfg) == ["vision", "connector"]
+    assert train.trained_modules(cfg) == ["vision", "connector"]
     assert frozen.parameters == whole.parameters and frozen.learning < whole.learning
 
 
@@ -527,7 +527,7 @@ def test_stage_3_runs_what_it_needs_and_says_so(weights, tmp_path, monkeypatch, 
     monkeypatch.setattr(sys, "argv", go[1:])
     train.main()
     said = capsys.readouterr().out
-    assert "stage 3 needs stage 1, which is missing" in said
+    assert "stage 3 needs stage 1, which is not finished" in said
     assert all((tmp_path / f"stage{k}" / "model.safetensors").is_file() for k in (1, 2, 3))
     train.main()
     assert "needs" not in capsys.readouterr().out.replace(said, "")
