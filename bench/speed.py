@@ -1,12 +1,13 @@
 """Speed and memory of every part, compared with peers in the same run on the same machine.
 
     python bench/speed.py                  # all sections
-    python bench/speed.py moe llm          # some of them
-    python bench/speed.py moe --runs 9
+    python bench/speed.py moe llm --runs 9 # some of them
+    python bench/speed.py moe --publish    # into bench/, over the results in the repository
 
 Each case is a race. After a warm-up the contestants take turns, so whatever slows the machine slows
 all of them. Printed is each one's median time and its ratio to ours (2.0: ours takes half as long);
-`bench/<machine>-<precision>.json` keeps every sample, the versions and the commit.
+`out/bench/<machine>-<precision>.json` keeps every sample, and in each row the versions and the
+commit that it was measured with.
 
     moe        forward and backward of the sparse block; peers: a dense MLP of the same active work,
                the original's loop, transformers' Mixtral block, and our block with more experts
@@ -442,6 +443,9 @@ def tokenizer(runs):
     return rows
 
 
+NEEDS = {"moe": ("transformers",), "decode": ("transformers",), "llm": ("transformers",),
+         "train": ("transformers",), "load": ("transformers",),
+         "tokenizer": ("tokenizers", "sentencepiece", "mistral_common", "regex")}  # fmt: skip
 SECTIONS = {"moe": moe, "start": start, "scale": scale, "decode": decode, "llm": llm,
             "train": train_, "load": load, "memory": peak_memory,
             "tokenizer": tokenizer}  # fmt: skip
@@ -458,22 +462,47 @@ def machine():
             "command": " ".join(["python", *sys.argv])}  # fmt: skip
 
 
+def check_packages(names):
+    """ValueError, with the command that installs them, for packages that the sections lack."""
+    missing = {package for name in names for package in NEEDS.get(name, ())
+               if not importlib.util.find_spec(package)}  # fmt: skip
+    ready = [name for name in SECTIONS if not missing & {*NEEDS.get(name, ())}]
+    if missing:
+        raise ValueError(f"{', '.join(sorted(missing))} missing: pip install \".[bench]\", or name "
+                         f"sections that run without: {' '.join(ready)}")  # fmt: skip
+
+
+def print_header(here):
+    """What a number means, and what it was measured with."""
+    print(f"{here['machine']}, {here['threads']} threads, {here['precision']}, torch "
+          f"{here['torch']}, commit {here['commit']}")  # fmt: skip
+    print(f"{'section':7} {'case':34} median of each contestant (times ours)", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("sections", nargs="*", help=f"{' '.join(SECTIONS)}; none: all")
     parser.add_argument("--runs", type=int, default=5, help="runs of each, in turn")
+    parser.add_argument(
+        "--publish",
+        action="store_true",
+        help="write into bench/, over the results in the repository, not out/bench/",
+    )
     args = parser.parse_args()
     unknown = [name for name in args.sections if name not in SECTIONS]
     if unknown or args.runs < 1:
         parser.error(f"{' '.join(unknown) or args.runs}: sections are {' '.join(SECTIONS)}, "
                      "--runs 1 or more")  # fmt: skip
+    names = args.sections or list(SECTIONS)
+    check_packages(names)
     here = machine()
-    print(f"{here['machine']}, {here['threads']} threads, {here['precision']}")
-    name = f"{here['machine']} {here['precision'].split('.')[1]}"
-    file = ROOT / "bench" / (re.sub(r"\W+", "-", name).strip("-").lower() + ".json")
+    print_header(here)
+    name = re.sub(r"\W+", "-", f"{here['machine']} {here['precision'].split('.')[1]}").strip("-")
+    folder = ROOT / "bench" if args.publish else ROOT / "out" / "bench"
+    file = folder / (name.lower() + ".json")
     known = json.loads(file.read_text())["rows"] if file.is_file() else []
-    for name in args.sections or SECTIONS:
-        rows = SECTIONS[name](args.runs)
+    for name in names:
+        rows = [one | {"measured": here} for one in SECTIONS[name](args.runs)]
         known = [r for r in known if r["section"] != name] + rows
         write_json(file, here | {"rows": known})
     print(f"wrote {file.relative_to(ROOT)}")

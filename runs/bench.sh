@@ -6,5 +6,5 @@ cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || python3 -m venv .venv
 .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt ".[bench,convert]"
 runs/smollm2.sh
-.venv/bin/python bench/speed.py "$@"
+.venv/bin/python bench/speed.py --publish "$@"
 .venv/bin/python runs/results.py
