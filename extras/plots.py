@@ -5,6 +5,7 @@ no picture is drawn, and one line says how to install it. Callers import this fi
 draw.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -20,14 +21,15 @@ from PIL import ImageColor
 from data import world
 from data.exam import SPLITS
 from data.images import preprocess, squared
-from data.llava import LlavaData
+from data.llava import Unreadable
 from mlp_moe import SparseMoE
 
 # Okabe and Ito's colors, safe for color blindness, and the text color readable on each.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 INKS = ("white", "black", "white", "black", "black", "white", "black", "white")
 STAGES = {1: "connector pre-training", 2: "pre-finetuning", 3: "instruction tuning"}
-LM_LOSS = {"lm_loss": "language model"}
+LM_LOSS = {"lm_loss": "training", "val_loss": "held out"}
+FEW = 20  # points of a curve that are also drawn one by one
 PARTS = {"clip": "CLIP-MoE", "mlp": "MLP-MoE", "llm": "LLM-MoE"}
 
 
@@ -94,21 +96,21 @@ def expert_load(model, pictures, batch=50):
     return {name: (c / c.sum()).tolist() for name, c in counts.items()}
 
 
-def draw_own_load(cfg, limit, open_model):
-    """eval.py --data: draw the expert load over the first `limit` samples (0: 400) of a LLaVA file.
-    `open_model(cfg)` -> (folder, model, ask), called after the file has been checked."""
-    data = LlavaData(cfg.data, cfg.image_folder, limit or 400)
-    model = open_model(cfg)[1]
-    load = expert_load(model, [image for sample in data for image in sample["images"]])
-    draw_load(load, cfg.experts or Path(cfg.out, "experts.png"))
+def own_load(model, data, most=400):
+    """The expert load over the pictures of the first records of a LlavaData that can be read."""
+    pictures = []
+    for i in range(min(most, len(data))):
+        with contextlib.suppress(Unreadable):
+            pictures += data[i]["images"]
+    return expert_load(model, pictures)
 
 
 def draw_load(load, file):
     """Draw {name of a sparse block: share of each expert}: a bar a block, a color an expert.
     ValueError for a load without a block."""
     if not load:
-        raise ValueError("no expert sees a picture: --experts and --data want a sparse --model "
-                         "(train.py --stage 3 makes one), and pictures")  # fmt: skip
+        raise ValueError("no expert sees a picture: --experts wants a sparse --model (train.py "
+                         "--stage 3 makes one), and pictures")  # fmt: skip
     plt = pyplot()
     if not plt:
         return
@@ -307,21 +309,24 @@ def draw_losses(stages, file):
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, (rows, title, unit, curves) in zip(axes.flat, panels):
-        for (name, label), color in zip(curves.items(), COLORS):
+        known = [curve for curve in curves.items() if any(curve[0] in row for row in rows)]
+        for (name, label), color in zip(known, COLORS):
             samples, values = zip(*((r["samples"], r[name]) for r in rows if name in r))
+            points = dict(marker="o", markersize=4) if len(values) < FEW else {}  # no line for one
             axis.plot(samples, values, color=color, linewidth=0.6, alpha=0.35)
-            axis.plot(samples, running_mean(values), color=color, linewidth=2, label=label)
+            axis.plot(samples, running_mean(values), color=color, linewidth=2, label=label,
+                      **points)  # fmt: skip
         axis.set(xlabel="samples", ylabel=unit)
         axis.set_title(title, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         if "balance" in title:
             axis.axhline(1, color="black", linewidth=1, linestyle=":", label="1: even")
-        if name == "lm_loss":
+        if curves is LM_LOSS:
             axis.set_yscale("log")
             axis.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter("{x:g}")
             axis.minorticks_off()
-        else:
+        if len(known) > 1 or curves is not LM_LOSS:
             axis.legend(frameon=False, fontsize=9)
     figure.supxlabel("thin: each step; thick: running mean over a tenth of all steps", fontsize=9,
                      color="#555555")  # fmt: skip

@@ -264,3 +264,16 @@ def test_every_peer_has_a_color_and_a_marker_of_its_own(monkeypatch, tmp_path):
     alone = {"section": "llm", "case": "one", "ratios": {"ours": 1}}
     beside = {"section": "llm", "case": "two", "ratios": {"ours": 1, "transformers": 2}}
     assert pictures.shown([alone, beside]) == [beside], "the other has no peer"
+
+
+@pytest.mark.parametrize("steps", [1, 2, 60])
+def test_a_single_step_is_drawn_as_a_point(steps, tmp_path, monkeypatch):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    rows = [{"samples": 8 * k, "lm_loss": 2.0 + k} for k in range(1, steps + 1)]
+    rows[-1]["val_loss"] = 1.5
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    plots.draw_losses({3: rows}, tmp_path / "loss.png")
+    (axis, *_) = [axis for axis in plt.gcf().axes if axis.lines]
+    _, thick, _, held = axis.lines
+    assert thick.get_marker() == ("o" if steps < 20 else "None") and held.get_marker() == "o"
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["training", "held out"]
