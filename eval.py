@@ -3,7 +3,7 @@
     python eval.py                       # the last finished stage in out/, all splits
     python eval.py --model DIR --n 1000
     python eval.py --model DIR --benchmark pope --folder eval/pope     # extras/benchmarks.py
-    python eval.py --experts load.png --data mine.json --image-folder pics
+    python eval.py --data val.json --image-folder pics      # your own data: loss, exact answers
 
 The splits (data/world.py): `seen` (fresh scenes), `pairs` (objects that never met in training),
 `style` (a drawing style never trained on). The baselines:
@@ -12,12 +12,14 @@ The splits (data/world.py): `seen` (fresh scenes), `pairs` (objects that never m
     chance   the most frequent answer to each form of question, from 8,000 training questions
 
 A model that uses the picture is far above both. Writes `out/eval.json`, some answers as
-`out/answers.png`, and each expert's share of the tokens as `out/experts.png`.
+`out/answers.png`, and each expert's share of the tokens as `out/experts.png`; with --data the two
+numbers and all answers as `out/own_data.json` (engine/held_out.py), and experts.png.
 """
 
 import sys
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,9 +30,11 @@ from cumo import CuMo
 from data.exam import SPLITS, exam, fixed_answers, question_form
 from data.flags import check_choice, check_device, parse, run
 from data.hub import local_folder
+from data.llava import LlavaData
 from data.tokenizer import Tokenizer
-from data.weights import make_folder, write_json
+from data.weights import check_folder, make_folder, write_json
 from data.world import QUESTION_TYPES
+from engine import held_out
 from engine.conversation import prompt
 from engine.memory import has_fast_bf16
 from sample import DTYPES, find_model
@@ -40,11 +44,11 @@ from sample import DTYPES, find_model
 class EvalConfig:
     model: str = ""  # a checkpoint; empty: the last finished stage in out/
     out: str = "out"  # folder for eval.json and the pictures
-    n: int = 1600  # questions a split; of a benchmark: the first n, not given: all
+    n: int = 1600  # questions a split; of a benchmark or --data: the first n, not given: all
     benchmark: str = ""  # a public one instead of the scenes: pope, gqa, ... (extras/benchmarks.py)
     folder: str = ""  # the benchmark's files
     experts: str = ""  # draw the experts' load into this file; empty: experts.png in --out
-    data: str = ""  # only draw the experts' load, for the pictures of this LLaVA file
+    data: str = ""  # a LLaVA file instead of the scenes: its loss, exact answers, experts' load
     image_folder: str = ""  # image paths in --data are relative to this folder
     batch: int = 50  # questions a batch
     dtype: str = ""  # of the weights: float32 or bfloat16; empty: float32
@@ -99,7 +103,7 @@ def print_table(results):
         print(f"{kind:12}" + "".join(f"{results[split][row][kind]:8.1%}" for split, row in columns))
 
 
-def check_flags(cfg):
+def check_flags(cfg, given):
     least = 1 if cfg.benchmark or cfg.data else len(QUESTION_TYPES)
     if cfg.n < least or cfg.batch < 1:
         raise ValueError(f"--n {cfg.n} must be {least} or more, --batch {cfg.batch} 1 or more")
@@ -107,6 +111,8 @@ def check_flags(cfg):
         raise ValueError("--benchmark NAME and --folder DIR go together, without --data, --experts")
     if cfg.image_folder and not cfg.data:
         raise ValueError(f"--image-folder {cfg.image_folder} goes with --data FILE")
+    if "seed" in given and (cfg.data or cfg.benchmark):
+        raise ValueError(f"--seed {cfg.seed} has no effect on given questions; leave it out")
     check_choice("dtype", cfg.dtype, DTYPES)
     check_device(cfg.device)
 
@@ -118,9 +124,29 @@ def open_model(cfg):
     return path, model, partial(answer_batch, model, Tokenizer.from_pretrained(path))
 
 
+def evaluate_own(cfg, limit):
+    """--data: loss and exact answers of the first `limit` records (0: all), and experts' load."""
+    from extras import plots
+
+    data = LlavaData(cfg.data, cfg.image_folder, limit)
+    path, model, _ = open_model(cfg)
+    cast = partial(torch.autocast, model.device.type, torch.bfloat16, has_fast_bf16(model.device))
+    load = plots.own_load(model, data)
+    if cfg.experts:
+        plots.draw_load(load, cfg.experts)
+    found = held_out.judge(model, Tokenizer.from_pretrained(path), data, cfg.batch, cast)
+    print(held_out.report(cfg.data, found))
+    rows = [one._asdict() for one in found.pop("answers")]
+    about = {"model": str(path), "data": cfg.data, "expert_load": load} | found
+    write_json(Path(cfg.out, "own_data.json"), about | {"answers": rows})
+    print(f"wrote {Path(cfg.out, 'own_data.json')}", file=sys.stderr)
+    if load and not cfg.experts:
+        plots.draw_load(load, Path(cfg.out, "experts.png"))
+
+
 def main():
-    cfg, given = parse(EvalConfig, description=__doc__.split("\n")[0])
-    check_flags(cfg)
+    cfg, given = parse(EvalConfig, description=__doc__)
+    check_flags(cfg, given)
     limit = cfg.n if "n" in given else 0  # for --benchmark and --data; 0: none
     if cfg.benchmark:
         from extras.benchmarks import evaluate
@@ -129,14 +155,14 @@ def main():
     from extras import plots
 
     plots.check_target(cfg.experts)
-    out = make_folder(cfg.out)
+    check_folder(cfg.out)
     if cfg.data:
-        return plots.draw_own_load(cfg, limit, open_model)
+        return evaluate_own(cfg, limit)
     path, model, ask = open_model(cfg)
     load = plots.expert_load(model, [picture for *_, picture in exam("seen", 400, cfg.seed + 1)])
     results = evaluate_scenes(ask, cfg)
     print_table(results)
-    about = {"model": str(path), "questions": cfg.n}
+    about, out = {"model": str(path), "questions": cfg.n}, make_folder(cfg.out)
     write_json(out / "eval.json", about | {"accuracy": results, "expert_load": load})
     print(f"wrote {out / 'eval.json'}", file=sys.stderr)
     plots.draw_answers(plots.example_answers(ask), out / "answers.png")

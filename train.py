@@ -6,7 +6,7 @@
 
 The story of a stage, in the order of this file:
 
-    resolve      settings: default -> preset -> table of the stages -> command line
+    resolve      settings: default -> preset -> table (data/stages.py) -> --init -> command line
     build        the model to start from: public weights, or the stage before, upcycled
     batches      conversations -> ids and labels -> rows packed with whole conversations
     train_step   forward, backward, clip, step
@@ -23,7 +23,7 @@ import shlex
 import sys
 import time
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import islice
 
@@ -34,15 +34,15 @@ from tqdm import tqdm
 from clip_moe import CLIPVision
 from cumo import CuMo, CuMoConfig
 from data import loader
-from data.chat import TEMPLATES, template_of
-from data.flags import check_choice, check_device, check_numbers, parse, run
+from data.chat import template_of
+from data.checkpoint import start_from
+from data.flags import check_device, parse, run
 from data.hub import local_folder
-from data.images import MODES
 from data.llava import check_row, encode
 from data.packing import check_rows, collate, pack
+from data.stages import WORLD_TASK, table_of
 from data.tokenizer import Tokenizer
-from data.weights import write_json
-from engine import fsdp, memory, optim, resume
+from engine import fsdp, held_out, memory, optim, resume, settings
 from engine.resume import stage_dir
 from llm import LLM
 from mlp_moe import Connector
@@ -93,7 +93,9 @@ class StageSettings:
     data: str = ""  # LLaVA JSON or JSONL; empty: the emoji world
     image_folder: str = ""  # folder that the image paths of --data are relative to
     limit: int = 0  # use only the first so many records of --data; 0: all
+    val: str = ""  # held-out LLaVA file: its loss is logged at each --save-every
     samples: int = 0  # number of samples to see; 0: all of --data, once
+    epochs: int = 0  # number of times to see all of --data, instead of --samples
     augment: bool = True  # recolour the drawings of the emoji world
     init: str = ""  # start from this checkpoint; if --stage is not given, only stage 3 runs
     template: str = "mistral_instruct_system"  # how conversations are written
@@ -123,42 +125,12 @@ class TrainConfig(StageSettings, RunSettings, PrecisionSettings, ModelSettings):
         return {f.name: getattr(self, f.name) for group in groups for f in fields(group)}
 
     shared = property(lambda self: self.of(ModelSettings))
-    must_match = property(lambda self: self.of(ModelSettings, PrecisionSettings, StageSettings))
 
-
-CLIP_L = "openai/clip-vit-large-patch14-336"
-PRESETS = {
-    "mini": dict(clip="data/mini/clip", llm="data/mini/llm"),
-    "smol-mini": dict(clip="data/mini/clip", llm="weights/SmolLM2-135M-Instruct"),
-    "smol": dict(clip="openai/clip-vit-base-patch16", llm="HuggingFaceTB/SmolLM2-135M-Instruct"),
-    "mistral-7b": dict(clip=CLIP_L, llm="mistralai/Mistral-7B-Instruct-v0.2", scales=(1, 3)),
-    "mixtral-8x7b": dict(clip=CLIP_L, llm="mistralai/Mixtral-8x7B-Instruct-v0.1", scales=(1, 3)),
-}
-# The paper's Table 6 (learning rates, lengths), with about as many samples a step: 256, 128, 128.
-# The miniature's were found by trying (docs/LOG.md). SMOL_MINI: only stage 1 has been run.
-SYSTEM, CHAT, PLAIN = "mistral_instruct_system", "mistral_instruct", "plain"
-CHATML, SQUARE = "chatml", "square"
-# fmt: off
-PAPER = {
-    1: dict(template=PLAIN,  lr=1e-3,   rows=4, accumulate=20, row_tokens=2048, image_mode=SQUARE),
-    2: dict(template=SYSTEM, lr=2e-6,   rows=1, accumulate=28, row_tokens=4096),
-    3: dict(template=SYSTEM, lr=4e-6,   rows=1, accumulate=28, row_tokens=4096),
-}
-MINI = {
-    1: dict(template=PLAIN,  lr=2e-3,   samples=3_000, row_tokens=280),
-    2: dict(template=CHAT,   lr=2.5e-4, samples=3_000, row_tokens=224),
-    3: dict(template=CHAT,   lr=2e-4,   samples=5_200, row_tokens=288),
-}
-SMOL_MINI = {
-    1: dict(template=PLAIN,  lr=1e-3,   samples=1_000, rows=2, accumulate=1, row_tokens=216),
-    2: dict(template=CHATML, lr=1e-4,   samples=2_000, rows=2, accumulate=4, row_tokens=384),
-    3: dict(template=CHATML, lr=5e-5,   samples=4_000, rows=2, accumulate=4, row_tokens=384),
-}
-# fmt: on
-SMOL = {1: PAPER[1]} | {k: PAPER[k] | dict(template=CHATML) for k in (2, 3)}
-STAGES = {"mini": MINI, "smol-mini": SMOL_MINI, "smol": SMOL, "mistral-7b": PAPER,
-          "mixtral-8x7b": PAPER}  # fmt: skip
-WORLD_TASK = {1: "name", 2: "describe", 3: "ask"}  # what the emoji world teaches in each stage
+    @property
+    def must_match(self):
+        """The settings that a stage must keep when it is resumed: all that change its weights."""
+        every = self.of(ModelSettings, PrecisionSettings, StageSettings)
+        return {name: value for name, value in every.items() if name != "val"}
 
 
 def resolve(given, stage, target=True):
@@ -167,11 +139,10 @@ def resolve(given, stage, target=True):
     given: {field: value} from the command line. A stage that runs only because another one needs it
     (`target=False`) takes its StageSettings from the table.
     """
-    preset = given.get("preset", "mini")
-    check_choice("preset", preset, PRESETS)
+    table = table_of(given.get("preset", "mini"), stage)
     own = {field.name for field in fields(StageSettings)}
     given = {k: v for k, v in given.items() if target or k not in own}
-    cfg = TrainConfig(**(PRESETS[preset] | STAGES[preset][stage] | given))
+    cfg = TrainConfig(**(table | given))
     cfg.stage = stage
     if "bf16" not in given:
         cfg.bf16 = cfg.estimate or memory.has_fast_bf16(cfg.device)
@@ -181,31 +152,8 @@ def resolve(given, stage, target=True):
         cfg.workers = loader.default_workers(cfg.device)
     if cfg.data and "samples" not in given:
         cfg.samples = 0  # all of it, once
-    check_settings(cfg)
+    settings.check_values(cfg)
     return cfg
-
-
-def check_settings(cfg):
-    """ValueError, with the flag and the way out, for a value that no training can have."""
-    check_choice("template", cfg.template, TEMPLATES)
-    check_choice("image-mode", cfg.image_mode, MODES)
-    check_choice("weights", cfg.weights, ["", *optim.WEIGHTS])
-    check_choice("moments", cfg.moments, ["", *optim.MOMENTS])
-    for name, choices in (("scratch", cfg.upcycle.split(",")), ("freeze", PARTS)):
-        for part in split_parts(getattr(cfg, name)):
-            check_choice(name, part, choices)
-    if set(split_parts(cfg.freeze)) == set(PARTS):
-        raise ValueError(f"--freeze {cfg.freeze} leaves nothing to learn; freeze at most two parts")
-    loader.check_workers(cfg.workers)
-    check_numbers(cfg, above_0=("lr", "clip_grad"), infinite=("clip_grad",),
-                  counts=("rows", "row_tokens", "accumulate", "save_every"))  # fmt: skip
-    if cfg.warmup >= 1:
-        raise ValueError(f"--warmup {cfg.warmup} must be below 1")
-
-
-def split_parts(text):
-    """The parts in a flag such as "clip,mlp"."""
-    return text.split(",") if text else []
 
 
 def trained_modules(cfg):
@@ -213,7 +161,7 @@ def trained_modules(cfg):
     if cfg.stage == 1:
         return ["connector"]
     modules = dict(zip(PARTS, ("vision", "connector", "llm")))
-    return [name for part, name in modules.items() if part not in split_parts(cfg.freeze)]
+    return [name for part, name in modules.items() if part not in settings.split_parts(cfg.freeze)]
 
 
 def lr_at(done, cfg):
@@ -254,15 +202,16 @@ def build(cfg):
         resume.check_sums(source)
         model = CuMo.from_pretrained(source, dtype=dtype)
     if cfg.stage == 3 and cfg.upcycle != "none":
-        parts, scratch = cfg.upcycle.split(","), split_parts(cfg.scratch)
+        parts, scratch = cfg.upcycle.split(","), settings.split_parts(cfg.scratch)
         model = upcycle(model, parts, cfg.num_experts, cfg.top_k, cfg.seed, scratch)
     model.vision.recompute = model.llm.recompute = bool(cfg.recompute)
     for name, module in model.named_children():  # vision, connector, llm
         module.requires_grad_(name in trained_modules(cfg))
     model.cfg.balance_coef, model.cfg.z_coef = cfg.balance_coef, cfg.z_coef
+    known = model.cfg.template if cfg.init else ""
     model.cfg.image_mode, model.cfg.template = cfg.image_mode, cfg.template
     if cfg.template == "plain":  # for captions only; a user's questions need another template
-        model.cfg.template = template_of(Tokenizer.from_pretrained(source))
+        model.cfg.template = known or template_of(Tokenizer.from_pretrained(source))
     return model, source
 
 
@@ -274,16 +223,23 @@ class Trainer:
         torch.manual_seed(cfg.seed)
         self.cfg, self.folder = cfg, stage_dir(cfg, cfg.stage)
         self.data = loader.open_data(cfg, WORLD_TASK[cfg.stage])
+        self.records = resume.check_data(cfg, self.data)
         with fsdp.in_turn():
             self.model, source = build(cfg)
             fsdp.shard(self.model, cfg.device, cfg.bf16)
         self.tokenizer = Tokenizer.from_pretrained(source)
         check_row(cfg.row_tokens, self.tokenizer, cfg.template, self.model.image_tokens)
         self.optimizer = optim.make_optimizer(self.model, cfg)
-        self.order = loader.data_order(len(self.data), cfg.samples or len(self.data), cfg.seed)
+        samples = cfg.samples or max(1, cfg.epochs) * len(self.data)
+        self.order = loader.data_order(len(self.data), samples, cfg.seed)
         self.step, self.used, self.seconds, self.stop = 0, 0, 0.0, False
         self.counts = dict.fromkeys(loader.KINDS, 0)
         self.rate = memory.product_rate(cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32)
+        self.code = partial(
+            encode, tokenizer=self.tokenizer, template=cfg.template, max_tokens=cfg.row_tokens,
+            image_tokens=self.model.image_tokens, image_size=self.model.cfg.vision.image_size,
+            image_mode=cfg.image_mode)  # fmt: skip
+        self.validation = held_out.open_file(cfg, self.code)
         if cfg.compile:  # rows have one length; the number of images differs from batch to batch
             for block in self.model.llm.model.layers:
                 block.compile(dynamic=False)
@@ -292,13 +248,8 @@ class Trainer:
 
     def batches(self):
         """Packed batches from where the last one ended."""
-        cfg, model = self.cfg, self.model
-        code = partial(
-            encode, tokenizer=self.tokenizer, template=cfg.template, max_tokens=cfg.row_tokens,
-            image_tokens=model.image_tokens, image_size=model.cfg.vision.image_size,
-            image_mode=cfg.image_mode)  # fmt: skip
-        log = self.folder / "skipped.jsonl" if fsdp.is_main() else None
-        stream = loader.Loader(self.data, self.order, code, cfg.workers, self.counts, log)
+        cfg, log = self.cfg, self.folder / "skipped.jsonl" if fsdp.is_main() else None
+        stream = loader.Loader(self.data, self.order, self.code, cfg.workers, self.counts, log)
         return pack(stream.samples(self.used), cfg.rows, cfg.row_tokens)
 
     def train_step(self, batches, start=None):
@@ -351,7 +302,7 @@ class Trainer:
                 start, taken = time.perf_counter(), list(islice(batches, self.cfg.accumulate))
                 if not taken:
                     return True
-                metrics = self.train_step(taken, start)
+                metrics = self.train_step(taken, start) | held_out.log(self)
                 log.write(json.dumps(metrics) + "\n")
                 if wandb:
                     wandb.log(metrics, step=self.step)
@@ -359,7 +310,7 @@ class Trainer:
                 bar.set_postfix(loss=f"{metrics['loss']:.3f}", lr=f"{metrics['lr']:.1e}",
                                 tok_s=metrics["tokens_per_s"], mfu=f"{metrics['mfu']:.0%}",
                                 GB=metrics["memory_gb"])  # fmt: skip
-                if self.step % self.cfg.save_every == 0:
+                if resume.is_due(self):
                     resume.save_point(self)
             return False
 
@@ -375,29 +326,21 @@ def train_stage(cfg):
     folder, name = stage_dir(cfg, cfg.stage), f"stage {cfg.stage}"
     state = None if cfg.overwrite else resume.earlier_state(cfg, folder)
     if state and state["finished"]:
-        print(f"{name}: finished in {folder}")
+        print(f"{name}: {resume.finished_line(cfg)}")
         return True
     check_device(cfg.device)
     plan = choose_precision(cfg)
-    print(f"{name}: " + " ".join(f"{k}={v}" for k, v in asdict(cfg).items() if v != ""))
-    print(f"{name}: takes about {memory.breakdown(plan)}; "
-          f"the machine has {memory.available_memory(cfg.device) / memory.GB:.0f} GB")  # fmt: skip
+    print(settings.overview(cfg, plan))
     wandb = None
     if cfg.wandb and fsdp.is_main():
         from extras.wandb_log import open_wandb
 
         wandb = open_wandb(cfg)
     trainer = Trainer(cfg)
-    sizes = [(p.numel(), p.requires_grad) for p in trainer.model.parameters()]
-    total, trained = sum(n for n, _ in sizes), sum(n for n, learns in sizes if learns)
-    print(f"{name}: trains {trained:,} of {total:,} parameters on {len(trainer.order):,} samples")
-    if state:
-        resume.load_point(trainer)
-        print(f"{name}: resumed after {trainer.used:,} samples")
-    elif fsdp.is_main():
-        resume.begin(folder)
-    if fsdp.is_main():
-        write_json(folder / "train.json", {"finished": False, "config": asdict(cfg)})
+    steps = settings.estimated_steps(trainer)
+    print(settings.length(trainer, steps))
+    resume.check_disk(cfg, plan, steps)
+    resume.open_stage(trainer, state)
     with resume.stop_on_signals(trainer), memory.advice(plan, cfg.device):
         done = trainer.loop(wandb)
         if not done:
@@ -422,14 +365,16 @@ def train_stage(cfg):
 
 
 def main():
-    cfg, given = parse(TrainConfig, description=__doc__.split("\n")[0])
+    cfg, given = parse(TrainConfig, description=__doc__)
     given = {name: getattr(cfg, name) for name in given}
     if cfg.stage not in (0, 1, 2, 3):
         raise ValueError(f"--stage {cfg.stage}: choose 1, 2, 3, or 0 for all three")
     fsdp.start(cfg.device)
     last = cfg.stage or 3
     first = last if cfg.init else 1
+    given = start_from(given, last) if cfg.init else given
     cfgs = {k: resolve(given, k, cfg.stage in (0, k)) for k in range(first, last + 1)}
+    settings.check_effects(given, {k: c for k, c in cfgs.items() if cfg.stage in (0, k)})
     for stage, stage_cfg in cfgs.items():  # all are resolved before the first is trained
         target = cfg.stage in (0, stage)
         if cfg.estimate:

@@ -8,7 +8,9 @@
     cfg, given = parse(Config)      # --lr 1e-4 --no-compile; `given` are the names set by the user
 
 A field without a default is a positional argument: `python -m data.check my.json`. A mistyped flag
-exits with the nearest name, a wrong value with what is expected.
+exits with the nearest name, a wrong value with what is expected. --help lists the fields of a base
+class as a group of their own, under its name and docstring, and ends with the examples of the
+description: its lines that start with "    python ".
 """
 
 import argparse
@@ -77,34 +79,64 @@ def help_lines(cls):
     return dict(re.findall(r"^\s+(\w+):[^#\n]*# (.+)$", "\n".join(sources), re.M))
 
 
+def group_of(cls, parser):
+    """{field name: its group in `parser`} for the fields that `cls` inherits from its bases."""
+    groups = {}
+    for base in reversed(cls.__mro__[1:]):
+        if dataclasses.is_dataclass(base):
+            title = re.sub(r"(?<!^)([A-Z])", r" \1", base.__name__).lower()
+            group = parser.add_argument_group(title, inspect.getdoc(base))
+            groups |= dict.fromkeys(base.__annotations__, group)
+    return groups
+
+
 def parse(cls, argv=None, description=""):
     """Read `argv` into (instance of the dataclass `cls`, set of the field names that were given).
 
     A bool (or bool | None) becomes `--x / --no-x`, a tuple comma-separated integers, a
     tuple[str, ...] one or more words; int, float and str are read as such.
     """
-    parser = Parser(description=description, allow_abbrev=False)
-    comments, types = help_lines(cls), typing.get_type_hints(cls)
+    summary, *more = description.split("\n")
+    examples = "\n".join(line for line in more if line.startswith("    python "))
+    parser = Parser(description=summary, allow_abbrev=False,
+                    epilog=examples and "examples:\n" + examples,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    comments, types, groups = help_lines(cls), typing.get_type_hints(cls), group_of(cls, parser)
+    if groups:  # argparse's own would name all flags, without their groups
+        parser.usage = "%(prog)s [--flag VALUE ...]"
     for field in dataclasses.fields(cls):
         assert field.name in comments, f"{cls.__name__}.{field.name} has no comment to be its help"
         flag, kind, default = "--" + field.name.replace("_", "-"), types[field.name], field.default
         if default is dataclasses.MISSING:
             parser.add_argument(field.name, type=READ[kind], help=comments[field.name])
             continue
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        text = f"{comments[field.name]} [{shown}]".replace("%", "%%")
+        text = f"{comments[field.name]} [{shown(default)}]".replace("%", "%%")
+        group = groups.get(field.name, parser)
         options = dict(dest=field.name, default=argparse.SUPPRESS, help=text)
         if kind in (bool, bool | None):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         elif kind == tuple[str, ...]:
-            parser.add_argument(flag, nargs="+", metavar="STR", **options)
+            group.add_argument(flag, nargs="+", metavar="STR", **options)
         else:
             metavar = "N,N" if kind is tuple else kind.__name__.upper()
             read = READ["seed" if field.name == "seed" else kind]
-            parser.add_argument(flag, type=read, metavar=metavar, **options)
+            group.add_argument(flag, type=read, metavar=metavar, **options)
     given = vars(parser.parse_args(argv))
     given = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items()}
     return cls(**given), set(given)
+
+
+def as_flag(name, value):
+    """A setting as it is typed: `--row-tokens 256`, `--no-compile`."""
+    name = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {shown(value)}"
+
+
+def shown(value):
+    """A value as it is typed: (1, 3) as 1,3."""
+    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
 def check_choice(flag, value, choices):

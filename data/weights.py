@@ -166,15 +166,24 @@ def write_tensors(
             old.unlink()
 
 
+def check_folder(path: str | Path, flag: str = "--out") -> None:
+    """ValueError unless a folder can be written at `path`; nothing is created."""
+    place = Path(path).absolute()
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    why = "File exists" if not place.is_dir() else "Permission denied"
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(f"{flag} {path} cannot be written ({why}); name another folder")
+
+
 def make_folder(path: str | Path, flag: str = "--out") -> Path:
     """The folder at `path`, created if needed. ValueError if it cannot be written to."""
+    check_folder(path, flag)
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
-        why = None if os.access(path, os.W_OK) else "Permission denied"
     except OSError as error:
-        why = error.strerror
-    if why:
-        raise ValueError(f"{flag} {path} cannot be written ({why}); name another folder")
+        raise ValueError(f"{flag} {path} cannot be written ({error.strerror}); name another "
+                         "folder") from None  # fmt: skip
     return Path(path)
 
 

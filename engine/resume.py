@@ -1,6 +1,7 @@
 """What a stage leaves on disk, and how it continues after Ctrl-C, a crash or a full disk.
 
-    out/stage2/  train.json       the configuration; "finished"; CRC-32 of the finished weights
+    out/stage2/  train.json       the configuration; "finished"; CRC-32 of the finished weights;
+                                  number and hash of the records of --data
                  metrics.jsonl    one line a step
                  resume.pt        while it trains: weights, moments, random state, place in the data
                  resume.old.pt    the resume point before that
@@ -10,11 +11,16 @@ ran through. So a resume point holds everything that the next step depends on, i
 another name, flushed and then renamed, and the one before it is kept in case the newest cannot be
 read. Lines of metrics.jsonl after the resume point are removed, since these steps run again.
 
-A stage refuses to continue with another configuration, naming the fields that differ, and refuses
-to start from weights whose CRC-32 is not the one that their stage wrote.
+A stage refuses to continue with another configuration, naming the fields that differ, with other
+data, and from weights whose CRC-32 is not the one that their stage wrote. With one record less, the
+order of all others would change: some would never be used and some twice.
+
+Before the first step it checks that the resume points and the result fit on the disk, and after it,
+it writes the first resume point. So a full disk is known within minutes.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -25,8 +31,10 @@ from dataclasses import asdict
 
 import torch
 
+from data import loader
 from data.weights import check_zip, copy_into, publish, sync, write_json
 from engine import fsdp
+from engine.optim import WEIGHTS, bytes_per_parameter
 
 RESUME = ("resume.pt", "resume.old.pt")  # the newest first
 PLACE = ("step", "used", "counts", "seconds")  # attributes of a Trainer: how far it has come
@@ -111,6 +119,45 @@ def earlier_state(cfg, folder):
     return state
 
 
+def records_of(data):
+    """{"records": how many, "sha256": hash of their content, with the names of the pictures} of a
+    LLaVA file; None for the emoji world, which follows from the settings."""
+    if not hasattr(data, "records"):
+        return None
+    digest = hashlib.sha256()
+    for _, record in data.records:
+        digest.update(json.dumps(record, sort_keys=True).encode() + b"\n")
+    return {"records": len(data.records), "sha256": digest.hexdigest()[:16]}
+
+
+def check_data(cfg, data):
+    """`records_of(data)`. ValueError if the stage was begun or finished with other records."""
+    folder, now = stage_dir(cfg, cfg.stage), records_of(data)
+    state = None if cfg.overwrite else read_state(folder)
+    then = (state or {}).get("data")  # None: the emoji world, or an older train.json
+    if then and now != then and (state["finished"] or has_resume_point(folder)):
+        was, are = then["records"], now["records"]
+        differ = f"had {was:,} records, now {are:,}" if was != are else "had other records"
+        done = "trained" if state["finished"] else "begun"
+        raise ValueError(
+            f"{folder} was {done} on other data: {cfg.data} {differ}. Put the file back as it was, "
+            "train on the new one with another --out, or begin this stage again with --overwrite"
+        )
+    return now
+
+
+def finished_line(cfg):
+    """What is said of a finished stage. ValueError if its data has changed since then."""
+    line = f"finished in {stage_dir(cfg, cfg.stage)}"
+    try:
+        data = loader.open_data(cfg, "name") if cfg.data else None
+    except ValueError as error:
+        return f"{line}; whether its data has changed is unknown: {error}"
+    if data:
+        check_data(cfg, data)
+    return line
+
+
 def checksums(folder):
     """{file: CRC-32} of the weights of a stage."""
     sums = {}
@@ -146,13 +193,56 @@ def finish(trainer, model, **measured):
         copy_into(folder, file)
     state = {"finished": True, "seconds": round(trainer.seconds, 1), "samples": trainer.used}
     state |= measured
-    state["crc32"] = checksums(folder)
-    write_json(folder / "train.json", state | {"config": asdict(cfg)})
+    state |= {"crc32": checksums(folder), "data": trainer.records, "config": asdict(cfg)}
+    write_json(folder / "train.json", state)
     for file in folder.glob("resume*"):
         file.unlink()
 
 
 # ------------------------------------------------------------------------------ resume points
+
+
+def sizes_on_disk(plan):
+    """Bytes of a resume point and of the finished weights; plan: a memory.Plan."""
+    weight = WEIGHTS[plan.weights].itemsize
+    moments = bytes_per_parameter(plan.weights, plan.moments) - 2 * weight
+    return plan.parameters * weight + plan.learning * moments, plan.parameters * weight
+
+
+def check_disk(cfg, plan, steps):
+    """ValueError if a training of so many steps would fill the disk. Two resume points are kept
+    while the next one, or the result, is written."""
+    point, result = sizes_on_disk(plan)
+    saves = 1 + steps // cfg.save_every
+    need = max(min(3, saves) * point, min(2, saves) * point + result)
+    folder = place = stage_dir(cfg, cfg.stage).absolute()
+    while not place.exists():
+        place = place.parent
+    ours = sum(file.stat().st_size for file in folder.glob("*") if file.is_file())  # replaced
+    free = shutil.disk_usage(place).free + ours
+    if need > free:
+        raise ValueError(
+            f"--out {cfg.out}: {free / 1e9:.2f} GB are free on that disk, and stage {cfg.stage} "
+            f"writes up to {need / 1e9:.2f}: {min(3, saves)} resume points of {point / 1e9:.2f}, "
+            f"a result of {result / 1e9:.2f}. Free some, or name an --out on another disk"
+        )
+
+
+def is_due(trainer):
+    """Whether a resume point is written now: after the first step, then each --save-every."""
+    return trainer.step == 1 or trainer.step % trainer.cfg.save_every == 0
+
+
+def open_stage(trainer, state):
+    """Put a Trainer at the resume point of `state`, or begin its folder if that is None."""
+    if state:
+        load_point(trainer)
+        print(f"stage {trainer.cfg.stage}: resumed after {trainer.used:,} samples")
+    elif fsdp.is_main():
+        begin(trainer.folder)
+    if fsdp.is_main():
+        state = {"finished": False, "data": trainer.records, "config": asdict(trainer.cfg)}
+        write_json(trainer.folder / "train.json", state)
 
 
 def save_point(trainer):

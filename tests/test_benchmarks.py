@@ -804,4 +804,9 @@ def test_dense_model_has_no_experts_to_draw(tmp_path, monkeypatch, capsys):
     write(tmp_path / "mine.json", [{"image": "a.png", "conversations": talk}])
     flags = ["--model", tmp_path / "dense", "--out", tmp_path, "--data", tmp_path / "mine.json",
              "--image-folder", tmp_path, "--device", "cpu"]  # fmt: skip
-    assert "no expert sees a picture" in refusal(evaluation.main, flags, monkeypatch, capsys)
+    drawn = [*flags, "--experts", tmp_path / "e.png"]
+    assert "no expert sees a picture" in refusal(evaluation.main, drawn, monkeypatch, capsys)
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, flags)])
+    evaluation.main()
+    assert "1 answers of 1 records" in capsys.readouterr().out
+    assert not (tmp_path / "experts.png").exists()
