@@ -6,6 +6,7 @@ A random Mistral of 400 MB in float32 is written in six shards, as safetensors o
 loaded in a new process. A ratio of 1.0 is the model and nothing else.
 """
 
+import argparse
 import json
 import platform
 import re
@@ -67,6 +68,10 @@ def load(folder, dtype):
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("model", nargs="*", help="FOLDER DTYPE: load only this one, here")
+    if model := parser.parse_args().model:
+        return load(*model)
     rows = []
     for form in ("safetensors", "pickle"):
         with tempfile.TemporaryDirectory() as folder:
@@ -86,4 +91,4 @@ def main():
 
 
 if __name__ == "__main__":
-    load(*sys.argv[1:]) if len(sys.argv) > 1 else main()
+    main()

@@ -107,7 +107,8 @@ def main():
     name = "the miniature" if args.model == MINIATURE else pathlib.Path(args.model).name
     if args == parser.parse_args([]):  # only results of the defaults are published
         result = machine() | {"command": "python bench/long_chat.py", "window": args.window}
-        result |= {"model": name, "precision": "torch.float32", "rows": rows}  # `load`'s default
+        # float32 is `load_model`'s default
+        result |= {"model": name, "precision": "torch.float32", "rows": rows}
         file.write_text(json.dumps(result, indent=1) + "\n")
         draw_growth(result, file.with_suffix(".png"))
     half = len(rows) // 2

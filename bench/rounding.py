@@ -14,6 +14,7 @@ float32 run over any 20 steps, its deviation over the last 100, and the measured
 Draws bench/rounding.png.
 """
 
+import argparse
 import pathlib
 import sys
 import time
@@ -136,6 +137,7 @@ def draw(rows, file):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False).parse_args()
     hidden, batch, rows, exact = 512, 64, [], None
     start, text = pretrained(hidden, 1000, batch, 3000), read("ask", 3000, 1)
     for weights, moments in RUNS:

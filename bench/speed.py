@@ -222,16 +222,16 @@ def train_(runs):
 
 def half_size(runs):
     """A step of CuMo at half the size; peer: one built from transformers (bench/half_size.py)."""
-    seconds, memory = {"ours": [], "transformers": []}, {}
+    seconds, peaks = {"ours": [], "transformers": []}, {}
     for _ in range(2):  # one process at a time, because 24 GB do not hold both
         for name in seconds:
             step = Process("half_size.py", name)
             steps = [step() for _ in range(3 + (runs + 1) // 2)]
             step.close()
             seconds[name] += [took for took, _ in steps[3:]]  # the first steps touch fresh memory
-            memory[name] = max(gb for _, gb in steps)
-    result = row("train", "half size, one step", seconds, peak_memory_gb=memory)
-    print("        peak memory " + "; ".join(f"{n} {gb:.1f} GB" for n, gb in memory.items()))
+            peaks[name] = max(gb for _, gb in steps)
+    result = row("train", "half size, one step", seconds, peak_memory_gb=peaks)
+    print("        peak memory " + "; ".join(f"{n} {gb:.1f} GB" for n, gb in peaks.items()))
     return result
 
 
@@ -386,7 +386,7 @@ def decode_at(precision, runs, tokens=96):
         contestants[f"llama.cpp {kind}"] = lambda n: peer(n)[0]
     firsts, nexts = ({name: [] for name in contestants} for _ in range(2))
     # 512 MB on huge pages like those of the weights, because small pages are read more slowly
-    memory = huge_pages(2**29).view(torch.float32).to(DEVICE).normal_()
+    block = huge_pages(2**29).view(torch.float32).to(DEVICE).normal_()
     speeds = []
     for turn in range(runs + 2):  # two warm-ups, because the second shape compiles again
         for name, seconds in contestants.items():
@@ -395,7 +395,7 @@ def decode_at(precision, runs, tokens=96):
                 firsts[name].append(first)
                 nexts[name].append((whole - first) / tokens)
             if turn > 1 and name == "ours, compiled":  # bandwidth changes over time
-                speeds.append(bandwidth(memory))
+                speeds.append(bandwidth(block))
     if peer:
         peer.close()
     size = sum(t.nbytes for t in ours.state_dict().values())

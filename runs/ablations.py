@@ -105,8 +105,8 @@ GROUPS = [
 class AblationConfig:
     rows: str = ""  # names of runs, or letters of groups, as in a,f-top1; empty: all
     seeds: tuple = (0, 1, 2)  # of the questions, their order and the routers
-    samples: int = 2600  # of stage 3
-    questions: int = 800  # of the exam, a split
+    samples: int = 1600  # of stage 3
+    questions: int = 400  # of the exam, a split
     threads: int = 1  # of a training; two are faster, but take more CPU time
     demo: str = "out"  # folder of stages 1 and 2
     out: str = "out/ablations"  # folder of the runs

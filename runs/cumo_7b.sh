@@ -12,8 +12,8 @@
 #
 #     LAST=3               the last stage to get data for and to train
 #     LIMIT=N              samples a stage; saves time, not disk: they come from the whole mixture
-#     GPUS=1               2 and 4 divide the rows of every stage; for 8 run LAST=1 first, then all
-#                          with --rows 8 --accumulate 4
+#     GPUS=1               GPUs of this machine. With more than one, a batch has one row for each, and
+#                          a step adds up fewer batches, so that it sees about as many rows
 #     DATA=mixture         folder of the data, OUT=out/cumo_7b of the results; 680 GB together
 #     SKIP_MISSING=1       train without the records whose pictures are missing, and print how many
 #     CHECK=1              open every picture before training (hours) instead of looking for its file
@@ -149,7 +149,7 @@ PYTHON
 finished() { grep -qs '"finished": true' "$OUT/stage$1/train.json"; }
 
 train() {  # train STAGE JSON IMAGE_FOLDER TEMPLATE [FLAGS]
-  local stage=$1 json=$2 folder=$3 template=$4 kept=""
+  local stage=$1 json=$2 folder=$3 template=$4 kept="" rows batch=()
   if finished "$stage"; then echo "stage $stage is finished" && return; fi
   [ -z "${SKIP_MISSING:-}" ] || kept=${json%.json}_present.json
   if [ ! -f "$kept" ]; then present "$json" "$folder" "$kept"; fi
@@ -157,8 +157,12 @@ train() {  # train STAGE JSON IMAGE_FOLDER TEMPLATE [FLAGS]
     .venv/bin/python -m data.check "${kept:-$json}" --image-folder "$folder" --llm $mistral \
       --clip $clip --template "$template" --row-tokens 4096
   fi
+  if ((GPUS > 1)); then  # one row a GPU; rounded, a step keeps the rows of one GPU
+    rows=$((stage == 1 ? 80 : 28))
+    batch=(--rows "$GPUS" --accumulate $(((rows + GPUS / 2) / GPUS)))
+  fi
   "${launch[@]}" train.py --preset mistral-7b --stage "$stage" --data "${kept:-$json}" \
-    --image-folder "$folder" --out "$OUT" ${LIMIT:+--limit "$LIMIT"} "${@:5}"
+    --image-folder "$folder" --out "$OUT" ${LIMIT:+--limit "$LIMIT"} "${batch[@]}" "${@:5}"
   finished "$stage" || exit 0  # Ctrl-C
 }
 

@@ -139,8 +139,8 @@ def test_system_turn_is_refused_by_name_where_the_original_has_a_key_error(mistr
 
 
 def original(conversation, sp, template, has_image):
-    """The ids that the original makes of a well-formed sample (REFERENCE 5): one string, cut at its
-    special tokens and image tags, each chunk tokenized separately."""
+    """The ids that the original makes of a well-formed sample: one string, cut at its special
+    tokens and image tags, each chunk tokenized separately."""
     text = "<s>"
     for k, turn in enumerate(conversation):
         said = turn["value"]

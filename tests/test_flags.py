@@ -1,11 +1,20 @@
 """The command line: every field is a flag with help, every mistake one clear line."""
 
 import dataclasses
+import os
+import runpy
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from data.flags import help_lines, parse, run
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = [file for folder in ("bench", "extras", "runs", "tests/campaigns")
+         for file in sorted((ROOT / folder).glob("**/*.py"))]  # fmt: skip
+SCRIPTS = [str(file.relative_to(ROOT)) for file in FILES if "__main__" in file.read_text()]
 
 
 @dataclass
@@ -145,3 +154,16 @@ def test_ctrl_c_ends_without_a_traceback():
 def test_other_errors_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         run(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_explains_itself_and_does_nothing_else(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    monkeypatch.setattr(sys, "path", ["", *sys.path])  # a script puts the checkout there
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    try:
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except ImportError as error:  # a peer of the benchmarks
+        pytest.skip(f"{script} needs {error.name}")
+    assert end.value.code == 0 and capsys.readouterr().out.startswith("usage: ")

@@ -324,6 +324,20 @@ def test_sample_that_fits_is_not_touched(tokenizer):
     assert free[:2] == bound[:2] and len(bound[2]) == 1
 
 
+def test_the_long_run_watches_the_samples_of_a_training(folder, monkeypatch):
+    """tests/campaigns/long_run.py replaces two methods; they must have these names."""
+    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parent / "campaigns"))
+    import long_run
+
+    monkeypatch.setattr(long_run.train.Trainer, "train_step", long_run.train.Trainer.train_step)
+    monkeypatch.setattr(LlavaData, "__getitem__", LlavaData.__getitem__)
+    watched = {"rows": [], "order": []}
+    long_run.watch(watched)
+    (folder / "two.json").write_text(json.dumps([record(), record()]))
+    data = LlavaData(folder / "two.json", folder)
+    assert data[1] and watched["order"] == [1]
+
+
 def test_prompt_teaches_nothing_and_is_rejected_with_its_id(tokenizer):
     with pytest.raises(Rejected, match="sample s: there is no answer to learn"):
         encode(picture_sample("<image> Q"), tokenizer, "mistral_instruct", 5, 8)

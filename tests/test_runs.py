@@ -11,9 +11,11 @@ import pytest
 from tiny import ROOT
 
 from data.check import CheckConfig
+from data.flags import parse
+from data.packing import check_rows
 from eval import EvalConfig
 from sample import SampleConfig
-from train import TrainConfig
+from train import PAPER, TrainConfig, resolve
 
 SCRIPTS = sorted(ROOT.glob("runs/*.sh"))
 CONFIGS = {"train.py": TrainConfig, "eval.py": EvalConfig, "sample.py": SampleConfig,
@@ -107,6 +109,20 @@ def test_second_run_fetches_and_trains_only_what_is_missing(cumo_7b):
     assert all("_present.json" in call and call.endswith("--lr 1e-6") for call in trained)
     assert cumo_7b()[0].returncode == 0
     assert not any("--out " in call or "--repo-type" in call for call in cumo_7b()[1])
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 8])
+def test_every_stage_can_be_shared_by_n_gpus_and_keeps_the_size_of_a_step(cumo_7b, n):
+    done, calls = cumo_7b(SKIP_MISSING="1", GPUS=str(n))
+    assert done.returncode == 0, done.stderr
+    trained = [call.split("train.py ")[1].split() for call in calls if "--out " in call]
+    assert len(trained) == 3
+    for stage, words in enumerate(trained, 1):
+        cfg, given = parse(TrainConfig, words)
+        cfg = resolve({name: getattr(cfg, name) for name in given}, stage)
+        check_rows(cfg.rows, n)
+        alone = PAPER[stage]["rows"] * PAPER[stage]["accumulate"]
+        assert 0.8 < cfg.rows * cfg.accumulate / alone < 1.2
 
 
 def test_missing_pictures_stop_it_and_are_named(cumo_7b):
