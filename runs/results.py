@@ -241,8 +241,9 @@ def performance_block():
         others = ", ".join(f"{name} {x:.2f}" for name, x in [*row["ratios"].items()][1:])
         lines.append((row["section"], row["case"], ours, others))
     (start,) = (row for row in run["rows"] if row["section"] == "start")
+    versions = sorted({section["torch"] for section in run["sections"].values()})
     head = ("`bench/speed.py`", "case", "ours", "others, as a multiple of our time")
-    note = (f"Medians on 2 cores of {run['machine']} with torch {run['torch']}; "
+    note = (f"Medians on 2 cores of {run['machine']} with torch {' or '.join(versions)}; "
             f"{run['precision'][6:]} unless the row says otherwise. Above 1, ours is faster. "
             f"`{start['case']}` prints its first word after "
             f"{took_in_words(start['medians']['ours'])}.")  # fmt: skip
@@ -273,6 +274,7 @@ BLOCKS = {  # page -> {block: the function that writes it}
         "quant": tables.quant_block,
         "chat": tables.chat_block,
         "memory": memory_block,
+        "estimate": tables.estimate_block,
         "rounding": tables.rounding_block,
         "load": tables.load_block,
         "smol": tables.smol_block,
@@ -299,10 +301,15 @@ def commit():
     return done.stdout.decode().strip()
 
 
-def machine():
+def cpu():
+    """The name of the processor."""
     cpuinfo = pathlib.Path("/proc/cpuinfo")
-    cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else None
-    return f"{os.cpu_count()} cores of {cpu[1] if cpu else platform.processor()}"
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def machine():
+    return f"{os.cpu_count()} cores of {cpu()}"
 
 
 def collect(out):
