@@ -19,10 +19,11 @@ import torch.nn.functional as F
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 from bench.speed import conditions
+from data.exam import SPLITS, exam
 from data.flags import run
 from data.tokenizer import Tokenizer
 from engine.quant import quantize
-from eval import SPLITS, accuracy, answer_batch, exam
+from eval import accuracy, answer_batch
 from llm import LLM
 from sample import load_model
 

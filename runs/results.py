@@ -2,7 +2,7 @@
 
     python runs/results.py                  # rewrite both pages
     python runs/results.py --collect out    # first take a finished demo (runs/demo.sh) into bench/
-    python runs/results.py --draw out       # redraw the pictures, and measure nothing
+    python runs/results.py --draw out       # first draw the pictures again, with this demo's model
 
 A block of a page stands between `<!-- name -->` and `<!-- /name -->`; tests/test_readme.py checks
 that every block is what this script writes.
@@ -21,8 +21,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train
 from cumo import CuMo
+from data.exam import SPLITS
 from data.images import open_image
 from data.tokenizer import Tokenizer
+from data.world import QUESTION_TYPES
 from engine import memory
 from eval import answer_batch
 from extras import plots
@@ -31,8 +33,6 @@ from runs import tables
 from runs.pictures import draw_ablations, draw_architecture, draw_ratios, shown, variant
 from runs.tables import table
 
-TYPES = ("what", "existence", "count", "where", "kind", "background", "side", "list", "all")
-SPLITS = ("seen", "pairs", "style")
 ASKED = {
     "what": "What is at the top left?",
     "existence": "Is there a cat?",
@@ -90,7 +90,7 @@ def demo_block():
 def results_block():
     run = demos()["bf16"]
     accuracy, rows = run["accuracy"], []
-    for kind in TYPES:
+    for kind in (*QUESTION_TYPES, "all"):
         cells = [percent(accuracy[s]["model"][kind]) for s in SPLITS]
         cells += [percent(accuracy["seen"][row][kind]) for row in ("blank", "chance")]
         rows.append((kind, ASKED[kind], *cells))
@@ -332,7 +332,8 @@ def collect(out):
 
 
 def draw(out):
-    """Draw the pictures of a finished demo and of the results in bench/; measure nothing."""
+    """Draw the pictures again: those of a finished demo, the speed ratios, the architecture and the
+    ablations."""
     out, bench = pathlib.Path(out), ROOT / "bench"
     draw_losses({k: read_metrics(out / f"stage{k}") for k in (1, 2, 3)}, bench / "loss.png")
     draw_load(json.loads((out / "eval.json").read_text())["expert_load"], bench / "experts.png")
@@ -365,7 +366,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--collect", metavar="OUT", help="take this finished demo into bench/")
     parser.add_argument("--collect-sparse", metavar="DIR", help="the same of sparse_vs_dense.sh")
-    parser.add_argument("--draw", metavar="OUT", help="redraw all pictures, with this demo's")
+    parser.add_argument("--draw", metavar="OUT", help="first draw this demo's pictures again")
     args = parser.parse_args()
     if args.draw:
         draw(args.draw)
