@@ -250,7 +250,7 @@ def build(cfg):
         model.vision, model.llm = vision, llm
         model.connector = Connector(vision.cfg.dim * len(vision.cfg.scales), llm.cfg.dim).to(dtype)
     else:
-        resume.check_sums(source)
+        resume.refuse_changed_weights(source)
         model = CuMo.from_pretrained(source, dtype=dtype)
     if cfg.stage == 3 and cfg.upcycle != "none":
         parts, scratch = cfg.upcycle.split(","), split_parts(cfg.scratch)
@@ -430,7 +430,7 @@ def main():
                 print(memory.report(stage_cfg, stage_plan(stage_cfg)))
             continue
         if not target:
-            if resume.is_finished(stage_cfg, stage_dir(stage_cfg, stage)):
+            if resume.is_finished(stage_dir(stage_cfg, stage), stage_cfg.shared):
                 continue
             print(f"stage {last} needs stage {stage}, which is not finished")
         if not train_stage(stage_cfg):

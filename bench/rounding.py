@@ -29,7 +29,7 @@ sys.path[0] = str(ROOT)
 from data import world
 from data.weights import write_json
 from engine.optim import WEIGHTS, AdamW
-from extras.plots import pyplot
+from extras.plots import pyplot, save_figure
 
 LR, STEPS, CONTEXT, SMOOTH = 4e-6, 1000, 16, 20
 NEAREST = ("nearest", "nearest")
@@ -132,8 +132,7 @@ def draw(rows, file):
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(file, dpi=100)
-    print(f"wrote {file}")
+    save_figure(figure, file, dpi=100)
 
 
 def main():

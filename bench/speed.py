@@ -52,6 +52,7 @@ from engine.quant import quantize
 from llm import LLM, LLMConfig, attention_mask, flex_attend
 from mlp_moe import SparseMoE
 from runs.pictures import draw_ratios
+from runs.results import commit, cpu
 from sample import find_model
 
 # name -> (dim, hidden, out, images, tokens an image, activation)
@@ -447,15 +448,22 @@ SECTIONS = {"moe": moe, "start": start, "scale": scale, "decode": decode, "llm":
             "tokenizer": tokenizer}  # fmt: skip
 
 
-def machine():
-    cpu = re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())
-    name = cpu[1] if cpu else platform.machine()
-    name = torch.cuda.get_device_name() if DEVICE == "cuda" else name
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, cwd=ROOT)
-    return {"machine": name, "threads": torch.get_num_threads(), "precision": str(DTYPE),
-            "torch": torch.__version__, "python": platform.python_version(),
-            "commit": commit.stdout.decode().strip(),
+def conditions():
+    """What a measurement depends on."""
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else cpu()
+    return {"machine": name, "precision": str(DTYPE), "threads": torch.get_num_threads(),
+            "torch": torch.__version__, "python": platform.python_version(), "commit": commit(),
             "command": " ".join(["python", *sys.argv])}  # fmt: skip
+
+
+def replace_section(content, section, rows, here):
+    """The content of a results file with new `rows` of a section, and their conditions; the other
+    sections keep theirs."""
+    kept = [row for row in content.get("rows", []) if row["section"] != section]
+    fixed = {name: here[name] for name in ("machine", "precision")}
+    about = {name: value for name, value in here.items() if name not in fixed}
+    sections = content.get("sections", {}) | {section: about}
+    return fixed | {"sections": sections, "rows": kept + rows}
 
 
 def main():
@@ -467,17 +475,16 @@ def main():
     if unknown or args.runs < 1:
         parser.error(f"{' '.join(unknown) or args.runs}: sections are {' '.join(SECTIONS)}, "
                      "--runs 1 or more")  # fmt: skip
-    here = machine()
+    here = conditions()
     print(f"{here['machine']}, {here['threads']} threads, {here['precision']}")
     name = f"{here['machine']} {here['precision'].split('.')[1]}"
     file = ROOT / "bench" / (re.sub(r"\W+", "-", name).strip("-").lower() + ".json")
-    known = json.loads(file.read_text())["rows"] if file.is_file() else []
+    content = json.loads(file.read_text()) if file.is_file() else {}
     for name in args.sections or SECTIONS:
-        rows = SECTIONS[name](args.runs)
-        known = [r for r in known if r["section"] != name] + rows
-        write_json(file, here | {"rows": known})
+        content = replace_section(content, name, SECTIONS[name](args.runs), here)
+        write_json(file, content)
     print(f"wrote {file.relative_to(ROOT)}")
-    draw_ratios(here | {"rows": known}, file.with_suffix(".png"))
+    draw_ratios(content, file.with_suffix(".png"))
 
 
 if __name__ == "__main__":

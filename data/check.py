@@ -8,7 +8,7 @@
 Every record is read, every picture opened and every conversation tokenized, as in training.
 
     stops       a faulty record: roles, image tags, a missing picture. Training would not start.
-    skipped     its picture is damaged. More than 1 % of them would end a training.
+    skipped     its picture is damaged. 10 of them end a training, if they are more than 1 %.
     left out    it teaches nothing: an empty answer, or none within --row-tokens.
     cut         longer than --row-tokens; it loses its last questions and answers.
 
@@ -27,6 +27,7 @@ from itertools import groupby
 import numpy as np
 from tqdm import tqdm
 
+from data import configs
 from data.chat import IGNORE, IMAGE_TOKEN, Rejected, check_template, render, template_of
 from data.flags import check_choice, parse, run
 from data.hub import local_folder
@@ -120,15 +121,20 @@ def painted(ids, labels, tokenizer, color):
     return text
 
 
+def clip_sizes(name):
+    """(width of the pictures that a CLIP takes, patches of one). ValueError if it is no CLIP."""
+    fields = configs.clip_fields(read_config(local_folder(name, "config")))
+    size, patch = (fields[k] for k in ("image_size", "patch_size"))
+    if type(size) is not int or type(patch) is not int or not 0 < patch <= size:
+        raise ValueError(f"--clip {name}: pictures of {size!r:.40} cannot be cut into patches of "
+                         f"{patch!r:.40}")  # fmt: skip
+    return size, (size // patch) ** 2
+
+
 def main():
     cfg, _ = parse(CheckConfig, description=__doc__.split("\n")[0])
     tokenizer = Tokenizer.from_pretrained(cfg.llm)
-    clip = read_config(local_folder(cfg.clip, "config"))
-    clip = clip.get("vision_config", clip)
-    if not {"image_size", "patch_size"} <= clip.keys():
-        raise ValueError(f"--clip {cfg.clip}: its config.json has no image_size and patch_size; "
-                         "name a CLIP")  # fmt: skip
-    size, patches = clip["image_size"], (clip["image_size"] // clip["patch_size"]) ** 2
+    size, patches = clip_sizes(cfg.clip)
     template = cfg.template or template_of(tokenizer)
     check_template(template, tokenizer)
     check_choice("image-mode", cfg.image_mode, MODES)

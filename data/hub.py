@@ -55,11 +55,13 @@ def local_folder(name: str | Path, want: str = "model") -> Path:
     if not named or ".." in text or "--" in text:
         raise ValueError(f"{text!r} does not exist; give a local folder, or a name on the hub "
                          "with one slash, as in `hf download org/model`")  # fmt: skip
-    local = Path("weights") / path.name
-    for folder in (local, ROOT / local):
-        if is_complete(folder, want):
-            return folder
-    return cached(name, want) or download(name, want, local)
+    return fetched(name, want) or cached(name, want) or download(name, want)
+
+
+def fetched(name: str, want: str) -> Path | None:
+    """weights/<last part of the name>, in the working folder or next to the code, if complete."""
+    local = Path("weights") / Path(name).name
+    return next((folder for folder in (local, ROOT / local) if is_complete(folder, want)), None)
 
 
 def cache_folder() -> Path:
@@ -88,10 +90,10 @@ def is_complete(folder: Path, want: str) -> bool:
     return want == "config" or weights is not None and not shards_of(weights)[1]
 
 
-def download(name: str, want: str, local: Path) -> Path:
+def download(name: str, want: str) -> Path:
     """Download `name` into the cache. ValueError, with what to do instead, if that fails."""
     file = "config.json " if want == "config" else ""
-    advice = f"fetch it with `hf download {name} {file}--local-dir {local}`"
+    advice = f"fetch it with `hf download {name} {file}--local-dir weights/{Path(name).name}`"
     missing = f"{name!r} is no local folder and not completely in {cache_folder()}"
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise ValueError(f"{missing}, and HF_HUB_OFFLINE forbids downloads; {advice}")

@@ -119,10 +119,7 @@ def read_stage_files(path: str | Path, headers: bool = False) -> Iterator[tuple[
 
 
 def write_tensors(
-    path: str | Path,
-    tensors: dict[str, Tensor],
-    max_shard_bytes: float = 5e9,
-    metadata: dict[str, str] | None = None,
+    path: str | Path, tensors: dict[str, Tensor], max_shard_bytes: float = 5e9
 ) -> None:
     """Write model.safetensors, or numbered shards and their index when it would grow too big."""
     folder = Path(path)
@@ -143,7 +140,7 @@ def write_tensors(
         copies = {name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}
         aside = folder / (file + ".partial")
         try:
-            save_file(copies, aside, {"format": "pt"} | (metadata or {}))
+            save_file(copies, aside, {"format": "pt"})
         except SafetensorError as error:  # safetensors' error when the disk is full
             for half in folder.glob("model*.safetensors.partial"):  # also of earlier shards
                 half.unlink()
@@ -166,15 +163,15 @@ def write_tensors(
             old.unlink()
 
 
-def make_folder(path: str | Path, flag: str = "--out") -> Path:
-    """The folder at `path`, created if needed. ValueError if it cannot be written to."""
+def make_folder(path: str | Path) -> Path:
+    """The folder of --out at `path`, created if needed. ValueError if it cannot be written to."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         why = None if os.access(path, os.W_OK) else "Permission denied"
     except OSError as error:
         why = error.strerror
     if why:
-        raise ValueError(f"{flag} {path} cannot be written ({why}); name another folder")
+        raise ValueError(f"--out {path} cannot be written ({why}); name another folder")
     return Path(path)
 
 

@@ -37,7 +37,7 @@ import torch
 
 from clip_moe import CLIPVisionConfig
 from cumo import CuMo, CuMoConfig
-from data.hub import local_folder
+from data.hub import fetched, local_folder
 from data.weights import read_config
 from engine import fsdp, resume
 from engine.optim import WEIGHTS, bytes_per_parameter
@@ -173,7 +173,7 @@ def stage_model(cfg) -> CuMoConfig:
         folder = local_folder(cfg.init or before, "config")
         model = CuMoConfig.from_original(read_config(folder), folder)
     else:
-        if cfg.llm.startswith("weights/SmolLM2") and not pathlib.Path(cfg.llm).is_dir():
+        if cfg.llm.startswith("weights/SmolLM2") and not fetched(cfg.llm, "config"):
             raise ValueError(f"--llm: {cfg.llm!r} is missing; runs/smollm2.sh makes it")
         vision, llm = (
             KNOWN.get(name) or kind.from_hf(read_config(local_folder(name, "config")))

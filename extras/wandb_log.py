@@ -5,10 +5,10 @@ from pathlib import Path
 
 
 def open_wandb(cfg):
-    """A run to log to, continued if the stage is resumed, or None without --wandb. ValueError if
-    wandb is not installed."""
-    if not cfg.wandb:
-        return None
+    """A run to log to, continued if the stage is resumed. ValueError if wandb is not installed.
+
+    cfg: a train.TrainConfig.
+    """
     try:
         import wandb
     except ImportError:

@@ -32,11 +32,12 @@ from tqdm import tqdm
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from cumo import CuMo
+from data.exam import SPLITS, exam
 from data.flags import parse, run
 from data.tokenizer import Tokenizer
 from data.weights import write_json
-from engine.resume import read_state
-from eval import SPLITS, EvalConfig, accuracy, answer_batch, exam
+from engine.resume import is_finished, read_state
+from eval import EvalConfig, accuracy, answer_batch
 from mlp_moe import SparseMoE
 from runs import results
 from runs.pictures import draw_ablations
@@ -135,11 +136,6 @@ def command(cfg, name, seed):
     return ["python", "train.py", "--stage", "3", *words]
 
 
-def finished(folder):
-    state = read_state(pathlib.Path(folder))
-    return bool(state and state["finished"])
-
-
 @contextlib.contextmanager
 def lock(folder, wait=True):
     """Lock a folder against other processes. Yields False if another has it and `wait` is off."""
@@ -211,12 +207,12 @@ def train_and_examine(cfg, name, seed):
     folder = pathlib.Path(words[words.index("--out") + 1])
     before = pathlib.Path(words[words.index("--init") + 1])
     with lock(before.parent):  # shared by the seeds
-        if not finished(before):
+        if not is_finished(before):
             scales = ["--scales", RUNS[name]["scales"]] if "scales" in RUNS[name] else []
             flags = ["--stage", before.name[-1], "--out", str(before.parent), *scales]
             run_training(["python", "train.py", *flags], before.parent)
     seconds = run_training(words, folder)
-    if not finished(folder / "stage3"):
+    if not is_finished(folder / "stage3"):
         raise ValueError(f"{folder} was interrupted; the same command continues")
     bf16 = read_state(folder / "stage3")["config"]["bf16"]
     groups = [group for group, _, lines in GROUPS if name in [line[0] for line in lines]]

@@ -154,6 +154,16 @@ def load_block():
     return table(head, *rows)
 
 
+def estimate_block():
+    """The memory section of bench/speed.py: measured peak and estimate of a training."""
+    rows = [
+        (row["case"], f"{row['peak'] / 1e6:,.0f}", f"{row['estimate'] / 1e6:,.0f}",
+         f"{row['peak'] / row['estimate']:.1f}")
+        for row in read("amd-epyc-bfloat16")["rows"] if row["section"] == "memory"
+    ]  # fmt: skip
+    return table(("training", "measured peak, MB", "estimate, MB", "peak / estimate"), *rows)
+
+
 def chat_block():
     rows = read("long_chat")["rows"]
     names = {"ms_a_token": "ms a token", "ms_to_first_token": "ms to the first token",

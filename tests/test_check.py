@@ -131,6 +131,18 @@ def test_typed_marks_are_shown_as_typed_and_control_tokens_by_name():
     assert check.painted(ids, labels, tokenizer, False) == "<s>«say </s></s>»"
 
 
+@pytest.mark.parametrize("config, error", [
+    ({"vision_config": 5}, "no CLIP vision config"),
+    ({"hidden_size": 8}, "no image_size and patch_size"),
+    ({"image_size": "64", "patch_size": 8}, "--clip .* pictures of '64'"),
+    ({"image_size": 64, "patch_size": 0}, "patches of 0"),
+])  # fmt: skip
+def test_a_folder_that_is_no_clip_is_one_clear_line(config, error, report, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=error):
+        report([GOOD], "--clip", str(tmp_path))
+
+
 def test_unknown_template_or_mode_is_one_clear_line(report):
     with pytest.raises(ValueError, match="--image-mode 'padd' is unknown; choose from"):
         report([GOOD], "--image-mode", "padd")

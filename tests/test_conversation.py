@@ -23,16 +23,6 @@ def talk(model=None, **options):
     return Conversation(model or tiny_cumo(experts=4, vocab=1024).eval(), MINI, **options)
 
 
-def read_anew(model, turns, pictures, max_new_tokens=6):
-    """The answer to the last of these turns, with the whole conversation in one prompt."""
-    ids, _ = render(turns, MINI, model.cfg.template, model.image_tokens, len(pictures))
-    size, mode = model.cfg.vision.image_size, model.cfg.image_mode
-    pixels = torch.stack([preprocess(p, size, mode) for p in pictures]) if pictures else None
-    said = model.generate(torch.tensor([ids]), pixels, max_new_tokens=max_new_tokens,
-                          eos_token_id=MINI.eos)  # fmt: skip
-    return MINI.decode(said[0].tolist()).strip()
-
-
 @pytest.mark.parametrize("window", [None, 12])
 def test_answers_are_those_of_the_whole_conversation_read_anew(window):
     """Token for token, since other tokens than the model's can spell the same text."""

@@ -235,6 +235,20 @@ def test_an_answer_is_marked_right_or_wrong_and_no_two_lines_overlap(monkeypatch
     assert "\u2713 no" in written and "\u2717 2 (truth: 1)" in written
 
 
+def test_a_section_measured_again_keeps_the_conditions_of_the_others(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))  # speed.py replaces the first entry
+    from bench import speed
+
+    here = {"machine": "m", "precision": "p", "commit": "old"}
+    content = speed.replace_section({}, "moe", [{"section": "moe", "case": 1}], here)
+    content = speed.replace_section(content, "llm", [{"section": "llm", "case": 2}], here)
+    again = speed.replace_section(
+        content, "llm", [{"section": "llm", "case": 3}], here | {"commit": "new"}
+    )
+    assert again["sections"] == {"moe": {"commit": "old"}, "llm": {"commit": "new"}}
+    assert [row["case"] for row in again["rows"]] == [1, 3] and again["machine"] == "m"
+
+
 def test_the_table_and_the_picture_of_ratios_have_the_same_rows(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     run = json.loads((ROOT / "bench" / "amd-epyc-bfloat16.json").read_text())
