@@ -6,7 +6,7 @@
 
 The story of a stage, in the order of this file:
 
-    resolve      settings: default -> preset -> table of the stages -> command line
+    resolve      settings: default -> preset -> table (data/stages.py) -> command line
     build        the model to start from: public weights, or the stage before, upcycled
     batches      conversations -> ids and labels -> rows packed with whole conversations
     train_step   forward, backward, clip, step
@@ -39,6 +39,7 @@ from data.hub import local_folder
 from data.images import MODES
 from data.llava import check_row, encode
 from data.packing import check_rows, collate, pack, step_metrics, step_shares
+from data.stages import WORLD_TASK, table_of
 from data.tokenizer import Tokenizer
 from data.weights import write_json
 from engine import fsdp, memory, optim, resume
@@ -125,52 +126,16 @@ class TrainConfig(StageSettings, RunSettings, PrecisionSettings, ModelSettings):
     must_match = property(lambda self: self.of(ModelSettings, PrecisionSettings, StageSettings))
 
 
-CLIP_L = "openai/clip-vit-large-patch14-336"
-PRESETS = {
-    "mini": dict(clip="data/mini/clip", llm="data/mini/llm"),
-    "smol-mini": dict(clip="data/mini/clip", llm="weights/SmolLM2-135M-Instruct"),
-    "smol": dict(clip="openai/clip-vit-base-patch16", llm="HuggingFaceTB/SmolLM2-135M-Instruct"),
-    "mistral-7b": dict(clip=CLIP_L, llm="mistralai/Mistral-7B-Instruct-v0.2", scales=(1, 3)),
-    "mixtral-8x7b": dict(clip=CLIP_L, llm="mistralai/Mixtral-8x7B-Instruct-v0.1", scales=(1, 3)),
-}
-# The paper's Table 6 (learning rates, lengths), with about as many samples a step: 256, 128, 128.
-# The miniature's were found by trying (docs/LOG.md). SMOL_MINI: only stage 1 has been run.
-SYSTEM, CHAT, PLAIN = "mistral_instruct_system", "mistral_instruct", "plain"
-CHATML, SQUARE = "chatml", "square"
-# fmt: off
-PAPER = {
-    1: dict(template=PLAIN,  lr=1e-3,   rows=4, accumulate=20, row_tokens=2048, image_mode=SQUARE),
-    2: dict(template=SYSTEM, lr=2e-6,   rows=1, accumulate=28, row_tokens=4096),
-    3: dict(template=SYSTEM, lr=4e-6,   rows=1, accumulate=28, row_tokens=4096),
-}
-MINI = {
-    1: dict(template=PLAIN,  lr=2e-3,   samples=3_000, row_tokens=280),
-    2: dict(template=CHAT,   lr=2.5e-4, samples=3_000, row_tokens=224),
-    3: dict(template=CHAT,   lr=2e-4,   samples=5_200, row_tokens=288),
-}
-SMOL_MINI = {
-    1: dict(template=PLAIN,  lr=1e-3,   samples=1_000, rows=2, accumulate=1, row_tokens=216),
-    2: dict(template=CHATML, lr=1e-4,   samples=2_000, rows=2, accumulate=4, row_tokens=384),
-    3: dict(template=CHATML, lr=5e-5,   samples=4_000, rows=2, accumulate=4, row_tokens=384),
-}
-# fmt: on
-SMOL = {1: PAPER[1]} | {k: PAPER[k] | dict(template=CHATML) for k in (2, 3)}
-STAGES = {"mini": MINI, "smol-mini": SMOL_MINI, "smol": SMOL, "mistral-7b": PAPER,
-          "mixtral-8x7b": PAPER}  # fmt: skip
-WORLD_TASK = {1: "name", 2: "describe", 3: "ask"}  # what the emoji world teaches in each stage
-
-
 def resolve(given, stage, target=True):
     """The settings of one stage: defaults, then preset, table of the stages, command line.
 
     given: {field: value} from the command line. A stage that runs only because another one needs it
     (`target=False`) takes its StageSettings from the table.
     """
-    preset = given.get("preset", "mini")
-    check_choice("preset", preset, PRESETS)
+    table = table_of(given.get("preset", "mini"), stage)
     own = {field.name for field in fields(StageSettings)}
     given = {k: v for k, v in given.items() if target or k not in own}
-    cfg = TrainConfig(**(PRESETS[preset] | STAGES[preset][stage] | given))
+    cfg = TrainConfig(**(table | given))
     cfg.stage = stage
     if "bf16" not in given:
         cfg.bf16 = cfg.estimate or memory.has_fast_bf16(cfg.device)

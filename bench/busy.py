@@ -1,10 +1,10 @@
-"""Training beside other jobs: how should OpenMP's threads wait for each other?
+"""Training next to other jobs: how should OpenMP's threads wait for each other?
 
     python bench/busy.py            # about ten minutes on idle cores; needs a finished demo in out/
 
 After each operation the threads of a process wait at a barrier. A thread that spins there is fast
 when its partner runs, and wastes a whole time slice when another job has taken the partner's core.
-Each row trains stage 3 of the miniature with one setting, beside no, two and six endless loops.
+Each row trains stage 3 of the miniature with one setting, next to no, two and six endless loops.
 Writes bench/busy.json: samples per second, the median of the steps after the first five.
 """
 
@@ -50,7 +50,7 @@ def samples_per_second(setting, seconds):
                     training.kill()
                     training.wait()
                     return round(statistics.median(speeds), 2)
-    raise ValueError(f"the training ended by itself ({training.returncode}); is there out/stage2?")
+    raise ValueError(f"the training ended early ({training.returncode}); is there out/stage2?")
 
 
 def main():

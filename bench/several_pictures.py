@@ -3,7 +3,7 @@
     python bench/several_pictures.py            # a minute; needs a finished demo in out/
 
 Each conversation of three new scenes (the split of eval.py) asks three questions about each picture
-when it is shown. Beside each answer stands that of a conversation about this picture alone. Writes
+when it is shown. The same questions are asked in a conversation about this picture alone. Writes
 bench/several_pictures.json: the share of right answers by the place of the picture.
 """
 

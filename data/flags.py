@@ -111,7 +111,7 @@ def check_choice(flag, value, choices):
     """ValueError unless `value` is one of the `choices`."""
     if value not in choices:
         raise ValueError(
-            f"--{flag} {value!r} is unknown; choose from {', '.join(filter(None, choices))}"
+            f"--{flag} {value!r} is unknown; choose from {', '.join(str(x) for x in choices if x)}"
         )
 
 

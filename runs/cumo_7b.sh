@@ -148,29 +148,29 @@ PYTHON
 # ---------------------------------------------------------------- the three stages
 finished() { grep -qs '"finished": true' "$OUT/stage$1/train.json"; }
 
-train() {  # train STAGE JSON IMAGE_FOLDER TEMPLATE [FLAGS]
-  local stage=$1 json=$2 folder=$3 template=$4 kept="" rows batch=()
+train() {  # train STAGE JSON IMAGE_FOLDER [FLAGS]
+  local stage=$1 json=$2 folder=$3 kept="" rows batch=()
   if finished "$stage"; then echo "stage $stage is finished" && return; fi
   [ -z "${SKIP_MISSING:-}" ] || kept=${json%.json}_present.json
   if [ ! -f "$kept" ]; then present "$json" "$folder" "$kept"; fi
   if [ -n "${CHECK:-}" ]; then
-    .venv/bin/python -m data.check "${kept:-$json}" --image-folder "$folder" --llm $mistral \
-      --clip $clip --template "$template" --row-tokens 4096
+    .venv/bin/python -m data.check "${kept:-$json}" --image-folder "$folder" \
+      --preset mistral-7b --stage "$stage" ${LIMIT:+--limit "$LIMIT"}
   fi
   if ((GPUS > 1)); then  # one row a GPU; rounded, a step keeps the rows of one GPU
     rows=$((stage == 1 ? 80 : 28))
     batch=(--rows "$GPUS" --accumulate $(((rows + GPUS / 2) / GPUS)))
   fi
   "${launch[@]}" train.py --preset mistral-7b --stage "$stage" --data "${kept:-$json}" \
-    --image-folder "$folder" --out "$OUT" ${LIMIT:+--limit "$LIMIT"} "${batch[@]}" "${@:5}"
+    --image-folder "$folder" --out "$OUT" ${LIMIT:+--limit "$LIMIT"} "${batch[@]}" "${@:4}"
   finished "$stage" || exit 0  # Ctrl-C
 }
 
 # 1: train the connector on captions. 2: train everything on long captions. 3: upcycle CLIP and the
 # connector to four experts, and train everything on questions and answers.
-llava=$DATA/llava/llava_pretrain chat=mistral_instruct_system
-train 1 "$llava/blip_laion_cc_sbu_558k.json" "$llava/images" plain "$@"
-((LAST < 2)) || train 2 "$DATA/jsons/cumo_pft_allava.json" "$DATA" $chat "$@"
-((LAST < 3)) || train 3 "$DATA/jsons/cumo_vit_1649K.json" "$DATA" $chat "$@"
+llava=$DATA/llava/llava_pretrain
+train 1 "$llava/blip_laion_cc_sbu_558k.json" "$llava/images" "$@"
+((LAST < 2)) || train 2 "$DATA/jsons/cumo_pft_allava.json" "$DATA" "$@"
+((LAST < 3)) || train 3 "$DATA/jsons/cumo_vit_1649K.json" "$DATA" "$@"
 
 .venv/bin/python sample.py --model "$OUT/stage$LAST" --image cat.jpg --ask "What is this?"

@@ -50,7 +50,7 @@ READING = {
     "llm.py": "a Mistral decoder: RoPE, grouped-query attention, KV cache, loss, generation",
     "cumo.py": "how image tokens enter the text; the total loss; checkpoints",
     "upcycle.py": "from dense to sparse with the same outputs at step 0",
-    "train.py": "the settings, the table of the three stages, the training loop",
+    "train.py": "the settings, the three stages, the training loop",
     "sample.py": "one question, a chat, a map of the experts",
     "eval.py": "accuracy by question type, next to two baselines",
 }

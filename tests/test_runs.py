@@ -13,9 +13,10 @@ from tiny import ROOT
 from data.check import CheckConfig
 from data.flags import parse
 from data.packing import check_rows
+from data.stages import PAPER
 from eval import EvalConfig
 from sample import SampleConfig
-from train import PAPER, TrainConfig, resolve
+from train import TrainConfig, resolve
 
 SCRIPTS = sorted(ROOT.glob("runs/*.sh"))
 CONFIGS = {"train.py": TrainConfig, "eval.py": EvalConfig, "sample.py": SampleConfig,

@@ -22,6 +22,7 @@ from tiny import command
 import data.weights
 import train
 from data import hub
+from data.stages import STAGES
 from engine import resume
 from engine.optim import param_groups
 
@@ -526,8 +527,8 @@ def test_a_second_ctrl_c_does_not_cut_the_last_save(weights, tmp_path, monkeypat
 
 
 def test_stage_3_runs_what_it_needs_and_says_so(weights, tmp_path, monkeypatch, capsys):
-    small = {k: stage | dict(samples=6) for k, stage in train.STAGES["mini"].items()}
-    monkeypatch.setitem(train.STAGES, "mini", small)
+    small = {k: stage | dict(samples=6) for k, stage in STAGES["mini"].items()}
+    monkeypatch.setitem(STAGES, "mini", small)
     go = command({k: weights[k] for k in ("clip", "llm")}, tmp_path, "--stage", "3")
     monkeypatch.setattr(sys, "argv", go[1:])
     train.main()
