@@ -10,8 +10,9 @@ of the conversation so far, so a question costs only its own tokens and those of
     <s>[INST] <image> Where is it? [/INST] left </s>[INST] And the dog? [/INST] ...
     '------------------ in the cache ----------'    '------- new -------'
 
-When the cache is full, the oldest turns are dropped (the last picture stays), and the rest, at most
-half the room, is read again. A model with a sliding window has a ring buffer, which is never full.
+When the cache is full, the oldest turns are dropped, but not the last picture. The turns that stay
+take at most half of the cache and are read again. The cache of a model with a sliding window is a
+ring buffer, which is never full.
 """
 
 import contextlib

@@ -347,5 +347,5 @@ def advice(plan: Plan, device: str):
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
             raise
         saving = "; ".join(remedies(plan)) or "a smaller model"
-        raise ValueError(f"out of memory on {device}, where {breakdown(plan)} were expected. "
+        raise ValueError(f"out of memory on {device}; the estimate was {breakdown(plan)}. "
                          f"What would help: {saving}") from None  # fmt: skip

@@ -15,9 +15,9 @@ A visitor who leaves during an answer closes the generator `reply`. That stops t
 next token, and the next question starts. `--keep` limits the conversations in memory, each with a
 cache of `--context` tokens; the one idle for longest is dropped first.
 
-Visitors are strangers: their input is limited in size, and a mistake is one line in the chat. Of
-this machine's files they can fetch the example picture and their own uploads, which are deleted
-after an hour and when the page is closed.
+Visitors are strangers: their input is limited in size, and a mistake is one line in the chat. They
+can fetch two kinds of files from this machine: the example picture, and their own uploads. Uploads
+are deleted after an hour and when the page is closed.
 """
 
 import collections

@@ -259,7 +259,8 @@ def bandwidth_block():
             rows.append((row["case"].split(", ")[1], f"{100 * row['share_of_bandwidth']:.0f} %",
                          f"{100 * shares[0]:.0f} to {100 * shares[-1]:.0f} %",
                          f"{speeds[0] / 1e9:.0f} to {speeds[-1] / 1e9:.0f} GB/s"))  # fmt: skip
-    return table(("weights", "median share", "range over rounds", "memory bandwidth"), *rows)
+    head = ("weights", "share of the bandwidth, median", "range over rounds", "memory bandwidth")
+    return table(head, *rows)
 
 
 BLOCKS = {  # page -> {block: the function that writes it}

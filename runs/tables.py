@@ -114,7 +114,9 @@ def quant_block():
         shares = [f"{100 * mini[split]:.1f}" for split in head[5:]]
         cells = f"{smol['megabytes']:.0f}", f"{smol['loss']:.3f}", f"{100 * smol['same']:.1f} %"
         rows.append((name, *cells, f"{mini['megabytes']:.1f}", *shares))
-    return table(head, *rows)
+    note = (f"`seen`, `pairs` and `style` are percent of {run['miniature']['questions']} questions "
+            "answered exactly.")  # fmt: skip
+    return table(head, *rows) + "\n\n" + note
 
 
 def rounding_block():

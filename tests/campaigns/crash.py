@@ -5,7 +5,7 @@
 A tiny stage 2 meets one fault after another, and the same command continues each time. Its final
 weights must equal those of an undisturbed run bit for bit, and so must the loss of every step. A
 process that finds a resume point must start from it: only steps since the last save are repeated.
-The kinds of faults, `--kills` of each (of `points`: each once, if there are fewer):
+Each kind of fault is tried up to `--kills` times, each of the `points` at most once:
 
     killed          SIGKILL at a random moment, every other time during a save
     points          SIGKILL before and after each fsync, rename, truncation and removal, and with a
