@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(HERE.parent), *(p for p in sys.path if Path(p or ".").resolve() != HERE)]
 from cumo import CuMo
 from data.chat import IGNORE, IMAGE_TAG, render
-from data.flags import check_device, parse, run
+from data.flags import check_choice, check_device, parse, run
 from data.hub import local_folder
 from data.tokenizer import Tokenizer
 from data.weights import write_json
@@ -143,8 +143,7 @@ def main():
     cfg, _ = parse(LmmsConfig, description=__doc__.split("\n")[0])
     if lmms is object:
         raise ValueError('this needs lmms-eval: pip install ".[eval]"')
-    if cfg.dtype not in DTYPES:
-        raise ValueError(f"--dtype {cfg.dtype!r} is unknown; choose float32 or bfloat16")
+    check_choice("dtype", cfg.dtype, DTYPES)
     check_device(cfg.device)
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager

@@ -40,7 +40,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from data.flags import check_device, check_options, parse, run
+from data.flags import check_choice, check_device, check_options, parse, run
+from data.hub import local_folder
 from data.images import open_image
 from data.tokenizer import Tokenizer
 from data.world import DESCRIBE
@@ -268,15 +269,14 @@ def serve(cfg, folder):
         import gradio as gr
     except ImportError:
         raise ValueError('the page needs gradio: pip install ".[web]"') from None
-    if cfg.dtype not in DTYPES:
-        raise ValueError(f"--dtype {cfg.dtype!r} is unknown; choose float32 or bfloat16")
+    check_choice("dtype", cfg.dtype, DTYPES)
     check_device(cfg.device)
     for name in ("keep", "waiting", "upload_mb"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be 1 or more")
     check_options(context=cfg.context, max_new_tokens=cfg.max_new_tokens,
                   temperature=cfg.temperature)  # fmt: skip
-    path = cfg.model or find_model()
+    path = local_folder(cfg.model) if cfg.model else find_model()
     model, tokenizer = (
         load_model(path, cfg.device, DTYPES[cfg.dtype]),
         Tokenizer.from_pretrained(path),

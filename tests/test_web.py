@@ -200,6 +200,17 @@ def test_missing_gradio_is_one_line_that_names_the_install(monkeypatch, capsys):
     assert line == 'error: the page needs gradio: pip install ".[web]"'
 
 
+def test_a_model_is_found_by_name_from_any_folder(tmp_path, monkeypatch, capsys):
+    def load_model(path, device, dtype):
+        raise ValueError(f"would load {path}")
+
+    monkeypatch.setitem(sys.modules, "gradio", sys)
+    monkeypatch.setattr(web, "load_model", load_model)
+    monkeypatch.chdir(tmp_path)
+    line = refusal(web.main, ["--model", "data/mini/llm"], monkeypatch, capsys)
+    assert line == f"error: would load {ROOT / 'data' / 'mini' / 'llm'}"
+
+
 # ---------------------------------------------------------------------------- a running server
 
 
