@@ -179,9 +179,7 @@ def test_ctrl_c_ends_in_one_line(capsys):
     assert caught.value.code == 130 and capsys.readouterr().err == "\ninterrupted\n"
 
 
-@pytest.mark.parametrize(
-    "how", ["print('x' * 999_999)", "print('x')", "print(1, flush=True)"]
-)
+@pytest.mark.parametrize("how", ["print('x' * 999_999)", "print('x')", "print(1, flush=True)"])
 def test_a_reader_that_has_left_is_no_error(how):
     code = f"import time; from data.flags import run; run(lambda: (time.sleep(0.5), {how}))"
     command = [sys.executable, "-c", code]
