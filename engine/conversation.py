@@ -122,15 +122,17 @@ class Conversation:
     """Questions about pictures, and answers; all of it stays in the language model's cache.
 
     context: tokens to keep, if the model has no window. stop: texts, or one text, before which an
-    answer ends; the stop text itself stays in the cache. options: those of `LLM.generate`; a seed
-    starts the random numbers of all answers up to a reset.
+    answer ends; the stop text itself stays in the cache. several: the model has learned from
+    conversations with several pictures, so a new one does not start over. options: those of
+    `LLM.generate`; a seed starts the random numbers of all answers up to a reset.
     """
 
     def __init__(self, model, tokenizer, context=4096, compile=False, stop=(), max_new_tokens=128,
-                 **options):  # fmt: skip
+                 several=False, **options):  # fmt: skip
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         check_options(context=context, stop=stop, max_new_tokens=max_new_tokens, **options)
         self.model, self.tokenizer, self.stop, self.options = model, tokenizer, stop, options
+        self.several = several
         llm = model if isinstance(model, LLM) else model.llm
         window, weight = llm.cfg.sliding_window, llm.model.norm.weight
         self.positions = llm.cfg.max_positions
@@ -165,7 +167,7 @@ class Conversation:
         """(turns, those not in the cache, ids to read): the conversation and one more question."""
         before = self.turns
         turns = [*before, self.turn(question, images, not before)]
-        if before and turns[-1].pixels is not None:
+        if before and turns[-1].pixels is not None and not self.several:
             turns = self.start_over(turns)
         elif self.cache or not before:
             return turns, turns[-1:], self.pending + turns[-1].ids

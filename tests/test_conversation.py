@@ -43,14 +43,14 @@ def read_anew(model, turns, pictures, max_new_tokens=6):
 def test_answers_are_those_of_the_whole_conversation_read_anew(window):
     """Token for token, since other tokens than the model's can spell the same text."""
     model = tiny_cumo(experts=4, vocab=1024, window=window).eval()
-    spoken = talk(model)
-    asked = [("Where is it?", [RED, CAT]), ("Why?", []), ("So?", []), ("And now?", [])]
-    whole, pixels = [], None
+    spoken = talk(model, several=True)
+    asked = [("Where is it?", [CAT]), ("And these?", [RED, CAT]), ("Why?", []), ("So?", [])]
+    whole, pixels = [], []
     for k, (question, pictures) in enumerate(asked):
         answer = spoken.ask(question, pictures)
         ids, own = prompt(model, MINI, question, pictures, first=k == 0)
-        whole, pixels = whole + ids, own if k == 0 else pixels
-        expected = model.generate(torch.tensor([whole]), pixels, max_new_tokens=6,
+        whole, pixels = whole + ids, pixels + ([own] if own is not None else [])
+        expected = model.generate(torch.tensor([whole]), torch.cat(pixels), max_new_tokens=6,
                                   eos_token_id=MINI.eos)[0].tolist()  # fmt: skip
         assert answer.answer == MINI.decode(expected).strip(), question
         assert answer.prompt_tokens == len(ids) + (0 if k == 0 else 1 + (expected[-1] != MINI.eos))
