@@ -25,20 +25,21 @@ from PIL import Image
 from tqdm import tqdm
 
 from cumo import CuMo
+from data.chat import end_tokens
 from data.exam import SPLITS, exam, fixed_answers, question_form
-from data.flags import check_choice, check_device, parse, run
-from data.hub import local_folder
+from data.flags import check_choice, check_device, check_numbers, parse, run
+from data.hub import find_model
 from data.tokenizer import Tokenizer
 from data.weights import make_folder, write_json
 from data.world import QUESTION_TYPES
 from engine.conversation import prompt
 from engine.memory import has_fast_bf16
-from sample import DTYPES, find_model
+from sample import DTYPES
 
 
 @dataclass
 class EvalConfig:
-    model: str = ""  # a checkpoint; empty: the last finished stage in out/
+    model: str = ""  # a checkpoint or a folder of stages; empty: the last finished stage in --out
     out: str = "out"  # folder for eval.json and the pictures
     n: int = 1600  # questions a split; of a benchmark: the first n, not given: all
     benchmark: str = ""  # a public one instead of the scenes: pope, gqa, ... (extras/benchmarks.py)
@@ -64,7 +65,7 @@ def answer_batch(model, tokenizer, questions, pictures, max_new_tokens=48):
     images = torch.cat(images).to(model.device) if images else None
     with torch.autocast(model.device.type, torch.bfloat16, has_fast_bf16(model.device)):
         ids = model.generate(tokens, images, segments, max_new_tokens=max_new_tokens,
-                             eos_token_id=tokenizer.eos)  # fmt: skip
+                             eos_token_id=end_tokens(tokenizer, model.cfg.template))  # fmt: skip
     return [tokenizer.decode(row).strip() for row in ids.tolist()]
 
 
@@ -101,8 +102,9 @@ def print_table(results):
 
 def check_flags(cfg):
     least = 1 if cfg.benchmark or cfg.data else len(QUESTION_TYPES)
-    if cfg.n < least or cfg.batch < 1:
-        raise ValueError(f"--n {cfg.n} must be {least} or more, --batch {cfg.batch} 1 or more")
+    if cfg.n < least:
+        raise ValueError(f"--n {cfg.n} must be {least} or more")
+    check_numbers(cfg, counts=("batch",))
     if bool(cfg.benchmark) != bool(cfg.folder) or cfg.benchmark and (cfg.data or cfg.experts):
         raise ValueError("--benchmark NAME and --folder DIR go together, without --data, --experts")
     if cfg.image_folder and not cfg.data:
@@ -113,7 +115,7 @@ def check_flags(cfg):
 
 def open_model(cfg):
     """-> (its folder, the model, ask(questions, pictures, max_new_tokens=48) -> answers)."""
-    path = local_folder(cfg.model) if cfg.model else find_model(cfg.out)
+    path = find_model(cfg.model, cfg.out)
     model = CuMo.from_pretrained(path, device=cfg.device, dtype=DTYPES[cfg.dtype]).eval()
     return path, model, partial(answer_batch, model, Tokenizer.from_pretrained(path))
 

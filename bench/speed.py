@@ -45,6 +45,7 @@ sys.path[0] = str(ROOT)  # not this folder, whose tokenizers.py transformers wou
 import train
 from bench.peers import DEVICE, DTYPE, DenseMLP, LoopMoE, Process
 from data import flags
+from data.hub import find_model
 from data.weights import write_json, write_tensors
 from engine import memory
 from engine.decode import fast_step, huge_pages
@@ -53,7 +54,6 @@ from llm import LLM, LLMConfig, attention_mask, flex_attend
 from mlp_moe import SparseMoE
 from runs.pictures import draw_ratios
 from runs.results import commit, cpu
-from sample import find_model
 
 # name -> (dim, hidden, out, images, tokens an image, activation)
 MOE_SHAPES = {

@@ -42,6 +42,13 @@ def template_of(tokenizer):
     return "chatml" if "<|im_start|>" in tokenizer.special else "mistral_instruct"
 
 
+def end_tokens(tokenizer, template):
+    """The ids that end an answer: first the one that the template teaches, then the tokenizer's own
+    (a base model's is not `<|im_end|>`)."""
+    taught = tokenizer.special.get("<|im_end|>") if template == "chatml" else None
+    return list(dict.fromkeys([tokenizer.eos if taught is None else taught, tokenizer.eos]))
+
+
 def check_template(template, tokenizer):
     """ValueError if the template is unknown or the tokenizer lacks its special tokens."""
     if template not in TEMPLATES:

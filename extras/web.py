@@ -41,14 +41,14 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data.flags import check_choice, check_device, check_options, parse, run
-from data.hub import local_folder
+from data.hub import find_model
 from data.images import open_image
 from data.tokenizer import Tokenizer
 from data.world import DESCRIBE
 from engine.conversation import Conversation
 from extras.plots import draw_routing, pyplot
 from llm import LLM
-from sample import DTYPES, find_model, load_model
+from sample import DTYPES, load_model
 
 CSS = ".message img { max-height: 110px } .message-buttons { display: none }"
 CHARACTERS, PICTURES = 4000, 4  # limits of one question; gradio itself has none
@@ -57,7 +57,7 @@ MESSAGES = 100  # limit of the history on the page; each update sends all of it 
 
 @dataclass
 class WebConfig:
-    model: str = ""  # a checkpoint; empty: the last finished stage in out/
+    model: str = ""  # a checkpoint or a folder of stages; empty: the last finished stage in out/
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: reachable from other machines
     port: int = 7860  # port to listen on
     keep: int = 32  # conversations in memory; the one idle for longest is dropped first
@@ -276,7 +276,7 @@ def serve(cfg, folder):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be 1 or more")
     check_options(context=cfg.context, max_new_tokens=cfg.max_new_tokens,
                   temperature=cfg.temperature)  # fmt: skip
-    path = local_folder(cfg.model) if cfg.model else find_model()
+    path = find_model(cfg.model)
     model, tokenizer = (
         load_model(path, cfg.device, DTYPES[cfg.dtype]),
         Tokenizer.from_pretrained(path),
