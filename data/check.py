@@ -149,12 +149,13 @@ def resolve(cfg, given):
 
 def image_side(cfg):
     """Pixels of a side of the pictures that the model sees, and of a patch."""
-    config = read_config(local_folder(cfg.init or cfg.clip, "config"))
-    fields = configs.cumo_fields(config, cfg.init)[0] if cfg.init else configs.clip_fields(config)
+    flag, name = ("init", cfg.init) if cfg.init else ("clip", cfg.clip)
+    config = read_config(local_folder(name, "config"))
+    fields = configs.cumo_fields(config, name)[0] if cfg.init else configs.clip_fields(config)
     size, patch = fields["image_size"], fields["patch_size"]
     if type(size) is not int or type(patch) is not int or not 0 < patch <= size:
-        raise ValueError(f"--clip {cfg.clip}: pictures of {size!r:.40} cannot be cut into patches "
-                         f"of {patch!r:.40}")  # fmt: skip
+        raise ValueError(f"--{flag} {name}: pictures of {size!r:.40} cannot be cut into patches of "
+                         f"{patch!r:.40}")  # fmt: skip
     return size, patch
 
 

@@ -299,3 +299,8 @@ def test_flags_win_over_the_table_and_a_checkpoint_has_its_own_tokenizer(small, 
     assert asked.llm == "data/mini/llm"
     init = check.CheckConfig("x.json", init=str(folder / "stage2"))
     assert check.image_side(init) == (64, 16)
+    config = json.loads((folder / "stage2" / "config.json").read_text())
+    config["vision_config"]["patch_size"] = 0
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"--init {tmp_path}: pictures of 64 .* patches of 0"):
+        check.image_side(check.CheckConfig("x.json", init=str(tmp_path)))

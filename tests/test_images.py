@@ -176,6 +176,7 @@ def test_photo_is_not_turned_for_parity_with_the_original(orientation, tmp_path)
     assert torch.equal(preprocess(stored, 6), preprocess(Image.fromarray(np.asarray(stored)), 6))
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("exif", [b"", b"Exif", b"Exif\0\0junk", b"Exif\0\0II*\0\xff\xff\xff\xff",
                                   b"Exif\0\0II*\0\x08\0\0\0\xff\xff"])  # fmt: skip
 def test_damaged_camera_data_does_not_make_a_picture_unreadable(exif, tmp_path):
