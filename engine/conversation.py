@@ -47,7 +47,7 @@ def prompt(model, tokenizer, question, images=(), first=True):
 
     `first=False`: the ids that continue a conversation after an answer. Several pictures go where
     the question has its `<image>` tags, or else before it. ValueError if their numbers differ; to a
-    language model alone the tag is text.
+    language model alone the tag is text. ValueError for more tokens than the model has positions.
     """
     alone, n_images, pixels = isinstance(model, LLM), len(images), None
     if not (question if alone else question.replace(IMAGE_TAG, "")).strip():
@@ -64,6 +64,10 @@ def prompt(model, tokenizer, question, images=(), first=True):
     if not first:
         return render_next(text, *how), pixels
     ids, _ = render([{"from": "human", "value": text}], *how)
+    cfg = model.cfg if alone else model.cfg.llm
+    if len(ids) > cfg.max_positions and not cfg.sliding_window:
+        raise ValueError(f"the question takes {len(ids)} tokens, and the model has "
+                         f"{cfg.max_positions} positions: ask less")  # fmt: skip
     second = alone and template == "mistral_instruct"  # CuMo's second <s>, unknown to a Mistral
     return ids[second:], pixels
 

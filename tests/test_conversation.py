@@ -193,14 +193,18 @@ def test_a_question_without_room_is_refused_and_changes_nothing():
 
 @pytest.mark.parametrize("context, positions, limit", [
     (200, 32768, r"there is room for 200: ask less, .* or raise --context \(here up to 32768\)"),
-    (4096, 220, r"the model has 220 positions: ask less, or lower --max-new-tokens$"),
-    (200, 220, r"the model has 220 positions: ask less, or lower --max-new-tokens$"),
+    (4096, 750, r"the model has 750 positions: ask less, or lower --max-new-tokens$"),
+    (200, 750, r"the model has 750 positions: ask less, or lower --max-new-tokens$"),
+    (4096, 200, r"the question takes \d+ tokens, and the model has 200 positions: ask less$"),
 ])  # fmt: skip
 def test_a_question_that_is_too_long_names_the_limit_that_it_meets(context, positions, limit):
     model = tiny_cumo(vocab=1024).eval()
     model.llm.cfg.max_positions = positions
     with pytest.raises(ValueError, match=limit):
-        talk(model, context=context).ask("word " * 200)
+        talk(model, context=context, max_new_tokens=99).ask("word " * 200)
+    if positions == 200:
+        with pytest.raises(ValueError, match=limit):
+            answer_batch(model, MINI, ["word " * 200], [None])
 
 
 def test_an_answer_says_why_it_has_ended(monkeypatch):

@@ -136,8 +136,10 @@ def test_a_row_longer_than_the_models_positions_is_refused(tmp_path, flags, monk
         "2048 or less"
     )
     assert not (tmp_path / "out").exists()
-    memory.check_positions(2048, LLMConfig(99, max_positions=2048))
-    memory.check_positions(9999, LLMConfig(99, max_positions=2048, sliding_window=64))
+    memory.check_positions(2048, LLMConfig(99, 32, 56, 2, 4, 2, max_positions=2048))
+    memory.check_positions(
+        9999, LLMConfig(99, 32, 56, 2, 4, 2, max_positions=2048, sliding_window=64)
+    )
 
 
 def test_stage_1_trains_the_connector_alone():
