@@ -76,7 +76,7 @@ echo "up to $(((need + 999) / 1000)) GB are needed, and $((room / 1000)) GB are 
   fail "the disk is too small: use another (DATA, OUT), fewer stages (LAST), or IGNORE_DISK=1"
 
 # ---------------------------------------------------------------- programs and weights
-[ -x .venv/bin/python ] || python3 -m venv .venv
+source runs/venv.sh
 .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt ".[plot]" \
   "huggingface_hub>=0.34"
 launch=(.venv/bin/python)
