@@ -28,8 +28,8 @@ def drawn(monkeypatch, tmp_path, capsys):
     close = plt.close
     monkeypatch.setattr(plt, "close", lambda figure: None)
 
-    def draw(picture, choices, load):
-        draw_experts(picture, choices, load, tmp_path / "map.png")
+    def draw(picture, choices, load, **how):
+        draw_experts(picture, choices, load, tmp_path / "map.png", **how)
         shown = capsys.readouterr()
         assert (shown.out, shown.err) == ("", f"wrote {tmp_path / 'map.png'}\n")
         return plt.gcf(), np.asarray(Image.open(tmp_path / "map.png").convert("RGB"))
@@ -43,6 +43,14 @@ def random_choices(names, side, experts):
     choices = {name: rng.integers(experts, size=(side, side)) for name in names}
     counts = {name: np.bincount(c.ravel(), minlength=experts) for name, c in choices.items()}
     return choices, {name: (n / n.sum()).tolist() for name, n in counts.items()}
+
+
+@pytest.mark.parametrize("names", [["connector"], [f"CLIP layer {k}" for k in range(6)]])
+def test_a_map_for_a_phone_is_as_wide_as_the_phone_and_all_of_it_is_inside(drawn, names):
+    _, pixels = drawn(PLAIN, *random_choices(names, 8, 4), width=3.9)
+    assert abs(pixels.shape[1] - 3.9 * 140) <= 1 and pixels.shape[0] > pixels.shape[1] / 2
+    edges = pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]
+    assert all((edge == 255).all() for edge in edges), "nothing is cut off"
 
 
 @pytest.mark.parametrize("side", [3, 5, 16])  # 48 pixels are not divisible by 5
