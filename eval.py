@@ -15,6 +15,7 @@ A model that uses the picture is far above both. Writes `out/eval.json`, some an
 `out/answers.png`, and each expert's share of the tokens as `out/experts.png`.
 """
 
+import data  # noqa: F401  isort: skip  before torch: it sets how threads wait
 import sys
 from dataclasses import dataclass
 from functools import partial

@@ -16,6 +16,7 @@ Stage k writes `out/stage<k>/`: a checkpoint with the names of the released CuMo
 engine/resume.py needs to continue after Ctrl-C or a crash as if nothing had happened.
 """
 
+import data  # noqa: F401  isort: skip  before torch: it sets how threads wait
 import json
 import math
 import os
