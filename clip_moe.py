@@ -78,7 +78,7 @@ def attend(q_BHTA: Tensor, k_BGUA: Tensor, v_BGUA: Tensor, mask: Tensor | None =
     """softmax(q k / sqrt(A) + mask) v; each key/value head serves H / G query heads.
 
     For one query, and in bf16 on a CPU, two plain products are faster than fused attention
-    (bench/attention.py).
+    (bench/attention.py; its runs in bf16 are in docs/LOG.md).
     """
     (B, H, T, A), G = q_BHTA.shape, k_BGUA.shape[1]
     if T > 1 and not (v_BGUA.dtype == torch.bfloat16 and v_BGUA.device.type == "cpu"):

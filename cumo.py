@@ -136,9 +136,12 @@ class CuMo(nn.Module):
         features, aux = self.encode_images(images, with_aux=True)
         return x.masked_scatter(is_image[..., None], features.to(x.dtype)), aux
 
-    def forward(self, tokens, images=None, labels=None, segments=None):
+    def forward(self, tokens, images=None, labels=None, segments=None, shares=None):
         """tokens, labels, segments [B, T]; images [n, 3, S, S] -> Output. Labels are shifted
-        inside; segments: 0 is padding, 1..n the documents in a row (None: one document a row)."""
+        inside; segments: 0 is padding, 1..n the documents in a row (None: one document a row).
+
+        shares: of the step's losses, if the batch is a part of a step (data.packing.step_shares).
+        """
         x, aux = self.splice(tokens, images)
         x, aux["llm"] = self.llm.hidden(x, segments)
         logits = None if self.training and labels is not None else self.llm.logits(x)
@@ -148,9 +151,13 @@ class CuMo(nn.Module):
             if self.reduce_losses:
                 n_images = 0 if images is None else len(images)
                 lm_loss, aux = self.reduce_losses(lm_loss, aux, n_images, labels, segments)
-            loss = lm_loss
-            for part in filter(None, aux.values()):
-                loss = loss + self.cfg.balance_coef * part.balance + self.cfg.z_coef * part.z
+            shares = shares or {}
+            loss = shares.get("lm", 1) * lm_loss
+            for part, a in aux.items():
+                if a:
+                    share = shares.get(part, 1)
+                    loss = loss + share * self.cfg.balance_coef * a.balance
+                    loss = loss + share * self.cfg.z_coef * a.z
         losses, load, entropy = (
             {part: get(a) if a else None for part, a in aux.items()}
             for get in (lambda a: (a.balance, a.z), lambda a: a.load, lambda a: a.entropy)

@@ -16,6 +16,7 @@ A model that uses the picture is far above both. Writes `out/eval.json`, some an
 numbers and all answers as `out/own_data.json` (engine/held_out.py), and experts.png.
 """
 
+import data  # noqa: F401  isort: skip  before torch: it sets how threads wait
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -27,9 +28,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from cumo import CuMo
+from data.chat import end_tokens
 from data.exam import SPLITS, exam, fixed_answers, question_form
-from data.flags import check_choice, check_device, parse, run
-from data.hub import local_folder
+from data.flags import check_choice, check_device, check_numbers, parse, run
+from data.hub import find_model
 from data.llava import LlavaData
 from data.tokenizer import Tokenizer
 from data.weights import check_folder, make_folder, write_json
@@ -37,12 +39,12 @@ from data.world import QUESTION_TYPES
 from engine import held_out
 from engine.conversation import prompt
 from engine.memory import has_fast_bf16
-from sample import DTYPES, find_model
+from sample import DTYPES
 
 
 @dataclass
 class EvalConfig:
-    model: str = ""  # a checkpoint; empty: the last finished stage in out/
+    model: str = ""  # a checkpoint or a folder of stages; empty: the last finished stage in --out
     out: str = "out"  # folder for eval.json and the pictures
     n: int = 1600  # questions a split; of a benchmark or --data: the first n, not given: all
     benchmark: str = ""  # a public one instead of the scenes: pope, gqa, ... (extras/benchmarks.py)
@@ -68,7 +70,7 @@ def answer_batch(model, tokenizer, questions, pictures, max_new_tokens=48):
     images = torch.cat(images).to(model.device) if images else None
     with torch.autocast(model.device.type, torch.bfloat16, has_fast_bf16(model.device)):
         ids = model.generate(tokens, images, segments, max_new_tokens=max_new_tokens,
-                             eos_token_id=tokenizer.eos)  # fmt: skip
+                             eos_token_id=end_tokens(tokenizer, model.cfg.template))  # fmt: skip
     return [tokenizer.decode(row).strip() for row in ids.tolist()]
 
 
@@ -105,8 +107,9 @@ def print_table(results):
 
 def check_flags(cfg, given):
     least = 1 if cfg.benchmark or cfg.data else len(QUESTION_TYPES)
-    if cfg.n < least or cfg.batch < 1:
-        raise ValueError(f"--n {cfg.n} must be {least} or more, --batch {cfg.batch} 1 or more")
+    if cfg.n < least:
+        raise ValueError(f"--n {cfg.n} must be {least} or more")
+    check_numbers(cfg, counts=("batch",))
     if bool(cfg.benchmark) != bool(cfg.folder) or cfg.benchmark and (cfg.data or cfg.experts):
         raise ValueError("--benchmark NAME and --folder DIR go together, without --data, --experts")
     if cfg.image_folder and not cfg.data:
@@ -119,7 +122,7 @@ def check_flags(cfg, given):
 
 def open_model(cfg):
     """-> (its folder, the model, ask(questions, pictures, max_new_tokens=48) -> answers)."""
-    path = local_folder(cfg.model) if cfg.model else find_model(cfg.out)
+    path = find_model(cfg.model, cfg.out)
     model = CuMo.from_pretrained(path, device=cfg.device, dtype=DTYPES[cfg.dtype]).eval()
     return path, model, partial(answer_batch, model, Tokenizer.from_pretrained(path))
 
@@ -128,13 +131,13 @@ def evaluate_own(cfg, limit):
     """--data: loss and exact answers of the first `limit` records (0: all), and experts' load."""
     from extras import plots
 
-    data = LlavaData(cfg.data, cfg.image_folder, limit)
+    records = LlavaData(cfg.data, cfg.image_folder, limit)
     path, model, _ = open_model(cfg)
     cast = partial(torch.autocast, model.device.type, torch.bfloat16, has_fast_bf16(model.device))
-    load = plots.own_load(model, data)
+    load = plots.own_load(model, records)
     if cfg.experts:
         plots.draw_load(load, cfg.experts)
-    found = held_out.judge(model, Tokenizer.from_pretrained(path), data, cfg.batch, cast)
+    found = held_out.judge(model, Tokenizer.from_pretrained(path), records, cfg.batch, cast)
     print(held_out.report(cfg.data, found))
     rows = [one._asdict() for one in found.pop("answers")]
     about = {"model": str(path), "data": cfg.data, "expert_load": load} | found

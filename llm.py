@@ -380,7 +380,9 @@ class LLM(nn.Module):
         x = self.embed(tokens) if embeds is None else embeds
         if not x.shape[1]:
             raise ValueError("a prompt of 0 tokens must be 1 or more")
-        for name, value in zip(OPTIONS, (max_new_tokens, temperature, top_p, top_k)):
+        given = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+                     top_k=top_k)  # fmt: skip
+        for name, value in given.items():
             valid, wanted = OPTIONS[name]
             if not valid(value):
                 raise ValueError(f"{name}={value} must be {wanted}")

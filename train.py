@@ -16,6 +16,7 @@ Stage k writes `out/stage<k>/`: a checkpoint with the names of the released CuMo
 engine/resume.py needs to continue after Ctrl-C or a crash as if nothing had happened.
 """
 
+import data  # noqa: F401  isort: skip  before torch: it sets how threads wait
 import json
 import math
 import os
@@ -27,7 +28,6 @@ from dataclasses import dataclass, fields
 from functools import partial
 from itertools import islice
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -39,7 +39,7 @@ from data.checkpoint import start_from
 from data.flags import check_device, parse, run
 from data.hub import local_folder
 from data.llava import check_row, encode
-from data.packing import check_rows, collate, pack
+from data.packing import check_rows, collate, pack, step_metrics, step_shares
 from data.stages import WORLD_TASK, table_of
 from data.tokenizer import Tokenizer
 from engine import fsdp, held_out, memory, optim, resume, settings
@@ -199,7 +199,7 @@ def build(cfg):
         model.vision, model.llm = vision, llm
         model.connector = Connector(vision.cfg.dim * len(vision.cfg.scales), llm.cfg.dim).to(dtype)
     else:
-        resume.check_sums(source)
+        resume.refuse_changed_weights(source)
         model = CuMo.from_pretrained(source, dtype=dtype)
     if cfg.stage == 3 and cfg.upcycle != "none":
         parts, scratch = cfg.upcycle.split(","), settings.split_parts(cfg.scratch)
@@ -255,13 +255,13 @@ class Trainer:
     def train_step(self, batches, start=None):
         """One optimizer step over a list of batches -> metrics; `start`: when reading began."""
         cfg, start, before = self.cfg, start or time.perf_counter(), self.used
-        tokens, n_images, metrics = 0, 0, []
-        for batch in batches:
+        tokens, n_images, metrics, shares = 0, 0, [], step_shares(batches)
+        for batch, share in zip(batches, shares):
             mine = collate(batch, self.model.image_tokens, *fsdp.world())
             with torch.autocast(cfg.device, torch.bfloat16, cfg.bf16 and cfg.weights == "fp32"):
-                out = self.model(**{name: x.to(cfg.device) for name, x in mine.items()})
+                out = self.model(**{k: x.to(cfg.device) for k, x in mine.items()}, shares=share)
             if out.loss.requires_grad:  # not if only the connector learns and there is no image
-                (out.loss / len(batches)).backward()
+                out.loss.backward()
             metrics.append(out.metrics())
             tokens += int((batch["segments"] > 0).sum())
             n_images += len(batch["images"])
@@ -284,7 +284,7 @@ class Trainer:
         took = time.perf_counter() - start
         self.seconds += took
         work = memory.operations(self.model.cfg, cfg.stage, tokens, n_images, cfg.row_tokens)
-        return {"step": self.step, "samples": self.used, **mean_metrics(metrics), "lr": lr,
+        return {"step": self.step, "samples": self.used, **step_metrics(metrics, shares), "lr": lr,
                 "grad_norm": norm, "tokens_per_s": round(tokens / took),
                 "samples_per_s": round((self.used - before) / took, 2),
                 "mfu": round(work / took / self.rate / fsdp.world()[1], 4),
@@ -313,12 +313,6 @@ class Trainer:
                 if resume.is_due(self):
                     resume.save_point(self)
             return False
-
-
-def mean_metrics(rows):
-    """Mean of each number, or list of numbers, over the rows that have it."""
-    columns = {key: [row[key] for row in rows if key in row] for row in rows for key in row}
-    return {key: np.mean(values, axis=0).round(6).tolist() for key, values in columns.items()}
 
 
 def train_stage(cfg):
@@ -382,7 +376,7 @@ def main():
                 print(memory.report(stage_cfg, stage_plan(stage_cfg)))
             continue
         if not target:
-            if resume.is_finished(stage_cfg, stage_dir(stage_cfg, stage)):
+            if resume.is_finished(stage_dir(stage_cfg, stage), stage_cfg.shared):
                 continue
             print(f"stage {last} needs stage {stage}, which is not finished")
         if not train_stage(stage_cfg):

@@ -10,6 +10,7 @@ original's loop over experts. Both are compiled block by block, get rows without
 packing makes no difference, and skip CLIP's last layer, whose output is not used.
 """
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -21,11 +22,11 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # not this folder, whose tokenizers.py transformers would import
 
-from bench.peers import DEVICE, DTYPE, LoopMoE  # noqa: E402
-from clip_moe import CLIPVisionConfig  # noqa: E402
-from cumo import IMAGE_TOKEN, CuMo, CuMoConfig  # noqa: E402
-from engine import memory  # noqa: E402
-from llm import LLMConfig  # noqa: E402
+from bench.peers import DEVICE, DTYPE, LoopMoE
+from clip_moe import CLIPVisionConfig
+from cumo import IMAGE_TOKEN, CuMo, CuMoConfig
+from engine import memory
+from llm import LLMConfig
 
 VISION = CLIPVisionConfig(224, 16, 768, 3072, 12, 12, num_experts=4)
 LANGUAGE = LLMConfig(49152, 576, 1536, 30, 9, 3, tie_embeddings=True)
@@ -79,8 +80,11 @@ class RoutedLoop(LoopMoE):
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("model", choices=("ours", "transformers"))
+    args = parser.parse_args()
     torch.manual_seed(0)
-    if sys.argv[1] == "ours":
+    if args.model == "ours":
         model = CuMo(CuMoConfig(VISION, LANGUAGE, mlp_experts=4))
         blocks = [*model.vision.layers, *model.llm.model.layers]
         loss = lambda: model(tokens, images, labels).loss

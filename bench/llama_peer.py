@@ -6,6 +6,7 @@ Each line "n" on standard input reads a prompt of 32 tokens, generates n more, a
 seconds. The weights are converted to F32, BF16 or Q8_0 first.
 """
 
+import argparse
 import ctypes
 import os
 import sys
@@ -29,15 +30,18 @@ def convert(file, precision, out):
 
 
 def main():
-    file, precision, threads = sys.argv[1:]
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("file", help="weights, .gguf")
+    parser.add_argument("precision", choices=("F32", "BF16", "Q8_0"))
+    parser.add_argument("threads", type=int)
+    args = parser.parse_args()
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # llama.cpp prints to standard output too
-    threads = int(threads)
     with tempfile.TemporaryDirectory() as folder:
         out = os.path.join(folder, "model.gguf")
-        convert(file, precision, out)
-        model = llama_cpp.Llama(out, n_ctx=512, n_threads=threads, n_threads_batch=threads,
-                                verbose=False)  # fmt: skip
+        convert(args.file, args.precision, out)
+        model = llama_cpp.Llama(out, n_ctx=512, n_threads=args.threads,
+                                n_threads_batch=args.threads, verbose=False)  # fmt: skip
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         model.reset()

@@ -6,6 +6,7 @@ A random Mistral of 400 MB in float32 is written in six shards, as safetensors o
 loaded in a new process. A ratio of 1.0 is the model and nothing else.
 """
 
+import argparse
 import json
 import platform
 import re
@@ -20,6 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 from data.weights import read_tensors, write_json, write_tensors
+from engine.memory import peak_memory
 from llm import LLM, LLMConfig
 
 CONFIG = LLMConfig(vocab_size=8192, dim=512, hidden_dim=2048, n_layers=24, n_heads=8, n_kv_heads=2)
@@ -45,11 +47,10 @@ def write(folder, form):
         index.unlink()
 
 
-def resident(field):
-    """Bytes of this process in memory, now (VmRSS) or at most (VmHWM), mapped files included.
-    The peak of `resource` would include the process that started this one."""
+def resident():
+    """Bytes of this process in memory now, mapped files included."""
     status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) * 1024
+    return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) * 1024
 
 
 def load(folder, dtype):
@@ -57,16 +58,20 @@ def load(folder, dtype):
     with tempfile.TemporaryDirectory() as tiny:  # loads 75 MB of PyTorch's own code
         LLM(replace(CONFIG, vocab_size=8, dim=64, hidden_dim=8, n_layers=1)).save_pretrained(tiny)
         LLM.from_pretrained(tiny)
-    before = resident("VmRSS")
+    before = resident()
     llm = LLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     for p in llm.parameters():  # mapped files enter memory when they are read
         p.detach().flatten()[:: 4096 // p.itemsize].sum()
-    grown = resident("VmHWM") - before
+    grown = peak_memory("cpu") - before
     size = sum(p.nbytes for p in llm.parameters())
     print(json.dumps({"model_mb": round(size / 1e6, 1), "ratio": round(grown / size, 3)}))
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("model", nargs="*", help="FOLDER DTYPE: load only this one, here")
+    if model := parser.parse_args().model:
+        return load(*model)
     rows = []
     for form in ("safetensors", "pickle"):
         with tempfile.TemporaryDirectory() as folder:
@@ -86,4 +91,4 @@ def main():
 
 
 if __name__ == "__main__":
-    load(*sys.argv[1:]) if len(sys.argv) > 1 else main()
+    main()

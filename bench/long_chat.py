@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
-from bench.speed import machine
+from bench.speed import conditions
 from data import world
 from data.flags import run
 from data.tokenizer import Tokenizer
@@ -38,7 +38,7 @@ def resident_mb():
 
 def long_conversation(model, tokenizer, tokens, points=50):
     """-> [{tokens so far, ms to the first token, ms a token after it, MB}], `points` rows."""
-    talk = Conversation(model, tokenizer, max_new_tokens=48, temperature=0.0)
+    talk = Conversation(model, tokenizer, max_new_tokens=48, several=True)
     rows, seen, turn = [], 0, 0
     with tqdm(total=tokens, unit="token", desc="chat") as bar:
         while seen < tokens:
@@ -106,8 +106,9 @@ def main():
     rows = long_conversation(model, Tokenizer.from_pretrained(args.model), args.tokens)
     name = "the miniature" if args.model == MINIATURE else pathlib.Path(args.model).name
     if args == parser.parse_args([]):  # only results of the defaults are published
-        result = machine() | {"command": "python bench/long_chat.py", "window": args.window}
-        result |= {"model": name, "precision": "torch.float32", "rows": rows}  # `load`'s default
+        result = conditions() | {"command": "python bench/long_chat.py", "window": args.window}
+        # float32 is `load_model`'s default
+        result |= {"model": name, "precision": "torch.float32", "rows": rows}
         file.write_text(json.dumps(result, indent=1) + "\n")
         draw_growth(result, file.with_suffix(".png"))
     half = len(rows) // 2

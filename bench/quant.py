@@ -18,11 +18,12 @@ import torch.nn.functional as F
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
-from bench.speed import machine
+from bench.speed import conditions
+from data.exam import SPLITS, exam
 from data.flags import run
 from data.tokenizer import Tokenizer
 from engine.quant import quantize
-from eval import SPLITS, accuracy, answer_batch, exam
+from eval import accuracy, answer_batch
 from llm import LLM
 from sample import load_model
 
@@ -74,7 +75,7 @@ def main():
     parser.add_argument("--llm", default=str(ROOT / "weights" / "SmolLM2-135M-Instruct"))
     parser.add_argument("--n", type=int, default=800, help="questions a split")
     args = parser.parse_args()
-    result = machine() | {"command": "python bench/quant.py"}
+    result = conditions() | {"command": "python bench/quant.py"}
     result |= {"smollm2": reading(args.llm), "miniature": answering(args.model, args.n)}
     if args != parser.parse_args([]):
         print("bench/quant.json is not written: it has the results of the defaults")

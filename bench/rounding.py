@@ -14,6 +14,7 @@ float32 run over any 20 steps, its deviation over the last 100, and the measured
 Draws bench/rounding.png.
 """
 
+import argparse
 import pathlib
 import sys
 import time
@@ -28,7 +29,7 @@ sys.path[0] = str(ROOT)
 from data import world
 from data.weights import write_json
 from engine.optim import WEIGHTS, AdamW
-from extras.plots import pyplot
+from extras.plots import pyplot, save_figure
 
 LR, STEPS, CONTEXT, SMOOTH = 4e-6, 1000, 16, 20
 NEAREST = ("nearest", "nearest")
@@ -131,11 +132,11 @@ def draw(rows, file):
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(file, dpi=100)
-    print(f"wrote {file}")
+    save_figure(figure, file, dpi=100)
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False).parse_args()
     hidden, batch, rows, exact = 512, 64, [], None
     start, text = pretrained(hidden, 1000, batch, 3000), read("ask", 3000, 1)
     for weights, moments in RUNS:

@@ -6,7 +6,7 @@
 
 Each case is a race. After a warm-up the contestants take turns, so whatever slows the machine slows
 all of them. Printed is each one's median time and its ratio to ours (2.0: ours takes half as long);
-`out/bench/<machine>-<precision>.json` keeps every sample, and in each row the versions and the
+`out/bench/<machine>-<precision>.json` keeps every sample, and for each section the versions and the
 commit that it was measured with.
 
     moe        forward and backward of the sparse block; peers: a dense MLP of the same active work,
@@ -46,6 +46,7 @@ sys.path[0] = str(ROOT)  # not this folder, whose tokenizers.py transformers wou
 import train
 from bench.peers import DEVICE, DTYPE, DenseMLP, LoopMoE, Process
 from data import flags
+from data.hub import find_model
 from data.weights import write_json, write_tensors
 from engine import memory
 from engine.decode import fast_step, huge_pages
@@ -53,7 +54,7 @@ from engine.quant import quantize
 from llm import LLM, LLMConfig, attention_mask, flex_attend
 from mlp_moe import SparseMoE
 from runs.pictures import draw_ratios
-from sample import find_model
+from runs.results import commit, cpu
 
 # name -> (dim, hidden, out, images, tokens an image, activation)
 MOE_SHAPES = {
@@ -223,16 +224,16 @@ def train_(runs):
 
 def half_size(runs):
     """A step of CuMo at half the size; peer: one built from transformers (bench/half_size.py)."""
-    seconds, memory = {"ours": [], "transformers": []}, {}
+    seconds, peaks = {"ours": [], "transformers": []}, {}
     for _ in range(2):  # one process at a time, because 24 GB do not hold both
         for name in seconds:
             step = Process("half_size.py", name)
             steps = [step() for _ in range(3 + (runs + 1) // 2)]
             step.close()
             seconds[name] += [took for took, _ in steps[3:]]  # the first steps touch fresh memory
-            memory[name] = max(gb for _, gb in steps)
-    result = row("train", "half size, one step", seconds, peak_memory_gb=memory)
-    print("        peak memory " + "; ".join(f"{n} {gb:.1f} GB" for n, gb in memory.items()))
+            peaks[name] = max(gb for _, gb in steps)
+    result = row("train", "half size, one step", seconds, peak_memory_gb=peaks)
+    print("        peak memory " + "; ".join(f"{n} {gb:.1f} GB" for n, gb in peaks.items()))
     return result
 
 
@@ -387,7 +388,7 @@ def decode_at(precision, runs, tokens=96):
         contestants[f"llama.cpp {kind}"] = lambda n: peer(n)[0]
     firsts, nexts = ({name: [] for name in contestants} for _ in range(2))
     # 512 MB on huge pages like those of the weights, because small pages are read more slowly
-    memory = huge_pages(2**29).view(torch.float32).to(DEVICE).normal_()
+    block = huge_pages(2**29).view(torch.float32).to(DEVICE).normal_()
     speeds = []
     for turn in range(runs + 2):  # two warm-ups, because the second shape compiles again
         for name, seconds in contestants.items():
@@ -396,7 +397,7 @@ def decode_at(precision, runs, tokens=96):
                 firsts[name].append(first)
                 nexts[name].append((whole - first) / tokens)
             if turn > 1 and name == "ours, compiled":  # bandwidth changes over time
-                speeds.append(bandwidth(memory))
+                speeds.append(bandwidth(block))
     if peer:
         peer.close()
     size = sum(t.nbytes for t in ours.state_dict().values())
@@ -451,14 +452,11 @@ SECTIONS = {"moe": moe, "start": start, "scale": scale, "decode": decode, "llm":
             "tokenizer": tokenizer}  # fmt: skip
 
 
-def machine():
-    cpu = re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())
-    name = cpu[1] if cpu else platform.machine()
-    name = torch.cuda.get_device_name() if DEVICE == "cuda" else name
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, cwd=ROOT)
-    return {"machine": name, "threads": torch.get_num_threads(), "precision": str(DTYPE),
-            "torch": torch.__version__, "python": platform.python_version(),
-            "commit": commit.stdout.decode().strip(),
+def conditions():
+    """What a measurement depends on."""
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else cpu()
+    return {"machine": name, "precision": str(DTYPE), "threads": torch.get_num_threads(),
+            "torch": torch.__version__, "python": platform.python_version(), "commit": commit(),
             "command": " ".join(["python", *sys.argv])}  # fmt: skip
 
 
@@ -479,6 +477,16 @@ def print_header(here):
     print(f"{'section':7} {'case':34} median of each contestant (times ours)", flush=True)
 
 
+def replace_section(content, section, rows, here):
+    """The content of a results file with new `rows` of a section, and their conditions; the other
+    sections keep theirs."""
+    kept = [row for row in content.get("rows", []) if row["section"] != section]
+    fixed = {name: here[name] for name in ("machine", "precision")}
+    about = {name: value for name, value in here.items() if name not in fixed}
+    sections = content.get("sections", {}) | {section: about}
+    return fixed | {"sections": sections, "rows": kept + rows}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("sections", nargs="*", help=f"{' '.join(SECTIONS)}; none: all")
@@ -495,18 +503,17 @@ def main():
                      "--runs 1 or more")  # fmt: skip
     names = args.sections or list(SECTIONS)
     check_packages(names)
-    here = machine()
+    here = conditions()
     print_header(here)
     name = re.sub(r"\W+", "-", f"{here['machine']} {here['precision'].split('.')[1]}").strip("-")
     folder = ROOT / "bench" if args.publish else ROOT / "out" / "bench"
     file = folder / (name.lower() + ".json")
-    known = json.loads(file.read_text())["rows"] if file.is_file() else []
+    content = json.loads(file.read_text()) if file.is_file() else {}
     for name in names:
-        rows = [one | {"measured": here} for one in SECTIONS[name](args.runs)]
-        known = [r for r in known if r["section"] != name] + rows
-        write_json(file, here | {"rows": known})
+        content = replace_section(content, name, SECTIONS[name](args.runs), here)
+        write_json(file, content)
     print(f"wrote {file.relative_to(ROOT)}")
-    draw_ratios(here | {"rows": known}, file.with_suffix(".png"))
+    draw_ratios(content, file.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -9,14 +9,16 @@
 `mistral_instruct_system` puts a system prompt before the first question. `chatml` is SmolLM2's
 template, with the system message that SmolLM2 adds by default.
 
+In a conversation without a picture `<image>` is text ("docker run <image>"). CuMo: a question's
+only tag moves to its front. Several keep their places; the original keeps one of them.
+
 The assistant's answers and their closing `</s>` or `<|im_end|>` are learned; every other token has
 the label IGNORE. Labels are made while tokenizing, segment by segment, so nothing in the text can
 shift them.
 
 CuMo: the original makes labels from the finished text, by counting tokens between `</s>` and
-`[/INST] `. If the text itself holds such a mark, or an answer is empty, the original silently
-learns nothing from the sample. Here a mark is ordinary text, and a sample with an empty turn is
-`Rejected`.
+`[/INST] `. If the text itself holds such a mark, or an answer is empty, it silently learns nothing
+from the sample. Here a mark is ordinary text, and a sample with an empty turn is `Rejected`.
 """
 
 IGNORE = -100  # label of a token that is not learned
@@ -38,6 +40,13 @@ class Rejected(ValueError):
 def template_of(tokenizer):
     """The template of a language model without vision, guessed from its special tokens."""
     return "chatml" if "<|im_start|>" in tokenizer.special else "mistral_instruct"
+
+
+def end_tokens(tokenizer, template):
+    """The ids that end an answer: first the one that the template teaches, then the tokenizer's own
+    (a base model's is not `<|im_end|>`)."""
+    taught = tokenizer.special.get("<|im_end|>") if template == "chatml" else None
+    return list(dict.fromkeys([tokenizer.eos if taught is None else taught, tokenizer.eos]))
 
 
 def check_template(template, tokenizer):
@@ -75,10 +84,10 @@ def check_turns(conversation, n_images, where, template=""):
         if ROLES[turn["from"]] != ("user", "assistant")[k % 2]:
             raise ValueError(f"{where}: {turn['from']} speaks twice in a row, at "
                              f"{turn['value']!r:.40}; human and gpt must alternate")  # fmt: skip
-        if k % 2 and IMAGE_TAG in turn["value"]:
+        if n_images and k % 2 and IMAGE_TAG in turn["value"]:
             raise ValueError(f"{where}: answer {k // 2 + 1} holds {IMAGE_TAG}; only questions can")
     tags = sum(turn["value"].count(IMAGE_TAG) for turn in turns)
-    if tags != n_images:
+    if n_images and tags != n_images:
         raise ValueError(f"{where}: the number of images is {n_images}, of {IMAGE_TAG} tags in the "
                          f"questions {tags}; each image needs one tag")  # fmt: skip
     for k, turn in enumerate(turns):
@@ -88,19 +97,33 @@ def check_turns(conversation, n_images, where, template=""):
         raise Rejected(f"{where}: it has no question")
     if template == "plain" and (len(turns) > 2 or n_images == 0):
         raise ValueError(f"{where}: template plain takes an image and its caption, not "
-                         f"{len(turns)} turns and {n_images} images")  # fmt: skip
+                         f"{len(turns)} turns and {n_images} images; remove the record, or take "
+                         "--template mistral_instruct")  # fmt: skip
     return turns
 
 
 def place_tags(text):
-    """Image tags first, each followed by a line break, as the original orders them."""
+    """The text of a question about pictures. A single tag goes first, followed by a line break;
+    several keep their places."""
     n = text.count(IMAGE_TAG)
-    return (f"{IMAGE_TAG}\n" * n + text.replace(IMAGE_TAG, "").strip()).strip() if n else text
+    if n == 1:
+        text = f"{IMAGE_TAG}\n" + text.replace(IMAGE_TAG, "").strip()
+    return text.strip() if n else text
+
+
+def with_tags(question, n_images):
+    """A question that is asked about `n_images` pictures, with a tag for each: those that it has,
+    or else one for each picture before it. ValueError for any other number of tags."""
+    n = question.count(IMAGE_TAG)
+    if n not in (0, n_images):
+        raise ValueError(f"the question has {n} {IMAGE_TAG} tags and {n_images} pictures; give a "
+                         "picture for each tag, or leave out the tags")  # fmt: skip
+    return question if n else f"{IMAGE_TAG}\n" * n_images + question
 
 
 def encode_prompt(text, tokenizer, image_tokens):
-    """The ids of a text, each `<image>` in it as `image_tokens` IMAGE_TOKENs."""
-    first, *rest = text.split(IMAGE_TAG)
+    """The ids of a text, each `<image>` in it as `image_tokens` IMAGE_TOKENs (None: as text)."""
+    first, *rest = [text] if image_tokens is None else text.split(IMAGE_TAG)
     ids = tokenizer.encode(first)
     for chunk in rest:
         ids += [IMAGE_TOKEN] * image_tokens + tokenizer.encode(chunk)
@@ -122,7 +145,7 @@ def write_mistral(turns, tokenizer, image_tokens, system):
     yield [tokenizer.bos] * 2, False  # CuMo: one <s> from the tokenizer, one from the template
     for k, turn in enumerate(turns):
         if k % 2 == 0:
-            text = f"[INST] {'' if k else system}{place_tags(turn['value'])} [/INST]"
+            text = f"[INST] {'' if k else system}{turn['value']} [/INST]"
             yield encode_prompt(text, tokenizer, image_tokens), False
         else:
             yield tokenizer.encode(f" {turn['value']} ", start=False) + [tokenizer.eos], True
@@ -139,8 +162,8 @@ def write_chatml(turns, tokenizer, image_tokens):
     yield [begin, *tokenizer.encode(f"system\n{SMOL_SYSTEM}"), end, *line_break], False
     for k, turn in enumerate(turns):
         if k % 2 == 0:
-            text = f"user\n{place_tags(turn['value'])}"
-            yield [begin, *encode_prompt(text, tokenizer, image_tokens), end, *line_break], False
+            text = encode_prompt(f"user\n{turn['value']}", tokenizer, image_tokens)
+            yield [begin, *text, end, *line_break], False
             yield [begin, *tokenizer.encode("assistant\n")], False
         else:
             yield [*tokenizer.encode(turn["value"]), end], True
@@ -148,7 +171,10 @@ def write_chatml(turns, tokenizer, image_tokens):
 
 
 def write(turns, tokenizer, template, image_tokens):
-    """Turns that `check_turns` has accepted -> (ids, labels)."""
+    """Turns that `check_turns` has accepted -> (ids, labels). image_tokens: as many for each
+    picture; None: the conversation has no picture, and `<image>` is text."""
+    if image_tokens is not None:
+        turns = [turn | {"value": place_tags(turn["value"])} for turn in turns]
     if template == "plain":
         pieces = write_plain(turns, tokenizer, image_tokens)
     elif template == "chatml":
@@ -167,12 +193,13 @@ def render(conversation, tokenizer, template="mistral_instruct", image_tokens=0,
            where="sample"):  # fmt: skip
     """A conversation `[{"from", "value"}, ...]` as (ids, labels), two lists of equal length.
 
-    Each `<image>` becomes `image_tokens` IMAGE_TOKENs. If the last turn is a question, the ids end
-    where the answer would begin. Errors: those of `check_template` and `check_turns`.
+    If there are images, each `<image>` becomes `image_tokens` IMAGE_TOKENs. If the last turn is a
+    question, the ids end where the answer would begin. Errors: those of `check_template` and
+    `check_turns`.
     """
     check_template(template, tokenizer)
     turns = check_turns(conversation, n_images, where, template)
-    return write(turns, tokenizer, template, image_tokens)
+    return write(turns, tokenizer, template, image_tokens if n_images else None)
 
 
 def render_next(question, tokenizer, template, image_tokens=0, n_images=0, where="sample"):

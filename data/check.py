@@ -1,18 +1,20 @@
 """Check a LLaVA data set before training on it: what would be rejected, cut, or learned.
 
-    python -m data.check my.json --image-folder pics            # the miniature
-    python -m data.check my.json --image-folder pics --llm weights/mistral --clip weights/clip \\
-        --row-tokens 4096 --show 3
-    python -m data.check captions.json --image-folder pics --template plain   # as stage 1 reads it
+    python -m data.check my.json --image-folder pics                       # stage 3 of `mini`
+    python -m data.check captions.json --image-folder pics --stage 1
+    python -m data.check my.json --image-folder pics --preset mistral-7b --stage 2 --show 3
 
-Every record is read, every picture opened and every conversation tokenized, as in training.
+Every record is read, every picture opened and every conversation tokenized as in
+`train.py --preset P --stage N --data my.json`: both take the template, the image mode and the
+tokens a row from data/stages.py, --init and the command line.
 
     stops       a faulty record: roles, image tags, a missing picture. Training would not start.
-    skipped     its picture is damaged. More than 1 % of them would end a training.
+    skipped     its picture is damaged. 10 of them end a training, if they are more than 1 %.
     left out    it teaches nothing: an empty answer, or none within --row-tokens.
     cut         longer than --row-tokens; it loses its last questions and answers.
+    one color   its picture shows nothing, as black pictures of a broken conversion do. It is used.
 
-All but the last kind are listed with id and reason. The exit status is 1 if training would stop or
+All but `cut` are listed with record, id and reason. The exit status is 1 if training would stop or
 would have nothing to learn, else 0.
 
 `--show N` prints the first N samples. Learned text is green, or between « and » where there are no
@@ -27,12 +29,24 @@ from itertools import groupby
 import numpy as np
 from tqdm import tqdm
 
-from data.chat import IGNORE, IMAGE_TOKEN, Rejected, check_template, render, template_of
-from data.flags import check_choice, parse, run
+from data import configs
+from data.chat import IGNORE, IMAGE_TOKEN, Rejected, check_template, render
+from data.checkpoint import start_from
+from data.flags import check_choice, check_numbers, parse, run
 from data.hub import local_folder
 from data.images import MODES
-from data.llava import Unreadable, check_record, check_row, encode, open_sample, read_records
+from data.llava import (
+    Unreadable,
+    check_record,
+    check_row,
+    encode,
+    open_sample,
+    picture_line,
+    read_records,
+    where_of,
+)
 from data.loader import too_many
+from data.stages import table_of
 from data.tokenizer import Tokenizer
 from data.weights import read_config
 
@@ -41,11 +55,15 @@ from data.weights import read_config
 class CheckConfig:
     data: str  # LLaVA JSON or JSONL
     image_folder: str = ""  # the folder that the image paths are relative to
-    llm: str = "data/mini/llm"  # folder with the tokenizer
-    clip: str = "data/mini/clip"  # folder with CLIP's config.json
-    template: str = ""  # prompt template of the conversations; empty: the tokenizer's
-    image_mode: str = "pad"  # how pictures become square: pad or square
-    row_tokens: int = 256  # tokens a row; a longer conversation loses its last turns
+    preset: str = "mini"  # check for a training of this preset
+    stage: int = 3  # and of this stage: 1, 2 or 3
+    init: str = ""  # for a training that starts from this checkpoint
+    limit: int = 0  # use only the first so many records; 0: all
+    llm: str = ""  # folder with the tokenizer; empty: the preset's
+    clip: str = ""  # folder with CLIP's config.json; empty: the preset's
+    template: str = ""  # prompt template of the conversations; empty: the stage's
+    image_mode: str = ""  # how pictures become square: pad or square; empty: the stage's
+    row_tokens: int = 0  # tokens a row, a longer conversation loses its last turns; 0: the stage's
     show: int = 0  # samples to show
     list: int = 20  # records of each kind to list; 0: all of them
 
@@ -54,7 +72,7 @@ class Report:
     """What was found: the lengths of the samples used, the reasons for all others."""
 
     def __init__(self):
-        self.faults, self.skipped, self.left_out, self.sizes = [], [], [], []
+        self.faults, self.skipped, self.left_out, self.sizes, self.flat = [], [], [], [], []
         self.lengths, self.learned, self.cut, self.dropped = [], [], 0, 0
 
     def add(self, coded, length, sizes):
@@ -73,7 +91,7 @@ class Report:
               f"left out, {len(self.skipped):,} skipped, {len(self.faults):,} would stop "
               "training")  # fmt: skip
         kinds = ("stops", self.faults), ("skipped", self.skipped), ("left out", self.left_out)
-        for kind, reasons in kinds:
+        for kind, reasons in (*kinds, ("one color", self.flat)):
             shown = reasons[: cfg.list or None]
             for reason in shown:
                 print(f"  {kind}: {reason}")
@@ -120,40 +138,74 @@ def painted(ids, labels, tokenizer, color):
     return text
 
 
-def main():
-    cfg, _ = parse(CheckConfig, description=__doc__.split("\n")[0])
-    tokenizer = Tokenizer.from_pretrained(cfg.llm)
-    clip = read_config(local_folder(cfg.clip, "config"))
-    clip = clip.get("vision_config", clip)
-    if not {"image_size", "patch_size"} <= clip.keys():
-        raise ValueError(f"--clip {cfg.clip}: its config.json has no image_size and patch_size; "
-                         "name a CLIP")  # fmt: skip
-    size, patches = clip["image_size"], (clip["image_size"] // clip["patch_size"]) ** 2
-    template = cfg.template or template_of(tokenizer)
-    check_template(template, tokenizer)
+def resolve(cfg, given):
+    """Set what no flag gives, from --init and the table of the stages, as train.py does."""
+    values = {name: getattr(cfg, name) for name in given}
+    values = start_from(values, cfg.stage) if cfg.init else values
+    cfg.preset = values.get("preset", cfg.preset)
+    table = table_of(cfg.preset, cfg.stage) | values
+    for name in {"llm", "clip", "template", "image_mode", "row_tokens"} - given:
+        setattr(cfg, name, table[name])
     check_choice("image-mode", cfg.image_mode, MODES)
-    check_row(cfg.row_tokens, tokenizer, template, patches)
+    check_numbers(cfg, counts=("row_tokens",))
+    return cfg
+
+
+def image_side(cfg):
+    """Pixels of a side of the pictures that the model sees, and of a patch."""
+    flag, name = ("init", cfg.init) if cfg.init else ("clip", cfg.clip)
+    config = read_config(local_folder(name, "config"))
+    fields = configs.cumo_fields(config, name)[0] if cfg.init else configs.clip_fields(config)
+    size, patch = fields["image_size"], fields["patch_size"]
+    if type(size) is not int or type(patch) is not int or not 0 < patch <= size:
+        raise ValueError(f"--{flag} {name}: pictures of {size!r:.40} cannot be cut into patches of "
+                         f"{patch!r:.40}")  # fmt: skip
+    return size, patch
+
+
+def check_records(cfg, tokenizer, records):
+    """-> (Report, the first --show samples as text)."""
+    size, patch = image_side(cfg)
+    patches, report, shown = (size // patch) ** 2, Report(), []
+    check_template(cfg.template, tokenizer)
+    check_row(cfg.row_tokens, tokenizer, cfg.template, patches)
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    report, shown, records = Report(), [], read_records(cfg.data)
+    how = tokenizer, cfg.template, patches
     for k, record in enumerate(tqdm(records, unit="record", leave=False)):
+        where = where_of(record, k, cfg.data)
         try:
-            name = str(record.get("id", k)) if isinstance(record, dict) else str(k)
-            paths = check_record(record, k, cfg.data, cfg.image_folder)
-            sample = open_sample(record, name, paths)
+            paths = check_record(record, k, cfg.data, cfg.image_folder, cfg.template)
+            sample = open_sample(record, str(record.get("id", k)), paths) | {"where": where}
             images = sample["images"]
-            options = (tokenizer, template, patches)
-            whole, _ = render(sample["conversations"], *options, len(images))
-            coded = encode(sample, *options, size, cfg.image_mode, cfg.row_tokens)
+            whole, _ = render(sample["conversations"], *how, len(images), where)
+            coded = encode(sample, *how, size, cfg.image_mode, cfg.row_tokens)
         except Rejected as reason:
             report.left_out.append(reason)
         except Unreadable as fault:
-            report.skipped.append(fault)
+            report.skipped.append(f"{where}: {fault.args[2]}")
         except ValueError as fault:
             report.faults.append(fault)
         else:
             report.add(coded, len(whole), [image.size for image in images])
+            report.flat += [f"{where}: {image.filename}" for image in images if is_flat(image)]
             if len(shown) < cfg.show:
                 shown.append(f"--- {sample['id']}\n{painted(*coded[:2], tokenizer, color)}")
+    return report, shown
+
+
+def is_flat(image):
+    """Whether an RGB picture has one color."""
+    return all(low == high for low, high in image.getextrema())
+
+
+def main():
+    cfg = resolve(*parse(CheckConfig, description=__doc__.split("\n")[0]))
+    records = read_records(cfg.data)[: cfg.limit or None]
+    print(f"checked for --preset {cfg.preset} --stage {cfg.stage}: --template {cfg.template} "
+          f"--image-mode {cfg.image_mode} --row-tokens {cfg.row_tokens}")  # fmt: skip
+    print(picture_line(cfg.data, records))
+    tokenizer = Tokenizer.from_pretrained(cfg.init or cfg.llm)
+    report, shown = check_records(cfg, tokenizer, records)
     report.print(cfg, len(records))
     for text in shown:
         print(text)

@@ -18,27 +18,45 @@ import dataclasses
 import difflib
 import inspect
 import math
+import os
 import re
+import shlex
 import sys
 import typing
 
 import torch
 
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line that says what to do; exit status 2."""
 
-    def error(self, message):
-        unknown = re.fullmatch(r"unrecognized arguments: (\S+).*", message, re.S)
-        flags = [f for action in self._actions for f in action.option_strings if f != "-h"]
-        if unknown and unknown[1].startswith("-"):
-            flag = unknown[1].split("=")[0]
+    def flags(self):
+        return [f for action in self._actions for f in action.option_strings if f != "-h"]
+
+    def parse_args(self, args=None, namespace=None):
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(self.about_unknown(unknown))
+        return found
+
+    def about_unknown(self, words):
+        """What to say about words that belong to no flag: a typo, or `sample.py cat.jpg`."""
+        word, all_words, flags = words[0], " ".join(words), self.flags()
+        if word.startswith("-"):
+            flag = word.split("=")[0]
             near = difflib.get_close_matches(flag.replace("_", "-"), flags, 1)
             hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
-            message = f"unknown flag {flag}; {hint}"
-        elif unknown:
-            message = (f"{unknown[1]!r} belongs to no flag; a switch takes no value, write it "
-                       "--name or --no-name")  # fmt: skip
+            return f"unknown flag {flag}; {hint}"
+        if "--image" in flags and word.lower().endswith(PICTURES):
+            return f"{word!r} belongs to no flag; did you mean --image {shlex.quote(word)}?"
+        if "--ask" in flags and all_words.endswith("?"):
+            return f'{all_words!r} belongs to no flag; did you mean --ask "{all_words}"?'
+        return (f"{word!r} belongs to no flag; a switch takes no value, write it --name or "
+                "--no-name")  # fmt: skip
+
+    def error(self, message):
         message = re.sub(r": ignored explicit .*", " is a switch and takes no value", message)
         self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}\n")
 
@@ -94,7 +112,8 @@ def parse(cls, argv=None, description=""):
     """Read `argv` into (instance of the dataclass `cls`, set of the field names that were given).
 
     A bool (or bool | None) becomes `--x / --no-x`, a tuple comma-separated integers, a
-    tuple[str, ...] one or more words; int, float and str are read as such.
+    tuple[str, ...] one or more words (`--x a b`, or `--x a --x b`); int, float and str are read as
+    such.
     """
     summary, *more = description.split("\n")
     examples = "\n".join(line for line in more if line.startswith("    python "))
@@ -116,7 +135,7 @@ def parse(cls, argv=None, description=""):
         if kind in (bool, bool | None):
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         elif kind == tuple[str, ...]:
-            group.add_argument(flag, nargs="+", metavar="STR", **options)
+            group.add_argument(flag, nargs="+", action="extend", metavar="STR", **options)
         else:
             metavar = "N,N" if kind is tuple else kind.__name__.upper()
             read = READ["seed" if field.name == "seed" else kind]
@@ -139,11 +158,17 @@ def shown(value):
     return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
+def unescape(text):
+    r"""A text from the command line with \n, \t and \\ as in Python."""
+    known = {"n": "\n", "t": "\t", "\\": "\\"}
+    return re.sub(r"\\([nt\\])", lambda found: known[found[1]], text)
+
+
 def check_choice(flag, value, choices):
     """ValueError unless `value` is one of the `choices`."""
     if value not in choices:
         raise ValueError(
-            f"--{flag} {value!r} is unknown; choose from {', '.join(filter(None, choices))}"
+            f"--{flag} {value!r} is unknown; choose from {', '.join(str(x) for x in choices if x)}"
         )
 
 
@@ -189,10 +214,17 @@ def check_device(name):
 
 
 def run(main):
-    """Call `main()`. ValueError and OSError end in one line and exit status 1, no traceback."""
+    """Call `main()`. ValueError and OSError end in one line and exit status 1, no traceback; Ctrl-C
+    ends in one line, and a reader of stdout that has left (`| head`) in none."""
     try:
         main()
+        if sys.stdout:  # None if it was closed
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python's own flush at the end fails again
+        sys.exit(141)  # as a program that SIGPIPE ends
     except (ValueError, OSError) as error:
         sys.exit("error: " + " ".join(str(error).split("\n")))
     except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
         sys.exit(130)

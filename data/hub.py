@@ -2,7 +2,8 @@
 
     local_folder("mistralai/Mistral-7B-Instruct-v0.2")  ->  Path
 
-uses the first of these that is complete:
+uses the first of these that is complete. `find_model` also takes a folder of stages, such as out:
+its furthest finished stage.
 
     the name itself           a local folder or file; data/mini/... is also found next to the code
     weights/<last part>       where `hf download NAME --local-dir weights/...` puts it, in the
@@ -23,6 +24,7 @@ safetensors if possible. `HF_HUB_OFFLINE=1` forbids downloads.
 
 import os
 import re
+import sys
 from pathlib import Path
 
 from data.weights import STAGE_FILES, WEIGHT_FILES, shards_of
@@ -39,6 +41,25 @@ DOWNLOADED = {  # `want` -> the files to download, and more of them if these hav
 }  # fmt: skip
 
 
+STAGES = ("stage3", "stage2", "stage1")  # what train.py writes into its --out, the last one first
+
+
+def find_model(name: str | Path = "", out: str | Path = "out") -> Path:
+    """The local folder of a model. A folder of stages (`out`, if there is no name) means its
+    furthest finished stage. ValueError, with the way out, when there is none."""
+    folder = Path(name or out)
+    finished = finished_stages(folder)
+    if finished and not has_config(folder):
+        begun = [folder / stage for stage in STAGES if (folder / stage / "train.json").is_file()]
+        if begun and begun[0] not in finished:
+            print(f"{begun[0]} is not finished; this is {finished[0]}", file=sys.stderr)
+        return finished[0]
+    if name:
+        return local_folder(name)
+    reason = why_no_model(folder) or f"no trained model in {folder}/; `python train.py` makes one"
+    raise ValueError(f"{reason}; --model DIR names another")
+
+
 def local_folder(name: str | Path, want: str = "model") -> Path:
     """The local folder of a model, downloaded if necessary; `want`: "model", "config", "tokenizer".
 
@@ -46,20 +67,66 @@ def local_folder(name: str | Path, want: str = "model") -> Path:
     ValueError, with the command that downloads the files, if they cannot be found.
     """
     path, text = Path(name), str(name)
-    if text and path.exists():
+    reason = why_no_model(path) if text else ""
+    if text and path.exists() and not reason:
         return path
     if path.parts[:2] == ("data", "mini") and ".." not in path.parts and (ROOT / path).exists():
         return ROOT / path  # shipped with the code, for scripts started from another folder
+    if reason:
+        raise ValueError(reason)
     part = r"\w[\w.-]*"  # the hub's own rule; such a name cannot leave the cache's folder
     named = re.fullmatch(f"{part}/{part}", text, re.ASCII) and isinstance(name, str)
     if not named or ".." in text or "--" in text:
         raise ValueError(f"{text!r} does not exist; give a local folder, or a name on the hub "
                          "with one slash, as in `hf download org/model`")  # fmt: skip
-    local = Path("weights") / path.name
-    for folder in (local, ROOT / local):
-        if is_complete(folder, want):
-            return folder
-    return cached(name, want) or download(name, want, local)
+    return fetched(name, want) or cached(name, want) or download(name, want)
+
+
+def fetched(name: str, want: str) -> Path | None:
+    """weights/<last part of the name>, in the working folder or next to the code, if complete."""
+    local = Path("weights") / Path(name).name
+    return next((folder for folder in (local, ROOT / local) if is_complete(folder, want)), None)
+
+
+def has_config(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def finished_stages(folder: Path) -> list[Path]:
+    return [folder / stage for stage in STAGES if has_config(folder / stage)]
+
+
+def is_training(folder: Path) -> bool:
+    """Whether `folder` is one where train.py writes its stages."""
+    return str(folder) == "out" or any((folder / stage).is_dir() for stage in STAGES)
+
+
+def why_no_model(path: Path) -> str:
+    """Why there is no model in `path`, and the command that helps, if `path` belongs to a training
+    of train.py; "" for any other path, and for a model."""
+    where = "" if str(path.parent) == "out" else f" --out {path.parent}"
+    command = f"`python train.py --stage {path.name[-1:]}{where}`"
+    ready = " or ".join(map(str, finished_stages(path)))
+    if has_config(path) or path.is_file():
+        return ""
+    if (path / "train.json").is_file():
+        return f"{path} is not finished; {command}, with the flags it began with, continues it"
+    if ready:
+        return f"{path} is no model but the folder of a training; name {ready}"
+    if path.exists() and not is_training(path):
+        return ""
+    near = ROOT / path  # for scripts started from another folder
+    if finished_stages(near) or has_config(near) and is_training(near.parent):
+        return f"{path} is not in this folder; it is {near}"
+    if is_training(path):
+        return f"no trained model in {path}/; `python train.py` makes one"
+    if path.name in STAGES:
+        return f"{path} does not exist; {command} makes it"
+    if not is_training(path.parent) and not re.fullmatch(r"stage\d+", path.name):
+        return ""
+    models = sorted(found.name for found in path.parent.glob("*") if has_config(found))
+    there = ", ".join(models) or "no model; `python train.py` makes stage1, stage2 and stage3"
+    return f"{path} does not exist; {path.parent}/ has {there}"
 
 
 def cache_folder() -> Path:
@@ -88,10 +155,10 @@ def is_complete(folder: Path, want: str) -> bool:
     return want == "config" or weights is not None and not shards_of(weights)[1]
 
 
-def download(name: str, want: str, local: Path) -> Path:
+def download(name: str, want: str) -> Path:
     """Download `name` into the cache. ValueError, with what to do instead, if that fails."""
     file = "config.json " if want == "config" else ""
-    advice = f"fetch it with `hf download {name} {file}--local-dir {local}`"
+    advice = f"fetch it with `hf download {name} {file}--local-dir weights/{Path(name).name}`"
     missing = f"{name!r} is no local folder and not completely in {cache_folder()}"
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise ValueError(f"{missing}, and HF_HUB_OFFLINE forbids downloads; {advice}")

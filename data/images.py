@@ -1,12 +1,15 @@
-"""Pictures as CLIP expects them: RGB, square, resized, normalised; the original's, bit for bit.
+"""Pictures as CLIP expects them: upright, RGB, square, resized, normalised.
 
     pad      the whole picture, padded to a square with CLIP's mean colour (stages 2 and 3)
     square   the middle of the picture, a centre crop (stage 1)
 
-CuMo: like the original, this calls Pillow's `convert("RGB")` first and changes nothing else: the
-camera rotation in the EXIF data is ignored, transparency is dropped, and 16-bit grey values are
-clipped at 255.
+CuMo: the pixels are the original's, bit for bit, with two exceptions. A photo is turned as its
+camera says in the EXIF data (`upright=False`: not, as in the original). Grey values that do not fit
+in 8 bits are refused: the original clips 16-bit values at 255, so that an X-ray becomes white.
+As in the original, transparency is dropped.
 """
+
+import warnings
 
 import numpy as np
 import torch
@@ -17,15 +20,61 @@ STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 PAD_COLOR = tuple(int(m * 255) for m in (0.48145466, 0.4578275, 0.40821073))
 MODES = ("pad", "square")
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 179 million; above, Pillow refuses to open a picture
+ORIENTATION = 0x0112  # the EXIF field that says how to turn a photo, 1 (not at all) to 8
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}  # fmt: skip
+warnings.filterwarnings("ignore", "Corrupt EXIF data")  # the picture itself may be good
 
 
-def open_image(path):
-    """The picture at `path`, fully read, RGB. ValueError (one line) if it cannot be read."""
+class Unscaled(ValueError):
+    """A picture whose grey values do not fit in 8 bits."""
+
+
+def turn_of(image):
+    """How to turn a picture as its camera says, or None."""
+    try:
+        return TURNS.get(image.getexif().get(ORIENTATION))
+    except Exception:  # damaged EXIF data raises many types
+        return None
+
+
+def check_grey(image):
+    """`Unscaled` unless 8 bits can hold the values of a picture with 16, 32 or float bits each."""
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    share = image.mode == "F" and 0 < high <= 1  # 0 to 1 would become 0, 0, ... 1
+    if not (0 <= low <= high <= 255) or share:
+        raise Unscaled(f"its values x go from {low:,.6g} to {high:,.6g} (mode {image.mode}), not "
+                       "from 0 to 255; scale them to 8 bits first, as "
+                       "np.uint8((x - x.min()) / (x.max() - x.min()) * 255) does")  # fmt: skip
+
+
+def rgb(image, upright=True):
+    """A PIL image as RGB, turned as its camera says if `upright`. `Unscaled` as in `check_grey`."""
+    image.load()  # some formats have their EXIF data after the pixels
+    turn = turn_of(image) if upright else None
+    check_grey(image)
+    image = image.convert("RGB")
+    image.info.clear()  # a second call must not turn it again
+    return image if turn is None else image.transpose(turn)
+
+
+def open_image(path, upright=True):
+    """The picture at `path`, fully read, RGB, turned as its camera says if `upright`.
+
+    ValueError (one line) if it cannot be read.
+    """
     try:
         with Image.open(path) as image:
-            image = image.convert("RGB")
+            image = rgb(image, upright)
         image.filename = str(path)  # `convert` drops the name; errors show it
         return image
+    except Unscaled as error:
+        raise ValueError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise ValueError(f"{path}: no such image; check the path") from None
     except IsADirectoryError:
@@ -42,12 +91,12 @@ def open_image(path):
 def squared(image, size, mode="pad"):
     """The size x size RGB picture that CLIP sees of a PIL image.
 
-    ValueError for a mode other than `pad` and `square`, and for a picture so narrow that padding
-    or enlarging it would take gigabytes.
+    ValueError for a mode other than `pad` and `square`, for a picture so narrow that padding or
+    enlarging it would take gigabytes, and for one that `rgb` refuses.
     """
     if mode not in MODES:
         raise ValueError(f"image mode {mode!r} is unknown; choose from {', '.join(MODES)}")
-    image = image.convert("RGB")
+    image = rgb(image)
     width, height = image.size
     long, short = max(width, height), min(width, height)
     if (long if mode == "pad" else size * size / short) * long > MAX_PIXELS:

@@ -6,9 +6,10 @@
 
 `image` may be missing (a text-only sample) or a list, with one `<image>` tag for each entry.
 
-The whole file is checked before the first training step. A faulty record or a missing image file
-is an error. A record that teaches nothing (an empty answer) is left out, and the reason is kept in
-`rejected`. A picture is only opened when its sample is used; data/check.py opens all of them.
+The whole file is checked before the first training step. A faulty record, a missing image file and
+a picture under another key (`images`, `video`) are errors. A record that teaches nothing (an empty
+answer) is left out, and the reason is kept in `rejected`. A picture is only opened when its sample
+is used; data/check.py opens all of them.
 """
 
 import json
@@ -16,10 +17,19 @@ import os
 import pathlib
 import re
 from bisect import bisect_right
+from collections import Counter
 from typing import NamedTuple
 
 from data.chat import IGNORE, IMAGE_TAG, Rejected, check_turns, render, write
 from data.images import open_image, pixels_of
+
+PICTURE_KEY = re.compile(
+    "(image|img|picture|photo|video|frame|audio)s?"
+    "(path|file|filename|name|url|uri|src|list|data|bytes|base64)?s?"
+)
+NOT_READ = "video", "frame", "audio"
+NAMED_IN_TEXT = re.compile(r"<img>[^<\n]*\.(?:jpe?g|png|webp|gif|bmp|tiff?)\s*</img>", re.I)
+LIKE_A_TAG = re.compile(r"<\|?(?:image|img|picture|video)[ _-]?\w*\|?>", re.I)
 
 
 class Unreadable(ValueError):
@@ -66,6 +76,53 @@ def parse_json(text, where):
         raise ValueError(f"{where}: holds a number with too many digits") from None
 
 
+def where_of(record, k, path):
+    """The name of record `k` of the file `path` in messages."""
+    name = record.get("id") if isinstance(record, dict) else None
+    return f"{path}: record {k} (id {name!r:.60})"
+
+
+def turns_of(record):
+    """The turns of a record that may have any fault."""
+    turns = record.get("conversations") if isinstance(record, dict) else None
+    return [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+
+
+def texts_of(record):
+    """The texts of a record that may have any fault."""
+    return [t["value"] for t in turns_of(record) if isinstance(t.get("value"), str)]
+
+
+def check_keys(record, where):
+    """ValueError for a picture that would be ignored: under another key than `image`, in a turn, or
+    named in the text as <img>FILE</img>."""
+    fields = [(key, value) for key, value in record.items() if key != "image"]
+    fields += [pair for turn in turns_of(record) for pair in turn.items()]
+    for key, value in fields:
+        kind = PICTURE_KEY.fullmatch(re.sub("[^a-z]", "", key.lower()))
+        if value and kind and kind[1] in NOT_READ:
+            raise ValueError(f"{where}: has the key {key!r:.60}, which is not supported; remove "
+                             "the key or the record")  # fmt: skip
+        if value and kind and not record.get("image"):
+            raise ValueError(f'{where}: has no key "image", but {key!r:.60}; rename it to "image"')
+    named = NAMED_IN_TEXT.search("\n".join(texts_of(record)))
+    if named and not record.get("image"):
+        raise ValueError(f'{where}: holds {named[0]:.80}; name the file under the key "image", and '
+                         f"write {IMAGE_TAG} in its place")  # fmt: skip
+
+
+def picture_line(path, records):
+    """How many records have a picture, and in how many others text looks like the tag of one."""
+    blind = [r for r in records if not (isinstance(r, dict) and r.get("image"))]
+    found = [set(LIKE_A_TAG.findall("\n".join(texts_of(record)))) for record in blind]
+    line = f"{path}: {len(records) - len(blind):,} of {len(records):,} records have a picture"
+    if any(found):
+        common = Counter(tag for tags in found for tag in tags).most_common(3)
+        shown = ", ".join(f"{tag:.30}" for tag, _ in common)
+        line += f"; in {sum(map(bool, found)):,} of the others {shown} is read as text"
+    return line
+
+
 def image_paths(record, folder, where):
     """The paths of a record's images, all inside `folder`. ValueError for any other path."""
     if not isinstance(record, dict) or "conversations" not in record:
@@ -79,18 +136,18 @@ def image_paths(record, folder, where):
     return [pathlib.Path(folder) / name for name in names]
 
 
-def check_record(record, k, path, folder):
-    """The image paths of record `k` of the file `path`.
+def check_record(record, k, path, folder, template=""):
+    """The image paths of record `k` of the file `path`, if `template` can write it.
 
     ValueError, naming the record, for a fault; `Rejected` if it teaches nothing.
     """
-    name = record.get("id") if isinstance(record, dict) else None
-    where = f"{path}: record {k} (id {name!r:.60})"
+    where = where_of(record, k, path)
     paths = image_paths(record, folder, where)
+    check_keys(record, where)
     absent = [image for image in paths if not os.path.isfile(image)]
     if absent:
         raise ValueError(f"{where}: no image {str(absent[0])!r:.300}; see --image-folder")
-    if len(check_turns(record["conversations"], len(paths), where)) == 1:
+    if len(check_turns(record["conversations"], len(paths), where, template)) == 1:
         raise Rejected(f"{where}: it has no answer")
     return paths
 
@@ -107,13 +164,16 @@ def open_sample(record, name, paths):
 
 
 class LlavaData:
-    """The samples of a LLaVA file, used like `World`. `limit`: only its first records; 0: all."""
+    """The samples of a LLaVA file, used like `World`. `limit`: only its first records; 0: all.
+    template: each record must suit it. pictures: a line that says how many have one."""
 
-    def __init__(self, path, image_folder="", limit=0):
+    def __init__(self, path, image_folder="", limit=0, template=""):
         self.folder, self.records, self.rejected, faults = image_folder, [], [], []
-        for k, record in enumerate(read_records(path)[: limit or None]):
+        records = read_records(path)[: limit or None]
+        self.pictures = picture_line(path, records)
+        for k, record in enumerate(records):
             try:
-                check_record(record, k, path, image_folder)
+                check_record(record, k, path, image_folder, template)
                 self.records.append((k, record))
             except Rejected as reason:
                 self.rejected.append(str(reason))
@@ -158,9 +218,9 @@ def encode(sample, tokenizer, template, image_tokens, image_size, image_mode="pa
     picture that cannot be made square.
     CuMo: the original cuts at any token, even inside an image, and ignores the image's features.
     """
-    where, images = f"sample {sample['id']}", sample["images"]
+    where, images = sample.get("where", f"sample {sample['id']}"), sample["images"]
     turns = check_turns(sample["conversations"], len(images), where, template)
-    how = tokenizer, template, image_tokens
+    how = tokenizer, template, image_tokens if images else None
     ids, labels = write(turns, *how)
     pairs = fit = (len(turns) + 1) // 2  # the last may be a question alone
     if max_tokens and len(ids) > max_tokens:

@@ -45,7 +45,9 @@ AHEAD = 4  # samples that each worker keeps ready
 def open_data(cfg, task):
     """The samples of --data, or those of a `task` of the emoji world; cfg: a train.TrainConfig."""
     if cfg.data:
-        return LlavaData(cfg.data, cfg.image_folder, cfg.limit)
+        data = LlavaData(cfg.data, cfg.image_folder, cfg.limit, cfg.template)
+        print(data.pictures)
+        return data
     if cfg.limit:
         raise ValueError(f"--limit {cfg.limit} is for --data; the emoji world has --samples")
     if cfg.preset not in ("mini", "smol-mini"):

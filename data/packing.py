@@ -76,6 +76,31 @@ def collate(batch, image_tokens, rank=0, world=1):
     return given
 
 
+def step_shares(batches):
+    """The weight of each batch in the losses of a step, [{"lm", "clip", "mlp", "llm"}: 0 to 1].
+
+    A mean over a step counts what it is a mean of: learned tokens for the LM loss, images for the
+    router losses of CLIP and the connector, tokens for those of the language model. So a step has
+    the same loss however it is split into batches. CuMo: micro-batches weigh the same.
+    """
+    counts = [
+        {"lm": int((batch["labels"][:, 1:] != IGNORE).sum()), "clip": len(batch["images"]),
+         "mlp": len(batch["images"]), "llm": int((batch["segments"] > 0).sum())}
+        for batch in batches
+    ]  # fmt: skip
+    totals = {name: max(1, sum(count[name] for count in counts)) for name in counts[0]}
+    return [{name: n / totals[name] for name, n in count.items()} for count in counts]
+
+
+def step_metrics(rows, shares):
+    """Each number, or list of numbers, of a step: the sum of its batches' by their shares."""
+    total = {}
+    for row, share in zip(rows, shares):
+        for key, value in row.items():  # lm_loss, clip_balance, ...; "loss" has its shares already
+            total[key] = total.get(key, 0) + share.get(key.split("_")[0], 1) * np.array(value)
+    return {key: value.round(6).tolist() for key, value in total.items()}
+
+
 def check_rows(rows, world):
     """ValueError unless every one of `world` ranks gets the same number of rows."""
     if rows % world:

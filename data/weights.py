@@ -119,10 +119,7 @@ def read_stage_files(path: str | Path, headers: bool = False) -> Iterator[tuple[
 
 
 def write_tensors(
-    path: str | Path,
-    tensors: dict[str, Tensor],
-    max_shard_bytes: float = 5e9,
-    metadata: dict[str, str] | None = None,
+    path: str | Path, tensors: dict[str, Tensor], max_shard_bytes: float = 5e9
 ) -> None:
     """Write model.safetensors, or numbered shards and their index when it would grow too big."""
     folder = Path(path)
@@ -143,7 +140,7 @@ def write_tensors(
         copies = {name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}
         aside = folder / (file + ".partial")
         try:
-            save_file(copies, aside, {"format": "pt"} | (metadata or {}))
+            save_file(copies, aside, {"format": "pt"})
         except SafetensorError as error:  # safetensors' error when the disk is full
             for half in folder.glob("model*.safetensors.partial"):  # also of earlier shards
                 half.unlink()
@@ -166,23 +163,23 @@ def write_tensors(
             old.unlink()
 
 
-def check_folder(path: str | Path, flag: str = "--out") -> None:
-    """ValueError unless a folder can be written at `path`; nothing is created."""
+def check_folder(path: str | Path) -> None:
+    """ValueError unless the folder of --out can be written at `path`; nothing is created."""
     place = Path(path).absolute()
     while not os.path.lexists(place) and place != place.parent:
         place = place.parent
-    why = "File exists" if not place.is_dir() else "Permission denied"
+    why = "Permission denied" if place.is_dir() else "File exists"
     if not place.is_dir() or not os.access(place, os.W_OK):
-        raise ValueError(f"{flag} {path} cannot be written ({why}); name another folder")
+        raise ValueError(f"--out {path} cannot be written ({why}); name another folder")
 
 
-def make_folder(path: str | Path, flag: str = "--out") -> Path:
-    """The folder at `path`, created if needed. ValueError if it cannot be written to."""
-    check_folder(path, flag)
+def make_folder(path: str | Path) -> Path:
+    """The folder of --out at `path`, created if needed. ValueError if it cannot be written to."""
+    check_folder(path)
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{flag} {path} cannot be written ({error.strerror}); name another "
+        raise ValueError(f"--out {path} cannot be written ({error.strerror}); name another "
                          "folder") from None  # fmt: skip
     return Path(path)
 

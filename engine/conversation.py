@@ -5,38 +5,52 @@
     talk.ask("And the dog?").answer
 
 While there is room, nothing is computed twice. The language model's cache holds the keys and values
-of the conversation so far, so a question costs only its own tokens and those of its pictures:
+of the conversation so far, so a question costs only its own tokens:
 
     <s>[INST] <image> Where is it? [/INST] left </s>[INST] And the dog? [/INST] ...
     '------------------ in the cache ----------'    '------- new -------'
 
-When the cache is full, the oldest turns are dropped (the last picture stays), and the rest, at most
-half the room, is read again. A model with a sliding window has a ring buffer, which is never full.
+New pictures start over: those before are forgotten, and so is what was said about them. Training
+shows a model one picture, at the beginning, so with a second one later on most of its answers are
+about the first (bench/several_pictures.py). Words before any picture stay; the pictures go to the
+beginning. To compare pictures, give them to one question.
+
+When the cache is full, the oldest turns are dropped, but not the pictures. The turns that stay take
+at most half of the cache and are read again. A model with a sliding window has a ring buffer, which
+is never full.
 """
 
 import contextlib
+import os
+import shlex
 import signal
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from data.chat import IMAGE_TAG, render, render_next, template_of
+from data.chat import IMAGE_TAG, end_tokens, render, render_next, template_of, with_tags
 from data.flags import check_options
 from data.images import open_image, preprocess
 from engine.decode import fast_step
 from llm import LLM, Cache
 
 
+def template_for(model, tokenizer):
+    """How conversations with a model are written: a CuMo knows it, an LLM's is guessed."""
+    return template_of(tokenizer) if isinstance(model, LLM) else model.cfg.template
+
+
 def prompt(model, tokenizer, question, images=(), first=True):
     """A question about `images` (PIL, or their pixels) -> (ids, pixels [n, 3, S, S] or None).
 
-    `first=False`: the ids that continue a conversation after an answer.
+    `first=False`: the ids that continue a conversation after an answer. Several pictures go where
+    the question has its `<image>` tags, or else before it. ValueError if their numbers differ; to a
+    language model alone the tag is text. ValueError for more tokens than the model has positions.
     """
-    text, pixels = question.replace(IMAGE_TAG, ""), None
-    alone, n_images = isinstance(model, LLM), len(images)
-    if not text.strip():
+    alone, n_images, pixels = isinstance(model, LLM), len(images), None
+    if not (question if alone else question.replace(IMAGE_TAG, "")).strip():
         raise ValueError('the question is empty; ask something, as in --ask "What is this?"')
     if alone and n_images:
         raise ValueError("this is a language model without vision; ask without a picture")
@@ -44,13 +58,16 @@ def prompt(model, tokenizer, question, images=(), first=True):
         size, mode = model.cfg.vision.image_size, model.cfg.image_mode
         new = not isinstance(images, torch.Tensor)
         pixels = torch.stack([preprocess(i, size, mode) for i in images]) if new else images
-    template = template_of(tokenizer) if alone else model.cfg.template
-    image_tokens = model.image_tokens if n_images else 0
-    how = tokenizer, template, image_tokens, n_images, "--ask"
-    text = f"{IMAGE_TAG}\n" * n_images + text
+    template, text = template_for(model, tokenizer), question
+    text = text if alone else with_tags(text, n_images)
+    how = tokenizer, template, model.image_tokens if n_images else 0, n_images, "--ask"
     if not first:
         return render_next(text, *how), pixels
     ids, _ = render([{"from": "human", "value": text}], *how)
+    cfg = model.cfg if alone else model.cfg.llm
+    if len(ids) > cfg.max_positions and not cfg.sliding_window:
+        raise ValueError(f"the question takes {len(ids)} tokens, and the model has "
+                         f"{cfg.max_positions} positions: ask less")  # fmt: skip
     second = alone and template == "mistral_instruct"  # CuMo's second <s>, unknown to a Mistral
     return ids[second:], pixels
 
@@ -60,6 +77,7 @@ class Printer:
 
     def __init__(self, tokenizer, stop=(), write=None):
         self.tokenizer, self.stop, self.ids, self.text, self.whole = tokenizer, stop, [], "", ""
+        self.stopped = False  # whether the answer contains a stop text
         self.write = write or (lambda text: print(text, end="", flush=True))
 
     def __call__(self, ids):
@@ -72,7 +90,8 @@ class Printer:
         held = max((len(start) for start in starts if text.endswith(start)), default=0)
         if not text.endswith("\ufffd"):  # half a character
             self.show(self.whole if found else text[: len(text) - held])
-        return bool(found)
+        self.stopped = bool(found)
+        return self.stopped
 
     def show(self, text):
         self.write(text[len(self.text) :])
@@ -90,11 +109,13 @@ class Turn:
     ids: list  # the question's
     pixels: torch.Tensor | None  # not the pictures themselves, which can be far larger
     said: list  # the answer's ids, its end token included
+    blind: bool  # asked before there was a picture
 
 
 @dataclass
 class Answer:
     answer: str
+    finish_reason: str  # stop: complete; length: cut at max_new_tokens; interrupted: by the user
     tokens: int  # generated, the end token included
     prompt_tokens: int  # read for this answer; those in the cache do not count
     first_token_seconds: float  # since the question
@@ -106,27 +127,32 @@ class Conversation:
     """Questions about pictures, and answers; all of it stays in the language model's cache.
 
     context: tokens to keep, if the model has no window. stop: texts, or one text, before which an
-    answer ends; the stop text itself stays in the cache. options: those of `LLM.generate`; a seed
-    starts the random numbers of all answers up to a reset.
+    answer ends; the stop text itself stays in the cache. several: the model has learned from
+    conversations with several pictures, so a new one does not start over. options: those of
+    `LLM.generate`; a seed starts the random numbers of all answers up to a reset.
     """
 
     def __init__(self, model, tokenizer, context=4096, compile=False, stop=(), max_new_tokens=128,
-                 **options):  # fmt: skip
+                 several=False, **options):  # fmt: skip
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         check_options(context=context, stop=stop, max_new_tokens=max_new_tokens, **options)
         self.model, self.tokenizer, self.stop, self.options = model, tokenizer, stop, options
+        self.several = several
         llm = model if isinstance(model, LLM) else model.llm
         window, weight = llm.cfg.sliding_window, llm.model.norm.weight
-        self.room = None if window else min(context, llm.cfg.max_positions)
+        self.positions = llm.cfg.max_positions
+        self.room = None if window else min(context, self.positions)
         size = window + 1 if window else self.room  # more than the window makes it a ring buffer
         self.new_cache = lambda: Cache(llm.cfg, 1, size, weight.dtype, weight.device)
         self.seed, self.generator = options.get("seed"), torch.Generator(weight.device)
         step = fast_step if compile else None
-        self.options |= dict(max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos, step=step)
+        self.ends = end_tokens(tokenizer, template_for(model, tokenizer))
+        self.options |= dict(max_new_tokens=max_new_tokens, eos_token_id=self.ends, step=step)
         self.reset()
 
     def reset(self):
         self.turns, self.pending, self.cache = [], [], None  # pending: ids not yet in the cache
+        self.has_picture = False
         if self.seed is not None:
             self.options["seed"] = self.generator.manual_seed(self.seed)
 
@@ -135,25 +161,46 @@ class Conversation:
         prompt(self.model, self.tokenizer, "What is this?", [image])
         return image
 
+    def turn(self, question, images, first, said=(), blind=None):
+        """A question as a `Turn`; images: PIL, pixels or None."""
+        ids, pixels = prompt(self.model, self.tokenizer, question,
+                             () if images is None else images, first)  # fmt: skip
+        blind = not self.has_picture and pixels is None if blind is None else blind
+        return Turn(question, ids, pixels, list(said), blind)
+
+    def with_question(self, question, images):
+        """(turns, those not in the cache, ids to read): the conversation and one more question."""
+        before = self.turns
+        turns = [*before, self.turn(question, images, not before)]
+        if before and turns[-1].pixels is not None and not self.several:
+            turns = self.start_over(turns)
+        elif self.cache or not before:
+            return turns, turns[-1:], self.pending + turns[-1].ids
+        return turns, turns, ids_of(turns)  # also if the last answer failed
+
+    def start_over(self, turns):
+        """The turns before any picture (none with a window, where turns are not kept) and the last,
+        with its pictures at the beginning; or where it has several tags for them."""
+        *before, last = turns
+        before = [turn for turn in before if turn.blind and self.room]
+        in_place = not before or last.question.count(IMAGE_TAG) > 1
+        words = [turn.question for turn in before]
+        words += [last.question if in_place else last.question.replace(IMAGE_TAG, "").strip()]
+        at = len(before) if in_place else 0
+        return [self.turn(text, last.pixels if k == at else None, not k, turn.said, turn.blind)
+                for k, (text, turn) in enumerate(zip(words, [*before, last]))]  # fmt: skip
+
     def ask(self, question, images=(), write=None, interrupted=lambda: False):
         """-> Answer. `write` gets its text piece by piece; `interrupted()` is called after each
         token and ends the answer. ValueError when not even the question has room."""
-        start, first = time.perf_counter(), []
-        ids, pixels = prompt(self.model, self.tokenizer, question, images, not self.turns)
-        turns = [*self.turns, Turn(question, ids, pixels, [])]
-        new, unseen, cache = self.pending + ids, turns[-1:], self.cache
-        if not cache and self.turns:  # the last answer failed
-            new, unseen = ids_of(turns), turns
-        longest = self.options["max_new_tokens"]
+        start, first, ended = time.perf_counter(), [], []
+        turns, unseen, new = self.with_question(question, images)
+        asked, longest = len(turns), self.options["max_new_tokens"]
+        cache = None if unseen is turns else self.cache
         if self.room and (cache.seen if cache else 0) + len(new) + longest > self.room:
             turns = self.drop_oldest(turns, self.room // 2 - longest)
             new, unseen, cache = ids_of(turns), turns, None
-            if len(new) + longest > self.room:
-                raise ValueError(
-                    f"question and answer may take {len(new) + longest} tokens, there is room for "
-                    f"{self.room}: ask less, lower --max-new-tokens, or raise --context"
-                )
-        dropped = len(self.turns) + 1 - len(turns)
+            self.check_room(len(new) + longest)
         cache, self.cache = cache or self.new_cache(), None  # until the answer is complete
         device, seen = cache.keys.device, [t.pixels for t in unseen if t.pixels is not None]
         pictures = {"images": torch.cat(seen).to(device)} if seen else {}
@@ -161,7 +208,9 @@ class Conversation:
 
         def stream(token):
             first.append(time.perf_counter() - start)
-            return printer(token) or interrupted()
+            if printer(token) or interrupted():
+                ended.append("stop" if printer.stopped else "interrupted")
+            return bool(ended)
 
         try:
             tokens = torch.tensor([new], device=device)
@@ -170,26 +219,41 @@ class Conversation:
         except BaseException:  # the cache holds half an answer: read the turns before it again
             kept = self.turns if self.room else []  # with a window the turns are not kept
             self.turns, self.pending, self.cache = kept, [], None
+            self.has_picture &= bool(kept)
             raise
-        self.cache = cache
-        end = [] if said[-1] == self.tokenizer.eos else [self.tokenizer.eos]
-        turns[-1].said, self.pending = said + end, said[-1:] + end
+        self.cache, self.has_picture = cache, self.has_picture or len(images) > 0
+        complete = said[-1] in self.ends
+        reason = "stop" if complete else ended[0] if ended else "length"
+        unread = [] if complete else said[-1:]  # the last token is not in the cache
+        self.pending = [*unread, self.ends[0]]  # as the template ends an answer
+        turns[-1].said = said[: len(said) - complete] + self.ends[:1]
         self.turns = turns if self.room else turns[-1:]  # with a window none is ever read again
-        return Answer(printer.finish(), len(said), len(new), first[0], time.perf_counter() - start,
-                      dropped)  # fmt: skip
+        return Answer(printer.finish(), reason, len(said), len(new), first[0],
+                      time.perf_counter() - start, asked - len(turns))  # fmt: skip
+
+    def check_room(self, needed):
+        """ValueError, with the limit and the way out, unless so many tokens have room."""
+        if needed > self.positions:
+            raise ValueError(
+                f"question and answer may take {needed} tokens, and the model has {self.positions} "
+                "positions: ask less, or lower --max-new-tokens"
+            )
+        if needed > self.room:
+            raise ValueError(
+                f"question and answer may take {needed} tokens, there is room for {self.room}: ask "
+                f"less, lower --max-new-tokens, or raise --context (here up to {self.positions})"
+            )
 
     def drop_oldest(self, turns, most):
         """Drop turns, but not the last one, until the rest has at most so many tokens. Keep the
-        last picture: without it the model would have to guess."""
+        last pictures: without them the model would have to guess."""
         kept = turns
         while len(kept) > 1 and (kept is turns or len(ids_of(kept)) > most):
             gone, first, *rest = kept
             pixels = first.pixels
             if all(turn.pixels is None for turn in (first, *rest)):
                 pixels = gone.pixels
-            images = () if pixels is None else pixels
-            ids, _ = prompt(self.model, self.tokenizer, first.question, images)
-            kept = [replace(first, ids=ids, pixels=pixels), *rest]
+            kept = [self.turn(first.question, pixels, True, first.said, first.blind), *rest]
         return kept
 
 
@@ -198,18 +262,71 @@ def ids_of(turns):
     return [i for turn in turns for i in turn.ids + turn.said]
 
 
-COMMANDS = "/image FILE adds a picture to the next question, /reset starts over, /quit leaves"
+COMMANDS = (
+    "/image FILE adds a picture to the next question, /reset starts over, /help shows this, "
+    "/exit leaves"
+)
 
 
 @contextlib.contextmanager
 def ctrl_c():
-    """A function that returns whether Ctrl-C was pressed; it ends an answer, not the program."""
+    """A function that returns whether Ctrl-C was pressed; it ends an answer, not the program. A
+    second one, if no token comes, raises KeyboardInterrupt as always."""
     pressed = []
-    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+
+    def press(*_):
+        pressed.append(True)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, press)
     try:
         yield lambda: bool(pressed)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def files_of(text):
+    """The files that a user means by the words after /image: a path as it is, or, as a terminal
+    writes it when a file is dropped, quoted, escaped, several of them; `~` is the home folder."""
+    text = text.strip()
+    whole = os.path.expanduser(text)
+    if os.path.exists(whole):
+        return [whole]
+    try:
+        words = [os.path.expanduser(word) for word in shlex.split(text)]
+    except ValueError:  # a quote without its end
+        return [whole]
+    return words if len(words) == 1 or all(map(os.path.exists, words)) else [whole]
+
+
+def add_pictures(conversation, images, names):
+    """`images` and the pictures in the files `names`, and a line that says so."""
+    new = [conversation.look(open_image(name)) for name in names]
+    for image in new:
+        print(f"added {image.filename}, {image.width} x {image.height} pixels", file=sys.stderr)
+    if conversation.has_picture and not images:
+        print("the next question starts over: pictures before it, and what was said about them, "
+              "are forgotten", file=sys.stderr)  # fmt: skip
+    return [*images, *new]
+
+
+def obey(conversation, line, images):
+    """Carry out a line of a chat that begins with "/" -> the pictures for the next question."""
+    word, _, rest = line.partition(" ")
+    if word == "/image" and rest.strip():
+        return add_pictures(conversation, images, files_of(rest))
+    if word == "/image":
+        raise ValueError("/image needs the name of a file: /image cat.jpg")
+    if word == "/reset":
+        conversation.reset()
+        print("started over: turns and pictures are forgotten", file=sys.stderr)
+        return []
+    if word == "/help":
+        print(COMMANDS, file=sys.stderr)
+        return images
+    if os.path.isfile(files_of(line)[0]):
+        raise ValueError(f"to add a picture, type /image {line}")
+    raise ValueError(f"{word} is no command; {COMMANDS}")
 
 
 def chat(conversation, answer, images=()):
@@ -223,23 +340,15 @@ def chat(conversation, answer, images=()):
         try:
             line = input("> " * (sys.stdin.isatty() and sys.stdout.isatty())).strip()
         except KeyboardInterrupt:
-            print(file=sys.stderr)
+            print("\n/exit leaves", file=sys.stderr)
             continue
         except EOFError:
             return
-        word, _, rest = line.partition(" ")
         try:
-            if word == "/quit":
+            if line in ("/exit", "/quit"):
                 return
-            if word == "/reset":
-                conversation.reset()
-                images = []
-            elif word == "/image" and not rest.strip():
-                raise ValueError("/image needs the name of a file: /image cat.jpg")
-            elif word == "/image":
-                images = [*images, conversation.look(open_image(rest.strip()))]
-            elif word.startswith("/"):
-                raise ValueError(f"{word} is no command; {COMMANDS}")
+            if line.startswith("/"):
+                images = obey(conversation, line, images)
             elif line:
                 with ctrl_c() as interrupted:
                     answer(line, images, interrupted)

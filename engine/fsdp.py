@@ -1,4 +1,4 @@
-"""One model on N GPUs: torchrun --nproc_per_node=N train.py ... with the flags of one process.
+"""One model on N GPUs: torchrun --nproc_per_node=N train.py ..., with --rows a multiple of N.
 
 Each GPU has a process, a rank, that runs the same program; PyTorch's FSDP2 (`fully_shard`) connects
 them. Training is data parallel: ranks compute different rows of a batch with the same weights. And
@@ -16,9 +16,9 @@ The loss equals that of one process, up to rounding. A mean of the ranks' means 
 much. `mean_over_ranks` therefore divides the sum over all ranks by the count over all ranks. This
 happens once, at the end of `CuMo.forward`; blocks and routers do not know about ranks.
 
-All ranks must enter every collective operation in the same order, or they wait without end. A rank
-without an image, while another has one, sends a blank image through CLIP; no text contains its
-features, so its gradients are exactly zero.
+All ranks must call the same collective operations in the same order; otherwise they wait without
+end. So if any rank has an image, a rank without one sends a blank image through CLIP. No text uses
+its features, so its gradients are exactly zero.
 
 Checkpoints hold whole tensors, gathered one by one into the main memory of rank 0, so a run can
 continue with another N. A signal to one rank stops all of them after the same step.
@@ -56,7 +56,7 @@ def start(device):
     # an hour, because the other ranks wait while rank 0 writes a checkpoint
     dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=1))
     atexit.register(dist.destroy_process_group)
-    # the warning is about blocks whose output, a view, is changed in place; ours never is
+    # FSDP2 warns of outputs that are views and are changed in place; we change none in place
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")
     if not is_main():
         sys.stdout = open(os.devnull, "w")

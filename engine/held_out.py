@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from data.chat import IGNORE, IMAGE_TOKEN, Rejected, check_turns
+from data.chat import IGNORE, IMAGE_TOKEN, Rejected, check_turns, end_tokens
 from data.llava import LlavaData, Unreadable, encode
 from data.packing import collate, pack
 from engine import fsdp, resume
@@ -71,7 +71,8 @@ class Validation:
     """The file of train.py --val, encoded by `code` as the training data is."""
 
     def __init__(self, cfg, code):
-        self.cfg, self.code, self.data = cfg, code, LlavaData(cfg.val, cfg.image_folder)
+        self.cfg, self.code = cfg, code
+        self.data = LlavaData(cfg.val, cfg.image_folder, template=cfg.template)
 
     def samples(self):
         for sample in readable(self.data, self.code, [], range(len(self.data))):
@@ -128,8 +129,7 @@ def questions_of(coded, sample, image_tokens):
 def answers(model, tokenizer, asked, autocast):
     """[(true text, greedy text)] for a batch of `questions_of`."""
     prompts, truths, images, _ = zip(*asked)
-    controls = set(tokenizer.special.values())
-    stops = {truth[-1] for truth in truths if truth[-1] in controls} | {tokenizer.eos}
+    stops = end_tokens(tokenizer, model.cfg.template)
     width = max(map(len, prompts))
     left = lambda rows: torch.tensor([[0] * (width - len(row)) + row for row in rows])
     pixels = [torch.as_tensor(x) for some in images for x in some]
@@ -138,7 +138,7 @@ def answers(model, tokenizer, asked, autocast):
             left(prompts).to(model.device),
             torch.stack(pixels).to(model.device) if pixels else None,
             left([[1] * len(row) for row in prompts]).to(model.device),
-            max_new_tokens=max(map(len, truths)) + MORE, eos_token_id=sorted(stops))  # fmt: skip
+            max_new_tokens=max(map(len, truths)) + MORE, eos_token_id=stops)  # fmt: skip
 
     def text(ids):
         end = next((i for i, token in enumerate(ids) if token in stops), len(ids))

@@ -37,7 +37,7 @@ import torch
 
 from clip_moe import CLIPVisionConfig
 from cumo import CuMo, CuMoConfig
-from data.hub import local_folder
+from data.hub import fetched, local_folder
 from data.weights import read_config
 from engine import fsdp, resume
 from engine.optim import WEIGHTS, bytes_per_parameter
@@ -173,7 +173,7 @@ def stage_model(cfg) -> CuMoConfig:
         folder = local_folder(cfg.init or before, "config")
         model = CuMoConfig.from_original(read_config(folder), folder)
     else:
-        if cfg.llm.startswith("weights/SmolLM2") and not pathlib.Path(cfg.llm).is_dir():
+        if cfg.llm.startswith("weights/SmolLM2") and not fetched(cfg.llm, "config"):
             raise ValueError(f"--llm: {cfg.llm!r} is missing; runs/smollm2.sh makes it")
         vision, llm = (
             KNOWN.get(name) or kind.from_hf(read_config(local_folder(name, "config")))
@@ -185,11 +185,22 @@ def stage_model(cfg) -> CuMoConfig:
     return model
 
 
+def check_positions(row_tokens: int, cfg: LLMConfig) -> None:
+    """ValueError if a conversation as long as a row has places that the language model does not
+    know. With a sliding window only the distance within the window counts."""
+    if row_tokens > cfg.max_positions and not cfg.sliding_window:
+        raise ValueError(
+            f"--row-tokens {row_tokens} is longer than the {cfg.max_positions} positions of the "
+            f"language model; take {cfg.max_positions} or less"
+        )
+
+
 def plan_stage(cfg, learning: list[str]) -> Plan:
     """The plan of a stage (cfg: a train.TrainConfig) that trains the submodules `learning`."""
     processes = fsdp.world()[1]
-    tokens = cfg.rows * cfg.row_tokens // processes
-    return make_plan(stage_model(cfg), cfg.stage, tokens, learning, bf16=cfg.bf16,
+    tokens, model = cfg.rows * cfg.row_tokens // processes, stage_model(cfg)
+    check_positions(cfg.row_tokens, model.llm)
+    return make_plan(model, cfg.stage, tokens, learning, bf16=cfg.bf16,
                      processes=processes)  # fmt: skip
 
 
@@ -347,5 +358,5 @@ def advice(plan: Plan, device: str):
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
             raise
         saving = "; ".join(remedies(plan)) or "a smaller model"
-        raise ValueError(f"out of memory on {device}, where {breakdown(plan)} were expected. "
+        raise ValueError(f"out of memory on {device}; the estimate was {breakdown(plan)}. "
                          f"What would help: {saving}") from None  # fmt: skip

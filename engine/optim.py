@@ -3,7 +3,7 @@
     m <- beta1 m + (1 - beta1) g          w <- w - lr (weight_decay w + m' / (sqrt(v') + eps))
     v <- beta2 v + (1 - beta2) g^2        m' = m / (1 - beta1^t),  v' = v / (1 - beta2^t)
 
-(arXiv 1711.05101). In float32 this takes 16 bytes a parameter with its gradient, 122 GiB for
+(arXiv 1711.05101). In float32 this takes 16 bytes a parameter with its gradient, 123 GB for
 CuMo-7B. bfloat16 needs half, but its neighbours of 0.03 are 1.2e-4 apart: CuMo's step of 4e-6
 (paper, Table 6), rounded to nearest, never changes such a weight. `weights` chooses a way out.
 Bytes a parameter with fp32 / bf16 `moments`:
@@ -185,7 +185,7 @@ class AdamW(torch.optim.Optimizer):
         for a in range(0, n, max(size, 1)):
             pieces = [None if x is None else x[a : a + size].data for x in tensors]
             step(*pieces, scalars, keys, offset + a)
-        torch.autograd.graph.increment_version(p)  # `.data` does not
+        torch.autograd.graph.increment_version(p)  # a change through `.data` is not seen
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -10,8 +10,8 @@ the product. Activations are not quantized ("weight-only"), so no calibration is
 bench/quant.py measures the effect on answers and memory.
 
 The matrices of the language model are quantized: attention, MLPs or experts, embedding and head.
-Norms and routers, a thousandth of the weights, stay as they are. So do CLIP and the connector,
-which run once a picture, with hundreds of tokens for each weight that is read.
+Norms and routers, a thousandth of the weights, stay as they are. So do CLIP and the connector:
+they run once a picture, and each of their weights, once read, serves hundreds of tokens.
 
     llm = quantize(LLM.from_pretrained(folder, torch.bfloat16))       python sample.py --quant int8
 

@@ -65,12 +65,12 @@ def has_resume_point(folder):
     return any((folder / name).is_file() for name in RESUME)
 
 
-def is_finished(cfg, folder):
-    """Whether a stage is finished. ValueError if it belongs to a model with other settings."""
+def is_finished(folder, settings=None):
+    """Whether a stage is finished. ValueError if it was made with other `settings`."""
     state = read_state(folder)
     if not state or not state["finished"]:
         return False
-    refuse_difference(cfg.shared, state, folder)
+    refuse_difference(settings or {}, state, folder)
     return True
 
 
@@ -158,7 +158,7 @@ def finished_line(cfg):
     return line
 
 
-def checksums(folder):
+def crc_of_weights(folder):
     """{file: CRC-32} of the weights of a stage."""
     sums = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -170,14 +170,14 @@ def checksums(folder):
     return sums
 
 
-def check_sums(folder):
+def refuse_changed_weights(folder):
     """ValueError if the weights of a finished stage are not those that it wrote."""
     folder = pathlib.Path(folder)
     try:
         written = dict(json.loads((folder / "train.json").read_text())["crc32"])
     except (OSError, ValueError, LookupError, TypeError):
         return  # not a stage, or from a version without checksums
-    now = checksums(folder)
+    now = crc_of_weights(folder)
     for name in sorted(written.keys() | now):
         if now.get(name) != written.get(name):
             raise ValueError(f"{folder / name} is not what its stage wrote (its CRC-32 is not the "
@@ -193,7 +193,7 @@ def finish(trainer, model, **measured):
         copy_into(folder, file)
     state = {"finished": True, "seconds": round(trainer.seconds, 1), "samples": trainer.used}
     state |= measured
-    state |= {"crc32": checksums(folder), "data": trainer.records, "config": asdict(cfg)}
+    state |= {"crc32": crc_of_weights(folder), "data": trainer.records, "config": asdict(cfg)}
     write_json(folder / "train.json", state)
     for file in folder.glob("resume*"):
         file.unlink()

@@ -35,6 +35,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from data.chat import IMAGE_TAG
+from data.flags import check_choice
 from data.images import open_image
 from data.llava import parse_json
 from data.weights import fingerprint, make_folder, write_json
@@ -273,8 +274,7 @@ BENCHMARKS = {  # how to read its questions, and the most tokens of an answer
 def load_questions(name, folder, limit=0):
     """The questions of a benchmark, the first `limit` or (0) all. ValueError for a missing picture,
     and for a file that is missing or has a wrong format."""
-    if name not in BENCHMARKS:
-        raise ValueError(f"--benchmark {name} is unknown; choose from {', '.join(BENCHMARKS)}")
+    check_choice("benchmark", name, BENCHMARKS)
     questions = BENCHMARKS[name][0](Path(folder))[: limit or None]
     absent = [q.image for q in questions if isinstance(q.image, Path) and not q.image.is_file()]
     if absent:

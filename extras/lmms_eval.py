@@ -6,10 +6,11 @@
     python extras/lmms_eval.py --tasks mine --include my_tasks     # a folder with mine.yaml
 
 A task gives a question, its pictures and the longest answer. Here they go into the model's own chat
-template, the pictures first, and are answered greedily, one question at a time. A task's settings
-for sampling and beams are ignored. Prompts and scorers are lmms-eval's and differ from the paper's
-in places: its TextVQA has no OCR words, its POPE counts only "yes" or "no", and its MMBench has an
-OpenAI model judge answers that are not a letter. `eval.py --benchmark` follows the paper.
+template, the pictures first or where several have their tags, and are answered greedily, one
+question at a time. A task's settings for sampling and beams are ignored. Prompts and scorers are
+lmms-eval's and differ from the paper's in places: its TextVQA has no OCR words, its POPE counts
+only "yes" or "no", and its MMBench has an OpenAI model judge answers that are not a letter.
+`eval.py --benchmark` follows the paper.
 """
 
 import difflib
@@ -26,14 +27,14 @@ HERE = Path(__file__).resolve().parent
 # Without this folder, since this file must not be found as the package lmms_eval.
 sys.path[:] = [str(HERE.parent), *(p for p in sys.path if Path(p or ".").resolve() != HERE)]
 from cumo import CuMo
-from data.chat import IGNORE, IMAGE_TAG, render
-from data.flags import check_device, parse, run
-from data.hub import local_folder
+from data.chat import IGNORE, end_tokens, render, with_tags
+from data.flags import check_choice, check_device, parse, run
+from data.hub import find_model
 from data.tokenizer import Tokenizer
 from data.weights import write_json
 from engine.conversation import Printer, prompt
 from engine.memory import has_fast_bf16
-from sample import DTYPES, find_model
+from sample import DTYPES
 
 try:
     from lmms_eval.api.model import lmms
@@ -43,7 +44,7 @@ except ImportError:
 
 @dataclass
 class LmmsConfig:
-    model: str = ""  # a checkpoint; empty: the last finished stage in out/
+    model: str = ""  # a checkpoint or a folder of stages; empty: the last finished stage in out/
     tasks: str = ""  # names of lmms-eval's tasks, separated by commas: pope,gqa
     include: str = ""  # a folder with your own tasks
     limit: int = 0  # questions a task, for a first try; 0: all
@@ -81,12 +82,13 @@ class Examinee(lmms):
         until = options.get("until") or []
         until = [until] if isinstance(until, str) else list(until)
         printer = Printer(self.tokenizer, [text for text in until if text], lambda text: None)
+        ends = end_tokens(self.tokenizer, self.model.cfg.template)
         with self.autocast():
             self.model.generate(
                 torch.tensor([ids], device=self.model.device),
                 None if pixels is None else pixels.to(self.model.device),
                 max_new_tokens=options.get("max_new_tokens") or self.max_new_tokens,
-                eos_token_id=self.tokenizer.eos, stream=printer)  # fmt: skip
+                eos_token_id=ends, stream=printer)  # fmt: skip
         return printer.finish()
 
     def document(self, request):
@@ -126,7 +128,7 @@ class Examinee(lmms):
             document, model = self.document(request), self.model
             images = pictures(show(document))
             answer = answer if isinstance(answer, str) else answer(document)
-            text = f"{IMAGE_TAG}\n" * len(images) + question.replace(IMAGE_TAG, "")
+            text = with_tags(question, len(images))
             turns = [{"from": "human", "value": text}, {"from": "gpt", "value": answer.strip()}]
             how = self.tokenizer, model.cfg.template, model.image_tokens, len(images)
             tokens, labels = torch.tensor(render(turns, *how), device=model.device)[:, None]
@@ -143,8 +145,7 @@ def main():
     cfg, _ = parse(LmmsConfig, description=__doc__.split("\n")[0])
     if lmms is object:
         raise ValueError('this needs lmms-eval: pip install ".[eval]"')
-    if cfg.dtype not in DTYPES:
-        raise ValueError(f"--dtype {cfg.dtype!r} is unknown; choose float32 or bfloat16")
+    check_choice("dtype", cfg.dtype, DTYPES)
     check_device(cfg.device)
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
@@ -156,7 +157,7 @@ def main():
         if name not in manager.all_tasks:
             near = ", ".join(difflib.get_close_matches(name, manager.all_tasks, 3)) or "pope, gqa"
             raise ValueError(f"--tasks: lmms-eval has no {name!r}; it has {near} and others")
-    path = local_folder(cfg.model) if cfg.model else find_model()
+    path = find_model(cfg.model)
     model = CuMo.from_pretrained(path, device=cfg.device, dtype=DTYPES[cfg.dtype]).eval()
     examinee = Examinee(model, Tokenizer.from_pretrained(path), cfg.max_new_tokens)
     results = simple_evaluate(

@@ -30,6 +30,7 @@ INKS = ("white", "black", "white", "black", "black", "white", "black", "white")
 STAGES = {1: "connector pre-training", 2: "pre-finetuning", 3: "instruction tuning"}
 LM_LOSS = {"lm_loss": "training", "val_loss": "held out"}
 FEW = 20  # points of a curve that are also drawn one by one
+CELL = 2.05  # inches of a map with its bars
 PARTS = {"clip": "CLIP-MoE", "mlp": "MLP-MoE", "llm": "LLM-MoE"}
 
 
@@ -66,12 +67,14 @@ def save_figure(figure, file, dpi=110):
         print(f"wrote {file}", file=sys.stderr)
 
 
-def expert_legend(figure, experts, *more):
-    """Put the color of each expert, then the handles `more`, above a figure."""
+def expert_legend(figure, experts, *more, columns=None):
+    """Put the color of each expert, then the handles `more`, above a figure, in so many columns
+    (None: in one row)."""
     colors = [COLORS[e % len(COLORS)] for e in range(experts)]
     patch = pyplot().Rectangle
     handles = [patch((0, 0), 1, 1, color=c, label=f"expert {e}") for e, c in enumerate(colors)]
-    figure.legend(handles=[*handles, *more], ncols=experts + len(more), fontsize=9, frameon=False,
+    handles += more
+    figure.legend(handles=handles, ncols=columns or len(handles), fontsize=9, frameon=False,
                   loc="outside upper center", handlelength=1.3, columnspacing=1.2)  # fmt: skip
 
 
@@ -167,11 +170,12 @@ def routing(model, pixels):
     return choices, {name: share.tolist() for name, share in load.items()}
 
 
-def draw_experts(picture, choices, load, file, scales=1):
+def draw_experts(picture, choices, load, file, scales=1, width=None):
     """Draw which expert sees which part of a picture (PIL, square): a map and bars a sparse block.
 
     `choices` {name: each patch's expert, as in `expert_map`}, `load` {name: share of each expert},
-    `scales`: the number of scales of the vision tower.
+    `scales`: the number of scales of the vision tower. `width`: of the plot, in inches, as on a
+    phone; None: as wide as it takes.
     """
     plt = pyplot()
     if not plt:
@@ -180,9 +184,10 @@ def draw_experts(picture, choices, load, file, scales=1):
 
     most, n_experts = max(map(max, load.values())), max(map(len, load.values()))
     columns = math.ceil((1.5 * (1 + len(choices))) ** 0.5)
+    columns = max(1, round(width / CELL)) if width else columns
     rows = math.ceil((1 + len(choices)) / columns)
-    size = max(8, 2.05 * columns, 1.15 * n_experts), 1.65 * rows + 0.8
-    figure, axes = plt.subplots(rows, columns, layout="constrained", figsize=size)
+    size = width or max(8, CELL * columns, 1.15 * n_experts), 1.65 * rows + (1.4 if width else 0.8)
+    figure, axes = plt.subplots(rows, columns, layout="constrained", figsize=size, squeeze=False)
     figure.get_layout_engine().set(w_pad=0.06)
     for axis in axes.flat:
         axis.axis("off")
@@ -209,19 +214,20 @@ def draw_experts(picture, choices, load, file, scales=1):
         bars.tick_params(length=0, labelsize=7, pad=1)
         bars.spines[["top", "right", "bottom"]].set_visible(False)
     dotted = plt.Line2D([], [], color="black", linewidth=0.8, linestyle=":", label="an even share")
-    expert_legend(figure, n_experts, dotted)
+    expert_legend(figure, n_experts, dotted, columns=width and max(1, int(width / 1.3)))
     note = ("Map: the expert that a patch goes to first. Bars: each expert's share of all choices, "
             "not only the first.")  # fmt: skip
     if scales > 1:
         note += ("\nThe bars of CLIP count the tiles of the larger scales too; the connector "
                  "routes a patch once, on the channels of all scales.")  # fmt: skip
+    note = "\n".join(textwrap.wrap(note, int(15 * width))) if width else note
     figure.supxlabel(note, fontsize=8, color="#444444")
     save_figure(figure, file, dpi=140)
 
 
-def draw_routing(model, image, file):
-    """Draw which expert sees which patch of `image` (PIL). ValueError for a model without experts
-    on the vision side."""
+def draw_routing(model, image, file, width=None):
+    """Draw which expert sees which patch of `image` (PIL), as in `draw_experts`. ValueError for a
+    model without experts on the vision side."""
     choices = {}
     if hasattr(model, "encode_images"):
         size, mode = model.cfg.vision.image_size, model.cfg.image_mode
@@ -230,7 +236,7 @@ def draw_routing(model, image, file):
         raise ValueError(f"--experts {file}: no expert of this model sees pictures; leave it out, "
                          "or give a sparse --model (train.py --stage 3 makes one)")  # fmt: skip
     sharp = squared(image, 336, mode)  # the miniature itself sees 64 pixels a side
-    draw_experts(sharp, choices, load, file, len(model.cfg.vision.scales))
+    draw_experts(sharp, choices, load, file, len(model.cfg.vision.scales), width)
 
 
 def example_answers(ask, seed=7):

@@ -5,10 +5,8 @@ from pathlib import Path
 
 
 def open_wandb(cfg):
-    """A run to log to, continued if the stage is resumed, or None without --wandb. ValueError if
-    wandb is not installed."""
-    if not cfg.wandb:
-        return None
+    """Start a run of wandb, or continue that of a resumed stage; cfg: a train.TrainConfig.
+    ValueError if wandb is not installed."""
     try:
         import wandb
     except ImportError:

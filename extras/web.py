@@ -12,12 +12,13 @@ so visitors never disturb each other:
     reply() yields the growing answer <--- the pieces that it writes
 
 A visitor who leaves during an answer closes the generator `reply`. That stops the model before its
-next token, and the next question starts. `--keep` limits the conversations in memory, each with a
-cache of `--context` tokens; the one idle for longest is dropped first.
+next token, and the next question starts. Stop does the same; the map of the experts that was to
+come after the answer is then drawn on its own. `--keep` limits the conversations in memory, each
+with a cache of `--context` tokens; the one idle for longest is dropped first.
 
-Visitors are strangers: their input is limited in size, and a mistake is one line in the chat. Of
-this machine's files they can fetch the example picture and their own uploads, which are deleted
-after an hour and when the page is closed.
+Visitors are strangers: their input is limited in size, and a mistake is one line in the chat. They
+can fetch two kinds of files from this machine: the example picture, and their own uploads. Uploads
+are deleted after an hour and when the page is closed.
 """
 
 import collections
@@ -40,23 +41,25 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from data.flags import check_device, check_options, parse, run
+from data.flags import check_choice, check_device, check_options, parse, run
+from data.hub import find_model
 from data.images import open_image
 from data.tokenizer import Tokenizer
-from data.world import DESCRIBE
+from data.world import DESCRIBE, World
 from engine.conversation import Conversation
 from extras.plots import draw_routing, pyplot
 from llm import LLM
-from sample import DTYPES, find_model, load_model
+from sample import DTYPES, load_model
 
 CSS = ".message img { max-height: 110px } .message-buttons { display: none }"
+DESKTOP, PHONE = None, 3.9  # inches of the map: as many as it takes, and those of a phone
 CHARACTERS, PICTURES = 4000, 4  # limits of one question; gradio itself has none
 MESSAGES = 100  # limit of the history on the page; each update sends all of it to the browser
 
 
 @dataclass
 class WebConfig:
-    model: str = ""  # a checkpoint; empty: the last finished stage in out/
+    model: str = ""  # a checkpoint or a folder of stages; empty: the last finished stage in out/
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: reachable from other machines
     port: int = 7860  # port to listen on
     keep: int = 32  # conversations in memory; the one idle for longest is dropped first
@@ -74,6 +77,7 @@ class Visitor:
 
     def __init__(self, conversation):
         self.conversation, self.messages, self.left = conversation, [], False
+        self.undrawn = None  # the picture (PIL) whose map is not on the page yet
 
 
 class Visitors:
@@ -157,9 +161,9 @@ def open_pictures(model, text, files):
     return images
 
 
-def reply(model, visitor, text, files, maps):
+def reply(model, visitor, text, files, maps, width=DESKTOP):
     """Answer a message: yields (messages to show, None) as the answer grows, then once more with
-    the expert map (PIL) of the last picture instead of None, if `maps`."""
+    the expert map (PIL) of the last picture instead of None, if `maps`. width: of it, in inches."""
     text = text.strip().encode("utf-8", "replace").decode()  # replaces lone surrogates
     answer, chart, messages = {"role": "assistant", "content": ""}, None, visitor.messages
     try:
@@ -168,6 +172,10 @@ def reply(model, visitor, text, files, maps):
             messages.append({"role": "user", "content": text})
         images = submit(lambda: open_pictures(model, text, files)).result()
         messages += [{"role": "user", "content": {"path": str(file)}} for file in files]
+        if images and maps:
+            visitor.undrawn = images[-1]
+        if not (images or visitor.conversation.turns or isinstance(model, LLM)):
+            messages.append({"role": "assistant", "content": "(no picture in this conversation)"})
         messages.append(answer)
         yield messages, chart
 
@@ -179,8 +187,7 @@ def reply(model, visitor, text, files, maps):
             for piece in written:
                 answer["content"] += piece
                 yield messages, chart
-        if images and maps:
-            chart = submit(lambda: draw_map(model, images[-1])).result()
+        chart = owed_map(model, visitor, width)
     except Exception as error:
         if not isinstance(error, ValueError):  # the state of the conversation is unknown
             traceback.print_exc()
@@ -190,13 +197,26 @@ def reply(model, visitor, text, files, maps):
         if not any(message is answer for message in messages):
             messages.append(answer)
     yield messages, chart
+    if chart is not None:  # nobody has stopped this generator, so the page has it
+        visitor.undrawn = None
 
 
-def draw_map(model, image):
-    """Draw which expert sees which patch of `image` (PIL) -> the plot (PIL)."""
+def owed_map(model, visitor, width):
+    """The map (PIL) of the last picture, unless the page has it: then None."""
+    image = visitor.undrawn
+    return None if image is None else submit(lambda: draw_map(model, image, width)).result()
+
+
+def draw_map(model, image, width=DESKTOP):
+    """Draw which expert sees which patch of `image` (PIL) -> the plot (PIL), `width` inches."""
     file = io.BytesIO()
-    draw_routing(model, image, file)
+    draw_routing(model, image, file, width)
     return Image.open(file)
+
+
+def width_for(headers):
+    """Inches of a map on the visitor's screen: phones call themselves `Mobi`."""
+    return PHONE if "mobi" in (headers.get("user-agent") or "").lower() else DESKTOP
 
 
 def has_maps(model):
@@ -208,13 +228,27 @@ def has_maps(model):
 # ---------------------------------------------------------------------------- the page
 
 
-def page(gr, model, visitors, name):
-    """gradio's Blocks: a chat, and next to it the map of a sparse model."""
+def examples(model, folder):
+    """[(question, files)] to click on, and a line on what this model can be asked."""
+    if isinstance(model, LLM):
+        return [("What is a cat?", [])], "It is a language model without vision."
+    cat, scene = str(ROOT / "cat.jpg"), Path(folder) / "scene.png"
+    if not scene.is_file():
+        World("seen", "describe", 7)[6]["images"][0].resize((256, 256)).save(scene)
+    miniature = model.cfg.vision.image_size <= 64
+    knows = ("This miniature knows drawings of 100 objects, one to four in a picture: ask what is "
+             "there, where, how many, which color the background has, or for a list of all objects."
+             if miniature else "Ask anything about a picture.")  # fmt: skip
+    asked = [("Where is the cat?", [cat]), ("List all objects.", [str(scene)])]
+    return asked, f"{knows} Later questions need no new picture; a new picture starts over."
+
+
+def page(gr, model, visitors, name, folder):
+    """gradio's Blocks: a chat, and next to it the map of a sparse model, once there is one."""
     sees, maps = not isinstance(model, LLM), has_maps(model)
+    asked, about = examples(model, folder)
     with gr.Blocks(title=f"CuMo: {name}", delete_cache=(600, 3600), fill_width=True) as blocks:
-        gr.Markdown(f"## Ask CuMo about a picture\nThe model is `{name}`. " + (
-            "Add a picture and a question; later questions need no new picture." if sees else
-            "It is a language model without vision."))  # fmt: skip
+        gr.Markdown(f"## Ask CuMo about a picture\nThe model is `{name}`. {about}")
         with gr.Row():
             with gr.Column(scale=3):
                 chat = gr.Chatbot(show_label=False, height=400, buttons=[], feedback_options=None,
@@ -223,37 +257,46 @@ def page(gr, model, visitors, name):
                     show_label=False, autofocus=True, file_count="multiple",
                     file_types=["image"], sources=["upload"] if sees else [],
                     placeholder="Where is the cat?")  # fmt: skip
-                clear = gr.Button("Start over", size="sm")
-            with gr.Column(scale=4):
-                if maps:
-                    chart = gr.Image(show_label=False, format="png", interactive=False,
-                                     buttons=["download", "fullscreen"])  # fmt: skip
-                    gr.Markdown("Above: which expert sees which part of the last picture.")
-                cat = [str(ROOT / "cat.jpg")]
-                asked = [("Where is the cat?", cat), ("List all objects.", cat)]
-                asked = asked if sees else [("What is a cat?", [])]
                 gr.Examples([{"text": text, "files": files} for text, files in asked], box)
+                clear = gr.Button("Start over", size="sm")
+            with gr.Column(scale=4):  # empty until there is a map
+                chart = gr.Image(label="Which expert sees which part of the last picture",
+                                 format="png", interactive=False, visible=False,
+                                 buttons=["download", "fullscreen"])  # fmt: skip
     shown = [chat, box, chart] if maps else [chat, box]
     ready = gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
+
+    def with_map(drawn):
+        return gr.skip() if drawn is None else gr.Image(value=drawn, visible=True)
 
     def ask(message, request: gr.Request):
         message, visitor = message or {"text": "", "files": []}, visitors.find(request.session_hash)
         state = gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True)
-        for messages, drawn in reply(model, visitor, message["text"], message["files"], maps):
-            yield (messages, state, drawn or gr.skip())[: len(shown)]
+        width = width_for(request.headers)
+        answers = reply(model, visitor, message["text"], message["files"], maps, width)
+        for messages, drawn in answers:
+            yield (messages, state, with_map(drawn))[: len(shown)]
             state = gr.skip()  # keeps what the visitor is typing
+
+    def late_map(request: gr.Request):
+        visitor = visitors.find(request.session_hash)
+        drawn, visitor.undrawn = owed_map(model, visitor, width_for(request.headers)), None
+        return with_map(drawn)
 
     def start_over(request: gr.Request):
         visitors.forget(request.session_hash)
-        return ([], ready, None)[: len(shown)]
+        return ([], ready, gr.Image(value=None, visible=False))[: len(shown)]
 
     def leave(request: gr.Request):
         visitors.forget(request.session_hash)
 
+    private = dict(queue=False, api_visibility="private")
     with blocks:
         asking = box.submit(ask, box, shown, api_name="ask", show_progress="minimal")
-        asking.then(lambda: ready, None, box, queue=False, api_visibility="private")
-        box.stop(lambda: ready, None, box, cancels=asking, queue=False, api_visibility="private")
+        asking.then(lambda: ready, None, box, **private)
+        stopped = box.stop(lambda: ready, None, box, cancels=asking, **private)
+        if maps:
+            stopped.then(late_map, None, chart, **private)
         gr.on([clear.click, chat.clear], start_over, None, shown, cancels=asking, queue=False,
               api_name="start_over")  # fmt: skip
         blocks.unload(leave)
@@ -268,15 +311,14 @@ def serve(cfg, folder):
         import gradio as gr
     except ImportError:
         raise ValueError('the page needs gradio: pip install ".[web]"') from None
-    if cfg.dtype not in DTYPES:
-        raise ValueError(f"--dtype {cfg.dtype!r} is unknown; choose float32 or bfloat16")
+    check_choice("dtype", cfg.dtype, DTYPES)
     check_device(cfg.device)
     for name in ("keep", "waiting", "upload_mb"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be 1 or more")
     check_options(context=cfg.context, max_new_tokens=cfg.max_new_tokens,
                   temperature=cfg.temperature)  # fmt: skip
-    path = cfg.model or find_model()
+    path = find_model(cfg.model)
     model, tokenizer = (
         load_model(path, cfg.device, DTYPES[cfg.dtype]),
         Tokenizer.from_pretrained(path),
@@ -285,14 +327,15 @@ def serve(cfg, folder):
                                temperature=cfg.temperature)  # fmt: skip
     # A first token before the page opens: a wrong flag fails here and not at a visitor's question.
     new().ask("Hi", write=lambda piece: None, interrupted=lambda: True)
-    blocks = page(gr, model, Visitors(new, cfg.keep), Path(path).name)
+    blocks = page(gr, model, Visitors(new, cfg.keep), Path(cfg.model or path).name, folder)
     blocks.queue(max_size=cfg.waiting, default_concurrency_limit=1, api_open=False)
     print(f"http://{cfg.host}:{cfg.port} serves {path}; Ctrl-C ends it", flush=True)
     blocks.launch(
         server_name=cfg.host, server_port=cfg.port, share=False, quiet=True, ssr_mode=False,
         mcp_server=False, enable_monitoring=False, footer_links=[], pwa=False, run_history=False,
         state_session_capacity=cfg.keep + cfg.waiting,  # gradio's own limit of tabs
-        max_file_size=cfg.upload_mb * 2**20, allowed_paths=[str(ROOT / "cat.jpg")],
+        max_file_size=cfg.upload_mb * 2**20,
+        allowed_paths=[str(ROOT / "cat.jpg"), str(Path(folder, "scene.png"))],
         css=CSS, theme=gr.themes.Default(font=["system-ui", "sans-serif"],
                                 font_mono=["ui-monospace", "monospace"]))  # fmt: skip
 

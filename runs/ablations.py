@@ -32,11 +32,12 @@ from tqdm import tqdm
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from cumo import CuMo
+from data.exam import SPLITS, exam
 from data.flags import parse, run
 from data.tokenizer import Tokenizer
 from data.weights import write_json
-from engine.resume import read_state
-from eval import SPLITS, EvalConfig, accuracy, answer_batch, exam
+from engine.resume import is_finished, read_state
+from eval import EvalConfig, accuracy, answer_batch
 from mlp_moe import SparseMoE
 from runs import results
 from runs.pictures import draw_ablations
@@ -105,8 +106,8 @@ GROUPS = [
 class AblationConfig:
     rows: str = ""  # names of runs, or letters of groups, as in a,f-top1; empty: all
     seeds: tuple = (0, 1, 2)  # of the questions, their order and the routers
-    samples: int = 2600  # of stage 3
-    questions: int = 800  # of the exam, a split
+    samples: int = 1600  # of stage 3
+    questions: int = 400  # of the exam, a split
     threads: int = 1  # of a training; two are faster, but take more CPU time
     demo: str = "out"  # folder of stages 1 and 2
     out: str = "out/ablations"  # folder of the runs
@@ -133,11 +134,6 @@ def command(cfg, name, seed):
     flags |= dict(seed=seed, samples=cfg.samples, out=pathlib.Path(cfg.out, f"{name}-{seed}"))
     words = (w for k, v in flags.items() for w in ("--" + k.replace("_", "-"), str(v)))
     return ["python", "train.py", "--stage", "3", *words]
-
-
-def finished(folder):
-    state = read_state(pathlib.Path(folder))
-    return bool(state and state["finished"])
 
 
 @contextlib.contextmanager
@@ -211,12 +207,12 @@ def train_and_examine(cfg, name, seed):
     folder = pathlib.Path(words[words.index("--out") + 1])
     before = pathlib.Path(words[words.index("--init") + 1])
     with lock(before.parent):  # shared by the seeds
-        if not finished(before):
+        if not is_finished(before):
             scales = ["--scales", RUNS[name]["scales"]] if "scales" in RUNS[name] else []
             flags = ["--stage", before.name[-1], "--out", str(before.parent), *scales]
             run_training(["python", "train.py", *flags], before.parent)
     seconds = run_training(words, folder)
-    if not finished(folder / "stage3"):
+    if not is_finished(folder / "stage3"):
         raise ValueError(f"{folder} was interrupted; the same command continues")
     bf16 = read_state(folder / "stage3")["config"]["bf16"]
     groups = [group for group, _, lines in GROUPS if name in [line[0] for line in lines]]

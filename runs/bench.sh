@@ -3,7 +3,7 @@
 # cores, more if llama.cpp has to be built. Needs a finished demo (runs/demo.sh). Arguments go to bench/speed.py: moe decode
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ -x .venv/bin/python ] || python3 -m venv .venv
+source runs/venv.sh
 .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt ".[bench,convert]"
 runs/smollm2.sh
 .venv/bin/python bench/speed.py --publish "$@"

@@ -12,8 +12,8 @@
 #
 #     LAST=3               the last stage to get data for and to train
 #     LIMIT=N              samples a stage; saves time, not disk: they come from the whole mixture
-#     GPUS=1               2 and 4 divide the rows of every stage; for 8 run LAST=1 first, then all
-#                          with --rows 8 --accumulate 4
+#     GPUS=1               GPUs of this machine. With more than one, a batch has one row for each, and
+#                          a step adds up fewer batches, so that it sees about as many rows
 #     DATA=mixture         folder of the data, OUT=out/cumo_7b of the results; 680 GB together
 #     SKIP_MISSING=1       train without the records whose pictures are missing, and print how many
 #     CHECK=1              open every picture before training (hours) instead of looking for its file
@@ -76,7 +76,7 @@ echo "up to $(((need + 999) / 1000)) GB are needed, and $((room / 1000)) GB are 
   fail "the disk is too small: use another (DATA, OUT), fewer stages (LAST), or IGNORE_DISK=1"
 
 # ---------------------------------------------------------------- programs and weights
-[ -x .venv/bin/python ] || python3 -m venv .venv
+source runs/venv.sh
 .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt ".[plot]" \
   "huggingface_hub>=0.34"
 launch=(.venv/bin/python)
@@ -148,25 +148,29 @@ PYTHON
 # ---------------------------------------------------------------- the three stages
 finished() { grep -qs '"finished": true' "$OUT/stage$1/train.json"; }
 
-train() {  # train STAGE JSON IMAGE_FOLDER TEMPLATE [FLAGS]
-  local stage=$1 json=$2 folder=$3 template=$4 kept=""
+train() {  # train STAGE JSON IMAGE_FOLDER [FLAGS]
+  local stage=$1 json=$2 folder=$3 kept="" rows batch=()
   if finished "$stage"; then echo "stage $stage is finished" && return; fi
   [ -z "${SKIP_MISSING:-}" ] || kept=${json%.json}_present.json
   if [ ! -f "$kept" ]; then present "$json" "$folder" "$kept"; fi
   if [ -n "${CHECK:-}" ]; then
-    .venv/bin/python -m data.check "${kept:-$json}" --image-folder "$folder" --llm $mistral \
-      --clip $clip --template "$template" --row-tokens 4096
+    .venv/bin/python -m data.check "${kept:-$json}" --image-folder "$folder" \
+      --preset mistral-7b --stage "$stage" ${LIMIT:+--limit "$LIMIT"}
+  fi
+  if ((GPUS > 1)); then  # one row a GPU; rounded, a step keeps the rows of one GPU
+    rows=$((stage == 1 ? 80 : 28))
+    batch=(--rows "$GPUS" --accumulate $(((rows + GPUS / 2) / GPUS)))
   fi
   "${launch[@]}" train.py --preset mistral-7b --stage "$stage" --data "${kept:-$json}" \
-    --image-folder "$folder" --out "$OUT" ${LIMIT:+--limit "$LIMIT"} "${@:5}"
+    --image-folder "$folder" --out "$OUT" ${LIMIT:+--limit "$LIMIT"} "${batch[@]}" "${@:4}"
   finished "$stage" || exit 0  # Ctrl-C
 }
 
 # 1: train the connector on captions. 2: train everything on long captions. 3: upcycle CLIP and the
 # connector to four experts, and train everything on questions and answers.
-llava=$DATA/llava/llava_pretrain chat=mistral_instruct_system
-train 1 "$llava/blip_laion_cc_sbu_558k.json" "$llava/images" plain "$@"
-((LAST < 2)) || train 2 "$DATA/jsons/cumo_pft_allava.json" "$DATA" $chat "$@"
-((LAST < 3)) || train 3 "$DATA/jsons/cumo_vit_1649K.json" "$DATA" $chat "$@"
+llava=$DATA/llava/llava_pretrain
+train 1 "$llava/blip_laion_cc_sbu_558k.json" "$llava/images" "$@"
+((LAST < 2)) || train 2 "$DATA/jsons/cumo_pft_allava.json" "$DATA" "$@"
+((LAST < 3)) || train 3 "$DATA/jsons/cumo_vit_1649K.json" "$DATA" "$@"
 
 .venv/bin/python sample.py --model "$OUT/stage$LAST" --image cat.jpg --ask "What is this?"

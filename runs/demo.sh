@@ -3,11 +3,11 @@
 # three minutes on two CPU cores, nine minutes without hardware bf16. All results go to out/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ -x .venv/bin/python ] || python3 -m venv .venv
+source runs/venv.sh
 .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt ".[plot]"
 
 .venv/bin/python train.py
 [ -f out/stage3/config.json ] || exit # interrupted; the same command continues
 .venv/bin/python eval.py
-.venv/bin/python sample.py --image cat.jpg < /dev/null
+.venv/bin/python sample.py --image cat.jpg
 .venv/bin/python sample.py --image cat.jpg --ask "Where is the cat?"

@@ -168,8 +168,9 @@ def draw_ratios(run, file):
     axis.axvline(1, color="black", linewidth=1.5, zorder=1)
     axis.axvspan(1, high, color="#EAF3F8", zorder=0)
     precision = run["precision"].removeprefix("torch.")
+    threads = {str(section["threads"]) for section in run["sections"].values()}
     axis.set(xscale="log", xlim=(low, high),
-             title=f"{run['machine']}, {run['threads']} cores, {precision}; medians",
+             title=f"{run['machine']}, {' or '.join(sorted(threads))} cores, {precision}; medians",
              xlabel="\u2190 the other is faster      1 = ours      ours is faster \u2192\n"
                     "time of the other as a multiple of ours, on a logarithmic scale")  # fmt: skip
     axis.set_xticks(ticks, [f"{x:g}" for x in ticks])

@@ -2,7 +2,7 @@
 
     python runs/results.py                  # rewrite both pages
     python runs/results.py --collect out    # first take a finished demo (runs/demo.sh) into bench/
-    python runs/results.py --draw out       # redraw the pictures, and measure nothing
+    python runs/results.py --draw out       # first draw the pictures again, with this demo's model
 
 A block of a page stands between `<!-- name -->` and `<!-- /name -->`; tests/test_readme.py checks
 that every block is what this script writes.
@@ -21,8 +21,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train
 from cumo import CuMo
+from data.exam import SPLITS
 from data.images import open_image
 from data.tokenizer import Tokenizer
+from data.world import QUESTION_TYPES
 from engine import memory
 from eval import answer_batch
 from extras import plots
@@ -31,8 +33,6 @@ from runs import tables
 from runs.pictures import draw_ablations, draw_architecture, draw_ratios, shown, variant
 from runs.tables import table
 
-TYPES = ("what", "existence", "count", "where", "kind", "background", "side", "list", "all")
-SPLITS = ("seen", "pairs", "style")
 ASKED = {
     "what": "What is at the top left?",
     "existence": "Is there a cat?",
@@ -50,7 +50,7 @@ READING = {
     "llm.py": "a Mistral decoder: RoPE, grouped-query attention, KV cache, loss, generation",
     "cumo.py": "how image tokens enter the text; the total loss; checkpoints",
     "upcycle.py": "from dense to sparse with the same outputs at step 0",
-    "train.py": "the settings, the table of the three stages, the training loop",
+    "train.py": "the settings, the three stages, the training loop",
     "sample.py": "one question, a chat, a map of the experts",
     "eval.py": "accuracy by question type, next to two baselines",
 }
@@ -90,7 +90,7 @@ def demo_block():
 def results_block():
     run = demos()["bf16"]
     accuracy, rows = run["accuracy"], []
-    for kind in TYPES:
+    for kind in (*QUESTION_TYPES, "all"):
         cells = [percent(accuracy[s]["model"][kind]) for s in SPLITS]
         cells += [percent(accuracy["seen"][row][kind]) for row in ("blank", "chance")]
         rows.append((kind, ASKED[kind], *cells))
@@ -241,8 +241,9 @@ def performance_block():
         others = ", ".join(f"{name} {x:.2f}" for name, x in [*row["ratios"].items()][1:])
         lines.append((row["section"], row["case"], ours, others))
     (start,) = (row for row in run["rows"] if row["section"] == "start")
+    versions = sorted({section["torch"] for section in run["sections"].values()})
     head = ("`bench/speed.py`", "case", "ours", "others, as a multiple of our time")
-    note = (f"Medians on 2 cores of {run['machine']} with torch {run['torch']}; "
+    note = (f"Medians on 2 cores of {run['machine']} with torch {' or '.join(versions)}; "
             f"{run['precision'][6:]} unless the row says otherwise. Above 1, ours is faster. "
             f"`{start['case']}` prints its first word after "
             f"{took_in_words(start['medians']['ours'])}.")  # fmt: skip
@@ -258,7 +259,8 @@ def bandwidth_block():
             rows.append((row["case"].split(", ")[1], f"{100 * row['share_of_bandwidth']:.0f} %",
                          f"{100 * shares[0]:.0f} to {100 * shares[-1]:.0f} %",
                          f"{speeds[0] / 1e9:.0f} to {speeds[-1] / 1e9:.0f} GB/s"))  # fmt: skip
-    return table(("weights", "median share", "range over rounds", "memory bandwidth"), *rows)
+    head = ("weights", "share of the bandwidth, median", "range over rounds", "memory bandwidth")
+    return table(head, *rows)
 
 
 BLOCKS = {  # page -> {block: the function that writes it}
@@ -273,6 +275,7 @@ BLOCKS = {  # page -> {block: the function that writes it}
         "quant": tables.quant_block,
         "chat": tables.chat_block,
         "memory": memory_block,
+        "estimate": tables.estimate_block,
         "rounding": tables.rounding_block,
         "load": tables.load_block,
         "smol": tables.smol_block,
@@ -299,10 +302,15 @@ def commit():
     return done.stdout.decode().strip()
 
 
-def machine():
+def cpu():
+    """The name of the processor."""
     cpuinfo = pathlib.Path("/proc/cpuinfo")
-    cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else None
-    return f"{os.cpu_count()} cores of {cpu[1] if cpu else platform.processor()}"
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def machine():
+    return f"{os.cpu_count()} cores of {cpu()}"
 
 
 def collect(out):
@@ -325,7 +333,8 @@ def collect(out):
 
 
 def draw(out):
-    """Draw the pictures of a finished demo and of the results in bench/; measure nothing."""
+    """Draw the pictures again: those of a finished demo, the speed ratios, the architecture and the
+    ablations."""
     out, bench = pathlib.Path(out), ROOT / "bench"
     draw_losses({k: read_metrics(out / f"stage{k}") for k in (1, 2, 3)}, bench / "loss.png")
     draw_load(json.loads((out / "eval.json").read_text())["expert_load"], bench / "experts.png")
@@ -358,7 +367,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--collect", metavar="OUT", help="take this finished demo into bench/")
     parser.add_argument("--collect-sparse", metavar="DIR", help="the same of sparse_vs_dense.sh")
-    parser.add_argument("--draw", metavar="OUT", help="redraw all pictures, with this demo's")
+    parser.add_argument("--draw", metavar="OUT", help="first draw this demo's pictures again")
     args = parser.parse_args()
     if args.draw:
         draw(args.draw)

@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -f weights/SmolLM2-135M-Instruct/model.safetensors ] && [ -f weights/SmolLM2-135M-Instruct.gguf ] && exit
-[ -x .venv/bin/python ] || python3 -m venv .venv
+source runs/venv.sh
 .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt ".[convert]"
 folder=$(mktemp -d)
 trap 'rm -r "$folder"' EXIT

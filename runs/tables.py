@@ -114,7 +114,9 @@ def quant_block():
         shares = [f"{100 * mini[split]:.1f}" for split in head[5:]]
         cells = f"{smol['megabytes']:.0f}", f"{smol['loss']:.3f}", f"{100 * smol['same']:.1f} %"
         rows.append((name, *cells, f"{mini['megabytes']:.1f}", *shares))
-    return table(head, *rows)
+    note = (f"`seen`, `pairs` and `style` are percent of {run['miniature']['questions']} questions "
+            "answered exactly.")  # fmt: skip
+    return table(head, *rows) + "\n\n" + note
 
 
 def rounding_block():
@@ -152,6 +154,16 @@ def load_block():
     rows = [(row["form"], row["file_dtype"], row["dtype"], f"{row['model_mb']:.0f}",
              f"{row['ratio']:.2f}") for row in read("load_memory")["rows"]]  # fmt: skip
     return table(head, *rows)
+
+
+def estimate_block():
+    """The memory section of bench/speed.py: measured peak and estimate of a training."""
+    rows = [
+        (row["case"], f"{row['peak'] / 1e6:,.0f}", f"{row['estimate'] / 1e6:,.0f}",
+         f"{row['peak'] / row['estimate']:.1f}")
+        for row in read("amd-epyc-bfloat16")["rows"] if row["section"] == "memory"
+    ]  # fmt: skip
+    return table(("training", "measured peak, MB", "estimate, MB", "peak / estimate"), *rows)
 
 
 def chat_block():

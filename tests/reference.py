@@ -25,7 +25,7 @@ def expert(x, weights, e, names, act):
 
 
 def sparse_moe(x, weights, top_k, names=("fc1", "fc2"), act="gelu", mask=None):
-    """x [B, T, D] -> (y, balance, z, load), token by token (REFERENCE section 2)."""
+    """x [B, T, D] -> (y, balance, z, load), token by token, as the original defines them."""
     gate = weights["gate.weight"]
     num_experts = len(gate)
     outputs, balances, squares, assigned = [], [], [], [0] * num_experts
@@ -57,7 +57,7 @@ def sparse_moe(x, weights, top_k, names=("fc1", "fc2"), act="gelu", mask=None):
 
 
 def multi_scale(passes, images, scales):
-    """S2 (REFERENCE section 1.1): `passes` maps images [1, 3, S, S] to patches [1, P, D]."""
+    """S2 (arXiv 2403.13043): `passes` maps images [1, 3, S, S] to patches [1, P, D]."""
     size, samples = images.shape[-1], []
     for image in images.split(1):
         features = []

@@ -30,7 +30,7 @@ def test_flags_of_every_row_are_a_valid_stage_3(name):
     words = ablations.command(ablations.AblationConfig(), name, 1)
     cfg, given = parse(TrainConfig, words[2:])
     cfg = resolve({k: getattr(cfg, k) for k in given}, 3)
-    assert cfg.samples == 2600 and cfg.seed == 1 and cfg.out == f"out/ablations/{name}-1"
+    assert cfg.samples == 1600 and cfg.seed == 1 and cfg.out == f"out/ablations/{name}-1"
     scales = "".join(map(str, cfg.scales))
     assert cfg.init == {"1": "out"}.get(scales, f"out/ablations/scales-1,{scales[-1]}") + (
         "/stage1" if name == "e-without" else "/stage2"
@@ -99,8 +99,13 @@ def test_finished_runs_are_kept_and_an_interrupted_one_is_run_again(tmp_path, mo
         ("b-cumo", 0), ("b-cumo", 1), ("c-llm", 0), ("c-llm", 1)]  # fmt: skip
     assert found["rows"][0]["groups"] == list("bcdef") and found["rows"][0]["cpu_seconds"] == 12.3
     assert start(tmp_path, monkeypatch, "--rows=c-llm", "--seeds=1") == found and len(calls) == 5
-    with pytest.raises(ValueError, match="of 2600 samples and 800 questions; name another"):
+    with pytest.raises(ValueError, match="of 1600 samples and 400 questions; name another"):
         start(tmp_path, monkeypatch, "--samples=64")
+
+
+def test_the_command_without_flags_continues_the_published_results():
+    cfg = ablations.AblationConfig(bench=str(ROOT / "bench" / "ablations"))
+    assert len(ablations.read_results(cfg)["rows"]) == 3 * len(ablations.RUNS)
 
 
 def test_two_commands_never_train_the_same_run(tmp_path, monkeypatch):
@@ -167,7 +172,7 @@ def test_block_of_the_readme_shows_every_row_with_its_spread_and_the_papers(tmp_
         "| with | 90.5 (90.0 to 91.0) | 85.5 (85.0 to 86.0) | 60.0 (60.0 to 60.0) | +38.2 | +2.2 | "
         "8.0 / 12.0 | 12 |",
     ]
-    assert "800 questions a split" in lines[-1] and "of 2 seeds; a machine, bf16" in lines[-1]
+    assert "400 questions a split" in lines[-1] and "of 2 seeds; a machine, bf16" in lines[-1]
     assert "not measured" in lines[at - 1], "a row without results yet"
 
 

@@ -778,7 +778,7 @@ def test_experts_load_over_ones_own_pictures(model, tmp_path, monkeypatch, capsy
 
 
 @pytest.mark.parametrize("flags, complaint", [
-    (["--benchmark", "popo", "--folder", "x"], "popo is unknown; choose from pope, gqa"),
+    (["--benchmark", "popo", "--folder", "x"], "'popo' is unknown; choose from pope, gqa"),
     (["--benchmark", "pope"], "--benchmark NAME and --folder DIR go together"),
     (["--folder", "x"], "--benchmark NAME and --folder DIR go together"),
     (["--benchmark", "pope", "--folder", "x", "--experts", "e.png"], "go together, without --data"),

@@ -12,7 +12,16 @@ import shutil
 import pytest
 from given import given, settings, st
 
-from data.chat import IGNORE, IMAGE_TOKEN, TEMPLATES, Rejected, place_tags, render, template_of
+from data.chat import (
+    IGNORE,
+    IMAGE_TOKEN,
+    TEMPLATES,
+    Rejected,
+    place_tags,
+    render,
+    template_of,
+    with_tags,
+)
 from data.tokenizer import Tokenizer
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -139,8 +148,8 @@ def test_system_turn_is_refused_by_name_where_the_original_has_a_key_error(mistr
 
 
 def original(conversation, sp, template, has_image):
-    """The ids that the original makes of a well-formed sample (REFERENCE 5): one string, cut at its
-    special tokens and image tags, each chunk tokenized separately."""
+    """The ids that the original makes of a well-formed sample: one string, cut at its special
+    tokens and image tags, each chunk tokenized separately."""
     text = "<s>"
     for k, turn in enumerate(conversation):
         said = turn["value"]
@@ -289,12 +298,58 @@ def test_image_is_as_many_tokens_as_asked_for_and_never_learned(mini):
     assert ids[at : at + 64] == [IMAGE_TOKEN] * 64
 
 
-def test_several_images_keep_their_reading_order(mini):
-    turns = talk("Compare <image> with <image>.", "They match.", "And <image>?", "No.")
-    ids, _ = render(turns, mini, "mistral_instruct", 1, 3)
-    where = [k for k, i in enumerate(ids) if i == IMAGE_TOKEN]
-    assert len(where) == 3
-    assert place_tags(turns[0]["value"]) == "<image>\n<image>\nCompare  with ."
+@pytest.mark.parametrize("template", ["mistral_instruct", "chatml"])
+def test_several_tags_of_a_question_keep_their_places(template, mini, smol):
+    tokenizer = smol[0] if template == "chatml" else mini
+    turns = talk("Picture 1: <image> Picture 2: <image>", "They match.", "And <image> this?", "No.")
+    ids, _ = render(turns, tokenizer, template, 4, 3)
+    texts = [tokenizer.decode(run) for run in split_at_images(ids, 4)]
+    assert texts[0].rstrip().endswith("Picture 1:") and texts[1].strip() == "Picture 2:"
+    assert texts[3].startswith("\nAnd  this?"), "a single tag goes first"
+
+
+def split_at_images(ids, image_tokens):
+    """The runs of text ids between the images."""
+    runs = [[]]
+    for i in ids:
+        runs[-1].append(i)
+        if runs[-1][-image_tokens:] == [IMAGE_TOKEN] * image_tokens:
+            runs[-1][-image_tokens:] = []
+            runs.append([])
+    assert not any(IMAGE_TOKEN in run for run in runs)
+    return runs
+
+
+@pytest.mark.parametrize("template", TEMPLATES[1:])
+def test_tag_in_a_conversation_without_a_picture_is_text(template, mini, smol):
+    """Tokens between the two tags keep their places: nothing is cut out or moved."""
+    tokenizer = smol[0] if template == "chatml" else mini
+    said = "docker run <image> -it", "It runs <image>.", "<image>", "<image> <image>"
+    ids, labels = render(talk(*said), tokenizer, template, 64, 0)
+    assert IMAGE_TOKEN not in ids
+    text = tokenizer.decode(ids)
+    at = [text.index(said[0]), text.index(said[1]), text.index(said[3])]
+    assert at == sorted(at) and text.count("<image>") == 5
+    answers = [tokenizer.decode(run).strip() for run in learned(tokenizer, ids, labels)]
+    assert [a.removesuffix("<|im_end|>").strip() for a in answers] == [said[1], said[3]]
+
+
+@pytest.mark.parametrize("question, n, asked", [
+    ("What?", 0, "What?"),
+    ("What?", 1, "<image>\nWhat?"),
+    ("Compare.", 2, "<image>\n<image>\nCompare."),
+    ("Is <image> this?", 1, "Is <image> this?"),
+    ("A: <image> B: <image>", 2, "A: <image> B: <image>"),
+])  # fmt: skip
+def test_asked_question_has_a_tag_for_each_picture(question, n, asked):
+    assert with_tags(question, n) == asked
+
+
+@pytest.mark.parametrize("question, n", [("<image>?", 0), ("<image> <image>", 1), ("<image>?", 2)])
+def test_asked_question_with_another_number_of_tags_is_refused(question, n):
+    found = question.count("<image>")
+    with pytest.raises(ValueError, match=f"has {found} <image> tags and {n} pictures; give a"):
+        with_tags(question, n)
 
 
 @pytest.mark.parametrize("written, placed", [
@@ -352,7 +407,7 @@ def test_roles_may_be_called_user_and_assistant(mini):
     (talk("Q") * 2, 0, "human speaks twice in a row, at 'Q'"),
     ([*talk("Q", "A"), {"from": "gpt", "value": "B"}], 0, "gpt speaks twice in a row, at 'B'"),
     (talk("Q", "<image> A"), 1, "answer 1 holds <image>"),
-    (talk("<image> Q", "A"), 0, "images is 0, of <image> tags in the questions 1; each"),
+    (talk("<image> Q", "A"), 2, "images is 2, of <image> tags in the questions 1; each"),
     (talk("Q", "A"), 1, "images is 1, of <image> tags in the questions 0; each"),
 ])  # fmt: skip
 def test_faulty_conversation_is_refused_with_its_id_and_fault(

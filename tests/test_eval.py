@@ -5,6 +5,7 @@ import collections
 import numpy as np
 import pytest
 from PIL import ImageStat
+from refused import refusal
 from tiny import TOKENIZER, tiny_cumo
 
 import eval as evaluation
@@ -20,6 +21,15 @@ def test_exam_asks_every_type_equally_often_and_is_seeded(split):
     assert set(counts.values()) == {10} and set(counts) == set(world.QUESTION_TYPES)
     again, other = (evaluation.exam(split, 80, seed) for seed in (1, 2))
     assert [a[:3] for a in asked] == [a[:3] for a in again] != [a[:3] for a in other]
+
+
+@pytest.mark.parametrize("flags, line", [
+    (["--n", "5"], "error: --n 5 must be 8 or more"),
+    (["--batch", "0"], "error: --batch 0 must be 1 or more"),
+    (["--n", "0", "--data", "mine.json"], "error: --n 0 must be 1 or more"),
+])  # fmt: skip
+def test_a_wrong_number_is_named_alone(flags, line, monkeypatch, capsys):
+    assert refusal(evaluation.main, flags, monkeypatch, capsys) == line
 
 
 def test_exam_scenes_are_not_training_scenes():

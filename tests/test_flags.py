@@ -1,11 +1,21 @@
 """The command line: every field is a flag with help, every mistake one clear line."""
 
 import dataclasses
+import os
+import runpy
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from data.flags import help_lines, parse, run
+from data.flags import help_lines, parse, run, unescape
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = [file for folder in ("bench", "extras", "runs", "tests/campaigns")
+         for file in sorted((ROOT / folder).glob("**/*.py"))]  # fmt: skip
+SCRIPTS = [str(file.relative_to(ROOT)) for file in FILES if "__main__" in file.read_text()]
 
 
 @dataclass
@@ -53,6 +63,40 @@ def test_no_flags_give_the_defaults():
 ])  # fmt: skip
 def test_flag_sets_its_field_and_is_reported_as_given(argv, name, value):
     assert parse(Config, argv) == (dataclasses.replace(Config(), **{name: value}), {name})
+
+
+@dataclass
+class Asked:
+    image: tuple[str, ...] = ()  # pictures
+    ask: str = ""  # the question
+
+
+@pytest.mark.parametrize("argv", [
+    ["--image", "a", "b", "c"], ["--image", "a", "--image", "b", "c"],
+    ["--image", "a", "--image", "b", "--image=c"],
+])  # fmt: skip
+def test_a_flag_of_several_words_given_again_adds_to_them(argv):
+    assert parse(Asked, argv) == (Asked(image=("a", "b", "c")), {"image"})
+    assert parse(Asked, ["--image", "d"])[0].image == ("d",), "nothing stays from the call before"
+
+
+@pytest.mark.parametrize("argv, hint", [
+    (["cat.jpg"], "'cat.jpg' belongs to no flag; did you mean --image cat.jpg?"),
+    (["a b.PNG"], "'a b.PNG' belongs to no flag; did you mean --image 'a b.PNG'?"),
+    (["Is it?"], "'Is it?' belongs to no flag; did you mean --ask \"Is it?\"?"),
+    (["What", "now?"], "'What now?' belongs to no flag; did you mean --ask \"What now?\"?"),
+])  # fmt: skip
+def test_a_word_without_its_flag_is_told_which_one_it_lacks(argv, hint, capsys):
+    with pytest.raises(SystemExit):
+        parse(Asked, argv)
+    assert capsys.readouterr().err.split(": ", 1)[1] == hint + "\n"
+
+
+@pytest.mark.parametrize("typed, text", [
+    (r"\n", "\n"), (r"a\tb", "a\tb"), (r"C:\\new", r"C:\new"), ("é\n", "é\n"), (r"\d", r"\d"),
+])  # fmt: skip
+def test_escapes_of_the_command_line(typed, text):
+    assert unescape(typed) == text
 
 
 def test_flag_given_with_its_default_counts_as_given():
@@ -133,15 +177,37 @@ def test_value_error_ends_in_one_line_and_status_1(capsys):
     )  # sys.exit(text) is status 1
 
 
-def test_ctrl_c_ends_without_a_traceback():
+def test_ctrl_c_ends_in_one_line(capsys):
     def main():
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as caught:
         run(main)
-    assert caught.value.code == 130
+    assert caught.value.code == 130 and capsys.readouterr().err == "\ninterrupted\n"
+
+
+@pytest.mark.parametrize("how", ["print('x' * 999_999)", "print('x')", "print(1, flush=True)"])
+def test_a_reader_that_has_left_is_no_error(how):
+    code = f"import time; from data.flags import run; run(lambda: (time.sleep(0.5), {how}))"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as one:
+        one.stdout.close()
+        assert one.stderr.read() == b"" and one.wait() == 141
 
 
 def test_other_errors_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         run(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_explains_itself_and_does_nothing_else(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    monkeypatch.setattr(sys, "path", ["", *sys.path])  # a script puts the checkout there
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    try:
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except ImportError as error:  # a peer of the benchmarks
+        pytest.skip(f"{script} needs {error.name}")
+    assert end.value.code == 0 and capsys.readouterr().out.startswith("usage: ")

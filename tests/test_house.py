@@ -27,7 +27,7 @@ FLOOR_OF = {name: k for k, names in enumerate(FLOORS) for name in names}
 TRACKED = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT,
                          capture_output=True, text=True).stdout.split("\n")  # fmt: skip
 CODE = [ROOT / name for name in TRACKED if name.endswith(".py") and (ROOT / name).is_file()]
-PRODUCT = [file for file in CODE if "tests" not in file.parts]
+PRODUCT = [file for file in CODE if file.relative_to(ROOT).parts[0] != "tests"]
 
 
 def name_of(file):

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import struct
 import zlib
 
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from data.images import MEAN, PAD_COLOR, STD, open_image, preprocess
+from engine.memory import peak_memory
 
 GOLDEN = pathlib.Path(
     os.environ.get("CUMO_GOLDEN", pathlib.Path(__file__).parents[2] / "shared" / "golden")
@@ -94,9 +96,43 @@ def test_any_kind_of_pixels_is_read_as_pillows_rgb(mode, tmp_path):
     assert preprocess(image, 12).shape == (3, 12, 12)
 
 
-def test_sixteen_bit_png_is_cut_off_at_255_as_in_the_original(tmp_path):
-    Image.fromarray(np.full((4, 4), 1000, np.uint16)).save(tmp_path / "deep.png")
-    assert np.asarray(open_image(tmp_path / "deep.png")).max() == 255
+DEEP = {  # values that 8 bits cannot hold
+    "12 bits": (np.uint16, 0, 4095), "16 bits": (np.uint16, 0, 65535), "just too much": (
+    np.uint16, 0, 256), "negative": (np.int32, -5, 200), "32 bits": (np.int32, 0, 100_000),
+    "shares": (np.float32, 0, 1), "floats": (np.float32, 0, 900), "no number": (
+    np.float32, 0, np.nan)}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_grey_values_that_do_not_fit_in_8_bits_are_refused_with_the_way_out(kind, tmp_path):
+    """The original cuts them: four different pictures of 12 bits became one white picture."""
+    dtype, low, high = DEEP[kind]
+    values = np.random.default_rng(0).integers(2, 100, (6, 4)).astype(dtype)
+    if kind == "shares":
+        values /= 100
+    values[0, 0], values[0, 1] = low, high
+    image = Image.fromarray(values)
+    file = tmp_path / ("deep.tif" if dtype != np.uint16 else "deep.png")
+    image.save(file)
+    with pytest.raises(
+        ValueError, match=r"deep.*: its values x go from .*; scale them to 8 bits"
+    ) as e:
+        open_image(file)
+    assert "\n" not in str(e.value)
+    with pytest.raises(ValueError, match="its values x go from"):
+        preprocess(image, 12)
+    if kind != "no number":  # the way out
+        way = re.search(r"as (np.uint8.*) does$", str(e.value))[1]
+        scaled = eval(way, {"np": np, "x": values})
+        Image.fromarray(scaled).save(tmp_path / "scaled.png")
+        assert np.ptp(np.asarray(open_image(tmp_path / "scaled.png"))) == 255
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_deep_pixels_that_hold_8_bits_are_read_as_such(dtype, tmp_path):
+    values = np.arange(24).reshape(4, 6) * 10
+    Image.fromarray(values.astype(dtype)).save(tmp_path / "a.tif")
+    assert np.array_equal(np.asarray(open_image(tmp_path / "a.tif"))[..., 0], values)
 
 
 def test_transparency_is_dropped_not_blended(tmp_path):
@@ -104,11 +140,56 @@ def test_transparency_is_dropped_not_blended(tmp_path):
     assert open_image(tmp_path / "clear.png").getpixel((0, 0)) == (10, 20, 30)
 
 
-def test_camera_rotation_is_not_applied_as_in_the_original(tmp_path):
+SEEN = [[1, 2, 3], [4, 5, 6]]  # a picture of 3 x 2, upright
+STORED = {  # EXIF orientation -> the pixels that a camera stores of it
+    1: SEEN, 2: [[3, 2, 1], [6, 5, 4]], 3: [[6, 5, 4], [3, 2, 1]], 4: [[4, 5, 6], [1, 2, 3]],
+    5: [[1, 4], [2, 5], [3, 6]], 6: [[3, 6], [2, 5], [1, 4]],
+    7: [[6, 3], [5, 2], [4, 1]], 8: [[4, 1], [5, 2], [6, 3]]}  # fmt: skip
+
+
+def photo(file, orientation, mode="L"):
+    """Save the picture SEEN as a camera held in this orientation stores it."""
     exif = Image.Exif()
-    exif[0x0112] = 6  # "rotate by 90 degrees"
-    Image.new("RGB", (30, 10)).save(tmp_path / "photo.jpg", exif=exif)
-    assert open_image(tmp_path / "photo.jpg").size == (30, 10)
+    exif[0x0112] = orientation
+    pixels = np.array(STORED[orientation], np.uint8) * 40
+    Image.fromarray(pixels).convert(mode).save(file, exif=exif, lossless=True)
+
+
+@pytest.mark.parametrize("name", ["photo.png", "photo.webp", "photo.tif"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_photo_is_turned_as_its_camera_says(orientation, name, tmp_path):
+    photo(tmp_path / name, orientation, "RGB")
+    seen = open_image(tmp_path / name)
+    assert (np.asarray(seen)[..., 0] == np.array(SEEN) * 40).all()
+    with Image.open(tmp_path / name) as raw:
+        assert torch.equal(preprocess(raw, 6), preprocess(seen, 6)), "asked with a PIL image"
+    assert torch.equal(preprocess(seen, 6), preprocess(Image.fromarray(np.asarray(seen)), 6)), (
+        "a second time it stays as it is"
+    )
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_photo_is_not_turned_for_parity_with_the_original(orientation, tmp_path):
+    photo(tmp_path / "photo.png", orientation)
+    stored = open_image(tmp_path / "photo.png", upright=False)
+    assert (np.asarray(stored)[..., 0] == np.array(STORED[orientation]) * 40).all()
+    assert torch.equal(preprocess(stored, 6), preprocess(Image.fromarray(np.asarray(stored)), 6))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("exif", [b"", b"Exif", b"Exif\0\0junk", b"Exif\0\0II*\0\xff\xff\xff\xff",
+                                  b"Exif\0\0II*\0\x08\0\0\0\xff\xff"])  # fmt: skip
+def test_damaged_camera_data_does_not_make_a_picture_unreadable(exif, tmp_path):
+    noise(9, 6).save(tmp_path / "photo.jpg", exif=exif)
+    assert open_image(tmp_path / "photo.jpg").size == (9, 6)
+
+
+@pytest.mark.parametrize("value", [0, 9, 65535])
+def test_orientation_that_does_not_exist_turns_nothing(value, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = value
+    noise(9, 6).save(tmp_path / "photo.png", exif=exif)
+    assert open_image(tmp_path / "photo.png").size == (9, 6)
 
 
 def test_first_frame_of_an_animation_is_taken(tmp_path):
@@ -202,11 +283,10 @@ def test_text_that_unpacks_to_100_megabytes_is_refused_or_not_unpacked(kind, tmp
 
 def test_pixels_beyond_the_picture_are_not_unpacked(tmp_path):
     """A picture of 64 x 64 whose data unpacks from 200 kB to 200 MB."""
-    resource = pytest.importorskip("resource")
     (tmp_path / "x.png").write_bytes(png(64, 64, bytes(2 * 10**8)))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory("cpu")
     assert open_image(tmp_path / "x.png").size == (64, 64)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
+    assert peak_memory("cpu") - before < 50_000_000
 
 
 def test_missing_file_folder_and_impossible_name_are_one_clear_line(tmp_path):

@@ -119,7 +119,8 @@ def test_first_turn_from_gpt_is_dropped_as_in_the_original(folder, tokenizer):
     (record(conversations="Q"), "a conversation is a list of turns, not 'Q'"),
     (record(conversations=[{"from": "human"}]), 'turn 0 needs "from" and a text "value"'),
     (record(conversations=[{"from": "robot", "value": "Q"}]), "turn 0 is from 'robot'"),
-    (record("<image> Q", "A"), "number of images is 0, of <image> tags in the questions 1"),
+    (record("<image>, <image>", "A", image="red.png"), "images is 1, of <image> tags .* 2"),
+    (record("<image>", "<image>", image="red.png"), "answer 1 holds <image>; only questions can"),
     (record("Q", "A", image="red.png"), "number of images is 1, of <image> tags .* 0"),
     (record("<image>", "A", image="gone.png"), "no image '.*gone.png'; see --image-folder"),
     (record("<image>", "A", image="sub"), "no image '.*sub'; see"),
@@ -140,8 +141,92 @@ def test_faulty_record_is_named_with_file_number_id_and_fault(faulty, complaint,
     assert "\n" not in message and "more records" not in message
 
 
+OTHER_KEYS = "images image_path imagePath Image IMAGES image_paths image_file image_url img picture"
+
+
+@pytest.mark.parametrize("key", OTHER_KEYS.split())
+@pytest.mark.parametrize("question", ["<image>\nWhat?", "What?"])
+def test_picture_under_another_key_is_named_not_trained_as_text(key, question, folder):
+    for value in ("red.png", ["red.png"], {"path": "red.png"}):
+        with pytest.raises(ValueError, match=f"record 0 .*: has no key .image., but '{key}'; r"):
+            load(folder, [record(question, "red") | {key: value}])
+    (kept,) = load(folder, [record(question, "red") | {key: None}])
+    assert not kept["images"], "without a value it says that there is no picture"
+
+
+def test_picture_in_a_turn_and_a_video_are_named(folder):
+    turned = record()
+    turned["conversations"][0]["image"] = "red.png"
+    with pytest.raises(ValueError, match="has no key \"image\", but 'image'; rename"):
+        load(folder, [turned])
+    for picture in ({}, {"image": "red.png"}):
+        for key in ("video", "videos", "video_path", "audio"):
+            with pytest.raises(ValueError, match=f"has the key '{key}', which is not supported"):
+                load(folder, [record("<image>", "A", **picture) | {key: "a.mp4"}])
+
+
+def test_picture_named_in_the_text_is_refused(folder):
+    with pytest.raises(ValueError, match="holds <img>a.jpg</img>; name the file under the key"):
+        load(folder, [record("Picture 1: <img>a.jpg</img>\nWhat?", "red")])
+
+
+@pytest.mark.parametrize("fields", [
+    {"image_id": "5"}, {"image_width": 20}, {"model": "gpt-4"}, {"image": "", "images": []},
+])  # fmt: skip
+def test_fields_that_are_no_pictures_are_ignored(fields, folder):
+    assert len(load(folder, [record() | fields])) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "docker run <image>",
+        "<image>\nWhat?",
+        "In HTML write <img>.",
+        "<video>",
+        "<rss><image><url>http://x</url></image></rss>",
+    ],
+)
+def test_tag_in_a_record_without_a_picture_is_text_and_never_a_fault(text, folder, tokenizer):
+    data = load(folder, [record(text, f"Say {text} again.", image=None), record()])
+    for template in ("mistral_instruct", "mistral_instruct_system"):
+        ids, labels, images, _ = encode(data[0], tokenizer, template, 64, 8, max_tokens=600)
+        assert IMAGE_TOKEN not in ids and not images
+        assert tokenizer.decode(ids).count(text.strip()) == 2
+        assert tokenizer.decode([i for i in labels if i != IGNORE]).strip() == f"Say {text} again."
+
+
+def test_number_of_records_with_a_picture_is_known(folder):
+    seen = {"image": "red.png"}
+    records = [record("<image>", "A", **seen), record("a <video>", "A"), record()]
+    records += [record("docker run <image>", "A"), record("<image>", "", **seen)]
+    line = load(folder, records).pictures
+    assert line.startswith(f"{folder / 'data.json'}: 2 of 5 records have a picture; in 2 of the ot")
+    assert line.endswith("of the others <video>, <image> is read as text")
+    assert load(folder, records[:1]).pictures.endswith("1 of 1 records have a picture")
+
+
+NOT_PLAIN = {
+    "text": record("Hello", "Hi"),
+    "turns": record("<image>", "red", "And?", "blue", image="red.png"),
+    "two turns": record("Q", "A", "<image>", "red", image="red.png"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_PLAIN)
+def test_record_that_is_no_caption_is_refused_with_the_file_for_plain(kind, folder):
+    """Once it ended a training when its turn came, at every retry."""
+    captions = [record("<image>", "red", image="red.png", id=k) for k in range(9)]
+    text = json.dumps([*captions, NOT_PLAIN[kind], NOT_PLAIN[kind]])
+    (folder / "data.json").write_text(text)
+    assert len(LlavaData(folder / "data.json", folder / "pics")) == 11
+    want = r"record 9 .id 'r1'.: template plain takes an image and its caption, not .*; remove the"
+    with pytest.raises(ValueError, match=want + r".*\(1 more records have faults\)"):
+        LlavaData(folder / "data.json", folder / "pics", template="plain")
+
+
 def test_all_faulty_records_are_counted_at_once(folder):
-    faulty = record("<image> Q", "A")
+    faulty = record("<image> Q", "A", image="gone.png")
     with pytest.raises(ValueError, match=r"record 0 \(id 'r1'\).*\(2 more records have faults\)"):
         load(folder, [faulty, record(), faulty, faulty])
 
@@ -222,7 +307,12 @@ def test_broken_record_in_the_middle_of_many_is_named_by_its_id(name, folder):
 
 
 def test_limit_takes_the_first_records_only(folder):
-    records = [record("Q", " "), record(id=2), record(id=3), record("<image>", "faulty")]
+    records = [
+        record("Q", " "),
+        record(id=2),
+        record(id=3),
+        record("<image>", "faulty", image="gone.png"),
+    ]
     (folder / "data.json").write_text(json.dumps(records))
     data = LlavaData(folder / "data.json", limit=3)
     assert [data[k]["id"] for k in range(len(data))] == ["2", "3"] and len(data.rejected) == 1
@@ -322,6 +412,20 @@ def test_sample_that_fits_is_not_touched(tokenizer):
     free = encode(sample, tokenizer, "mistral_instruct", 5, 8)
     bound = encode(sample, tokenizer, "mistral_instruct", 5, 8, max_tokens=len(free[0]))
     assert free[:2] == bound[:2] and len(bound[2]) == 1
+
+
+def test_the_long_run_watches_the_samples_of_a_training(folder, monkeypatch):
+    """tests/campaigns/long_run.py replaces two methods; they must have these names."""
+    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parent / "campaigns"))
+    import long_run
+
+    monkeypatch.setattr(long_run.train.Trainer, "train_step", long_run.train.Trainer.train_step)
+    monkeypatch.setattr(LlavaData, "__getitem__", LlavaData.__getitem__)
+    watched = {"rows": [], "order": []}
+    long_run.watch(watched)
+    (folder / "two.json").write_text(json.dumps([record(), record()]))
+    data = LlavaData(folder / "two.json", folder)
+    assert data[1] and watched["order"] == [1]
 
 
 def test_prompt_teaches_nothing_and_is_rejected_with_its_id(tokenizer):

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from refused import refusal
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
@@ -125,6 +126,20 @@ def test_stages_of_another_model_do_not_enter_the_estimate(tmp_path):
     assert found.parameters == expected.parameters
     mini = train.stage_plan(train.resolve({"out": str(tmp_path)}, 3))
     assert mini.parameters == memory.make_plan(small(4, 4), 3, 1).parameters
+
+
+@pytest.mark.parametrize("flags", [["--stage", "1"], ["--stage", "1", "--estimate"]])
+def test_a_row_longer_than_the_models_positions_is_refused(tmp_path, flags, monkeypatch, capsys):
+    flags += ["--out", tmp_path / "out", "--row-tokens", 2049]  # the miniature has 2,048
+    assert refusal(train.main, flags, monkeypatch, capsys) == (
+        "error: --row-tokens 2049 is longer than the 2048 positions of the language model; take "
+        "2048 or less"
+    )
+    assert not (tmp_path / "out").exists()
+    memory.check_positions(2048, LLMConfig(99, 32, 56, 2, 4, 2, max_positions=2048))
+    memory.check_positions(
+        9999, LLMConfig(99, 32, 56, 2, 4, 2, max_positions=2048, sliding_window=64)
+    )
 
 
 def test_stage_1_trains_the_connector_alone():

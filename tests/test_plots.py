@@ -28,8 +28,8 @@ def drawn(monkeypatch, tmp_path, capsys):
     close = plt.close
     monkeypatch.setattr(plt, "close", lambda figure: None)
 
-    def draw(picture, choices, load):
-        draw_experts(picture, choices, load, tmp_path / "map.png")
+    def draw(picture, choices, load, **how):
+        draw_experts(picture, choices, load, tmp_path / "map.png", **how)
         shown = capsys.readouterr()
         assert (shown.out, shown.err) == ("", f"wrote {tmp_path / 'map.png'}\n")
         return plt.gcf(), np.asarray(Image.open(tmp_path / "map.png").convert("RGB"))
@@ -43,6 +43,14 @@ def random_choices(names, side, experts):
     choices = {name: rng.integers(experts, size=(side, side)) for name in names}
     counts = {name: np.bincount(c.ravel(), minlength=experts) for name, c in choices.items()}
     return choices, {name: (n / n.sum()).tolist() for name, n in counts.items()}
+
+
+@pytest.mark.parametrize("names", [["connector"], [f"CLIP layer {k}" for k in range(6)]])
+def test_a_map_for_a_phone_is_as_wide_as_the_phone_and_all_of_it_is_inside(drawn, names):
+    _, pixels = drawn(PLAIN, *random_choices(names, 8, 4), width=3.9)
+    assert abs(pixels.shape[1] - 3.9 * 140) <= 1 and pixels.shape[0] > pixels.shape[1] / 2
+    edges = pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]
+    assert all((edge == 255).all() for edge in edges), "nothing is cut off"
 
 
 @pytest.mark.parametrize("side", [3, 5, 16])  # 48 pixels are not divisible by 5
@@ -233,6 +241,20 @@ def test_an_answer_is_marked_right_or_wrong_and_no_two_lines_overlap(monkeypatch
     assert all(above.y0 > below.y1 - 1 for above, below in zip(boxes, boxes[1:]))
     written = " ".join(text.get_text() for text in texts)
     assert "\u2713 no" in written and "\u2717 2 (truth: 1)" in written
+
+
+def test_a_section_measured_again_keeps_the_conditions_of_the_others(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))  # speed.py replaces the first entry
+    from bench import speed
+
+    here = {"machine": "m", "precision": "p", "commit": "old"}
+    content = speed.replace_section({}, "moe", [{"section": "moe", "case": 1}], here)
+    content = speed.replace_section(content, "llm", [{"section": "llm", "case": 2}], here)
+    again = speed.replace_section(
+        content, "llm", [{"section": "llm", "case": 3}], here | {"commit": "new"}
+    )
+    assert again["sections"] == {"moe": {"commit": "old"}, "llm": {"commit": "new"}}
+    assert [row["case"] for row in again["rows"]] == [1, 3] and again["machine"] == "m"
 
 
 def test_the_table_and_the_picture_of_ratios_have_the_same_rows(monkeypatch, tmp_path):

@@ -1,11 +1,14 @@
 """Asking about a picture from the command line: the answer streams, an error takes one line."""
 
+import io
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,12 @@ from PIL import Image
 from refused import knows_kinds, refusal
 from tiny import tiny_cumo
 
+import eval as eval_script
 import sample
+import train
+import upcycle
+from data import hub
+from engine.conversation import files_of
 
 ROOT = Path(__file__).parents[1]
 MINI = ROOT / "data" / "mini" / "llm"
@@ -70,7 +78,7 @@ def test_experts_draws_a_map_and_answers_the_same(model_dir, tmp_path, monkeypat
     flags = ["--model", model_dir, "--image", ROOT / "cat.jpg", "--max-new-tokens", 4]
     file = tmp_path / "experts.png"
     drawn = ask(*flags, "--experts", file)
-    assert drawn.out == ask(*flags).out and drawn.err == f"wrote {file}\n"
+    assert drawn.out == ask(*flags).out and drawn.err.startswith(f"wrote {file}\n")
     assert json.loads(ask(*flags, "--json", "--experts", file).out)["tokens"] <= 4
     assert Image.open(file).width > 700
 
@@ -106,18 +114,46 @@ def command(model_dir, *flags):
 def test_a_question_may_be_piped_and_a_slow_pipe_is_waited_for(model_dir, ask):
     flags = "--image", ROOT / "cat.jpg"
     given = ["--model", model_dir, "--max-new-tokens", 4, *flags]
-    with subprocess.Popen(command(model_dir, *flags), stdin=subprocess.PIPE, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as slow:  # fmt: skip
-        assert slow.stderr.readline().startswith("waiting for a question on the pipe (--ask gives")
+    with subprocess.Popen(
+        command(model_dir, *flags, "--ask", "-"),
+        stdin=subprocess.PIPE,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as slow:
+        assert slow.stderr.readline().startswith("waiting for a question on standard input")
         assert slow.communicate("Is it red?\n")[0] == ask(*given, "--ask", "Is it red?")
-    with subprocess.Popen(command(model_dir, *flags, "--ask", "Is it red?"), stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE, text=True) as silent:  # fmt: skip
-        assert silent.stdout.read() == ask(*given, "--ask", "Is it red?"), "the pipe is not read"
+
+
+def test_standard_input_is_left_alone_without_a_dash(model_dir, ask):
+    """In `while read file; do python sample.py --image $file; done` it holds the next files."""
+    flags = "--image", ROOT / "cat.jpg"
+    read, write = os.pipe()
+    os.write(write, b"next.jpg\n")
+    done = subprocess.run(command(model_dir, *flags), stdin=read, capture_output=True, text=True)
+    os.close(write)
+    assert done.stdout == ask("--model", model_dir, "--max-new-tokens", 4, *flags)
+    assert os.read(read, 99) == b"next.jpg\n"
 
 
 def test_closed_input_is_no_question(monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)  # Python does this after `<&-`
-    assert sample.piped() == ""
+    assert sample.read_question() == ""
+
+
+def test_an_empty_pipe_is_an_empty_question(model_dir, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(" \n"))
+    flags = ["--model", model_dir, "--ask", "-"]
+    assert "the question is empty" in refusal(sample.main, flags, monkeypatch, capsys)
+
+
+def test_every_image_flag_adds_a_picture(model_dir, tmp_path, ask):
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
+    flags = ["--model", model_dir, "--ask", "What is it?", "--max-new-tokens", 8]
+    cat, red = ROOT / "cat.jpg", tmp_path / "red.png"
+    assert ask(*flags, "--image", cat, "--image", red) == ask(*flags, "--image", cat, red)
+    said = json.loads(ask(*flags, "--json", "--image", cat, "--image", red))
+    assert said["images"] == [str(cat), str(red)] and said["question"] == "What is it?"
 
 
 def test_json_has_the_answer_its_tokens_and_seconds(model_dir, ask):
@@ -125,6 +161,67 @@ def test_json_has_the_answer_its_tokens_and_seconds(model_dir, ask):
     said = json.loads(ask(*flags, "--json"))
     assert said["answer"] == ask(*flags).strip() and said["model"] == str(model_dir)
     assert 0 < said["tokens"] <= 4 and 0 < said["first_token_seconds"] <= said["seconds"]
+    assert said["finish_reason"] == "length" and said["question"] == "Describe the picture."
+    assert said["images"] == [str(ROOT / "cat.jpg")]
+
+
+def test_a_cut_answer_and_a_missing_picture_are_told_on_stderr(model_dir, ask, capsys):
+    def noted(*flags):
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--model", str(model_dir), *flags])
+        sample.main()
+        return capsys.readouterr()
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        seen = noted("--image", str(ROOT / "cat.jpg"), "--max-new-tokens", "4")
+        assert seen.err == "(cut: --max-new-tokens 4 allows no more)\n"
+        guessed = noted("--ask", "Is it red?", "--max-new-tokens", "4", "--json")
+        assert guessed.err == "(no picture in this conversation; --image FILE adds one)\n"
+        assert len(guessed.out.splitlines()) == 1
+
+
+def test_a_stop_text_may_be_a_line_break(model_dir, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def conversation(*_, stop, **options):
+        raise Seen(stop)
+
+    monkeypatch.setattr(sample, "Conversation", conversation)
+    flags = ["--stop", "\\n", "a\\tb", "--stop", "C:\\\\n", "café"]
+    monkeypatch.setattr(sys, "argv", ["x", "--model", str(model_dir), "--ask", "Q", *flags])
+    with pytest.raises(Seen) as seen:
+        sample.main()
+    assert seen.value.args == (("\n", "a\tb", "C:\\n", "café"),)
+
+
+def test_a_reader_that_has_left_ends_it_without_a_word(model_dir):
+    words = [str(word) for word in command(model_dir, "--ask", "What?", "--max-new-tokens", "99")]
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", '"$@" | head -c 3', "-", *words],
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.stderr == "(no picture in this conversation; --image FILE adds one)\n"
+    assert len(done.stdout) == 3 and done.returncode == 141
+
+
+def test_ctrl_c_while_the_model_loads_is_one_line(monkeypatch, capsys, model_dir):
+    def load_model(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "load_model", load_model)
+    assert refusal(sample.main, ["--model", model_dir, "--ask", "Q"], monkeypatch, capsys) == (
+        "interrupted"
+    )
+
+
+def test_ctrl_c_keeps_the_answer_so_far_and_says_so_in_json(model_dir):
+    flags = "--ask", "What?", "--json", "--max-new-tokens", "30000", "--context", "32000"
+    with subprocess.Popen(command(model_dir, *flags), stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True) as talk:  # fmt: skip
+        assert talk.stderr.readline().startswith("(no picture"), "it is loaded"
+        time.sleep(1)
+        talk.send_signal(signal.SIGINT)
+        shown, errors = talk.communicate()
+    assert json.loads(shown)["finish_reason"] == "interrupted" and talk.returncode == 130
+    assert errors == "\ninterrupted\n"
 
 
 def test_several_pictures_are_seen(model_dir, tmp_path, ask):
@@ -142,7 +239,8 @@ def chatted(model_dir, lines, monkeypatch, capsys, *flags):
     )
     sample.main()
     shown = capsys.readouterr()
-    return shown.out.splitlines(), shown.err.splitlines()[1:]  # without COMMANDS
+    errors = [line for line in shown.err.splitlines()[1:] if not line.startswith("(")]
+    return shown.out.splitlines(), errors  # without COMMANDS and notes about answers
 
 
 def end():
@@ -165,7 +263,7 @@ def test_a_mistake_in_a_chat_is_one_line_and_the_chat_goes_on(model_dir, monkeyp
     assert unknown.startswith("error: /imgae is no command; /image FILE") and answer
     picture, long, short = f"/image {ROOT / 'cat.jpg'}", "word " * 200, "What?"
     lines = [picture, long, short]
-    kept, (refused,) = chatted(model_dir, lines, monkeypatch, capsys, "--context", "180")
+    kept, (_, refused) = chatted(model_dir, lines, monkeypatch, capsys, "--context", "180")
     assert refused.startswith("error: question and answer may take"), "the picture must be kept"
     run = model_dir, [picture, short], monkeypatch, capsys
     assert kept == chatted(*run, "--context", "180")[0]
@@ -198,6 +296,51 @@ def test_a_chat_in_json_prints_nothing_but_json(model_dir, monkeypatch, capsys):
     lines = ["/image nowhere.jpg", "What?", "And now?"]
     shown, errors = chatted(model_dir, lines, monkeypatch, capsys, "--json")
     assert [json.loads(line)["tokens"] <= 4 for line in shown] == [True] * 2 and len(errors) == 1
+
+
+def test_a_chat_confirms_pictures_and_resets_and_has_help(model_dir, monkeypatch, capsys):
+    picture = f"/image {ROOT / 'cat.jpg'}"
+    lines = ["/help", picture, "What?", picture, "And this?", "/reset", picture, "/exit", "No"]
+    answers, (help, added, again, forgets, reset, fresh) = chatted(
+        model_dir, lines, monkeypatch, capsys
+    )
+    assert len(answers) == 2 and help.startswith("/image FILE adds a picture to the next question")
+    assert added == again == fresh == f"added {ROOT / 'cat.jpg'}, 256 x 256 pixels"
+    assert forgets.startswith("the next question starts over: pictures before it, and what was")
+    assert reset == "started over: turns and pictures are forgotten"
+
+
+def test_a_chat_without_a_picture_says_so_once(model_dir, monkeypatch, capsys):
+    lines = iter(["What?", "And?", "/reset", "What?"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, None) or end())
+    words = [str(word) for word in command(model_dir, "--chat")[2:]]
+    monkeypatch.setattr(sys, "argv", ["sample.py", *words])
+    sample.main()
+    note = "(no picture in this conversation; /image FILE adds one)"
+    assert capsys.readouterr().err.splitlines().count(note) == 2
+
+
+@pytest.mark.parametrize("written", [
+    "{}/my cat.png", "'{}/my cat.png'", '"{}/my cat.png"', "{}/my\\ cat.png", "~/my cat.png",
+    "~/my\\ cat.png", "  {}/my cat.png  ", "{}/it's.png", "{}/my\\ cat.png '{}/it'\\''s.png'",
+])  # fmt: skip
+def test_a_file_after_image_may_be_quoted_escaped_or_in_the_home_folder(
+    tmp_path, monkeypatch, written
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("my cat.png", "it's.png"):
+        Image.new("RGB", (9, 9)).save(tmp_path / name)
+    found = files_of(written.replace("{}", str(tmp_path)))
+    both = [str(tmp_path / "my cat.png"), str(tmp_path / "it's.png")]
+    assert found == (both if written.count("png") > 1 else both["it" in written :][:1])
+
+
+def test_a_path_alone_in_a_chat_gets_the_command_that_adds_it(model_dir, monkeypatch, capsys):
+    path = str(ROOT / "cat.jpg")
+    _, errors = chatted(model_dir, [path], monkeypatch, capsys)
+    assert errors == [f"error: to add a picture, type /image {path}"]
+    _, errors = chatted(model_dir, ["/image no cat.jpg"], monkeypatch, capsys)
+    assert errors == ["error: no cat.jpg: no such image; check the path"]
 
 
 def test_ctrl_c_ends_the_answer_and_not_the_chat(model_dir):
@@ -235,6 +378,13 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(model_dir):
         (["--ask", "What?", "--context", "9"], "there is room for 9: ask less"),
         (["--ask", "What?", "--context", "0"], "--context 0 must be 1 or more"),
         (["--ask", "What?", "--top-k", "-1"], "--top-k -1 must be 1 or more"),
+        (["--ask", "What?", "--top-p", "0.9"], "--top-p has no effect without --temperature"),
+        (["--ask", "What?", "--top-k", "9"], "--top-k has no effect without --temperature"),
+        (["--ask", "What?", "--seed", "9"], "--seed has no effect without --temperature"),
+        (["--ask", "Is <image> red?"], "has 1 <image> tags and 0 pictures"),
+        (["cat.jpg"], "'cat.jpg' belongs to no flag; did you mean --image cat.jpg?"),
+        (["my cat.JPG"], "did you mean --image 'my cat.JPG'?"),
+        (["Is", "it", "red?"], 'did you mean --ask "Is it red?"?'),
     ],
 )
 def test_bad_input_gets_one_line(model_dir, tmp_path, flags, message, monkeypatch, capsys):
@@ -266,7 +416,68 @@ def test_bad_flags_show_before_a_model_is_loaded(tmp_path, flags, message, monke
     assert message in refusal(sample.main, flags, monkeypatch, capsys)
 
 
-def test_without_a_trained_model_it_says_which_command_makes_one(tmp_path, ask, monkeypatch):
+def trained(folder, *stages):
+    """A folder as train.py leaves it, with these finished `stages`."""
+    for k in stages:
+        tiny_cumo(experts=4 * (k == 3), vocab=1024).save_pretrained(folder / f"stage{k}")
+        shutil.copy(MINI / "tokenizer.json", folder / f"stage{k}")
+        (folder / f"stage{k}" / "train.json").write_text('{"finished": true}')
+
+
+COMMANDS = {  # how each program is given a model
+    "sample": lambda model: (sample.main, ["--ask", "Q", "--model", model]),
+    "eval": lambda model: (eval_script.main, ["--model", model, "--out", "evaluated"]),
+    "upcycle": lambda model: (upcycle.main, [model, "upcycled"]),
+    "train": lambda model: (train.main, ["--init", model, "--out", "new"]),
+}
+
+
+@pytest.mark.parametrize("program", COMMANDS)
+@pytest.mark.parametrize("state, model, reason", [
+    ([], "out/stage2", "out/stage2 does not exist; `python train.py --stage 2` makes it"),
+    ([], "mine/stage3", "mine/stage3 does not exist; `python train.py --stage 3 --out mine` makes"),
+    ([], "out/stage4", "out/stage4 does not exist; out/ has no model; `python train.py` makes"),
+    ([1, 2, 3], "out/stage4", "out/stage4 does not exist; out/ has stage1, stage2, stage3"),
+    ([1, 2, 3], "out/upcycled", "out/upcycled does not exist; out/ has stage1, stage2, stage3"),
+    ([1, -2], "out/stage2", "out/stage2 is not finished; `python train.py --stage 2`, with the "),
+    ([-1], "out", "no trained model in out/; `python train.py` makes one"),
+    ([], "out", "no trained model in out/; `python train.py` makes one"),
+])  # fmt: skip
+def test_a_stage_that_is_not_there_is_named_with_the_command_that_makes_it(
+    tmp_path, monkeypatch, capsys, program, state, model, reason
+):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="`python train.py` makes one"):
-        ask("--image", ROOT / "cat.jpg")
+    monkeypatch.setattr(hub, "ROOT", tmp_path / "nowhere")
+    trained(tmp_path / "out", *(k for k in state if k > 0))
+    for k in (-k for k in state if k < 0):  # interrupted
+        (tmp_path / "out" / f"stage{k}").mkdir(parents=True)
+        (tmp_path / "out" / f"stage{k}" / "train.json").write_text('{"finished": false}')
+    assert reason in refusal(*COMMANDS[program](model), monkeypatch, capsys)
+
+
+def test_from_another_folder_the_demos_stages_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hub, "ROOT", tmp_path / "nanocumo")
+    trained(tmp_path / "nanocumo" / "out", 1, 2)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for model, there in (([], "out"), (["--model", "out"], "out"),
+                         (["--model", "out/stage2"], "out/stage2")):  # fmt: skip
+        line = refusal(sample.main, ["--ask", "Q", *model], monkeypatch, capsys)
+        assert f"{there} is not in this folder; it is {tmp_path / 'nanocumo' / there}" in line
+
+
+def test_a_folder_of_stages_means_the_furthest_that_is_finished(tmp_path, ask, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    trained(tmp_path / "out", 1, 2)
+    flags = ["--ask", "What?", "--max-new-tokens", 4, "--json"]
+    for named in ([], ["--model", "out"], ["--model", tmp_path / "out"]):
+        assert json.loads(ask(*flags, *named))["model"].endswith("out/stage2")
+    (tmp_path / "out" / "stage3").mkdir()
+    (tmp_path / "out" / "stage3" / "train.json").write_text('{"finished": false}')
+    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, flags)])
+    sample.main()
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["model"] == "out/stage2"
+    assert shown.err.startswith("out/stage3 is not finished; this is out/stage2\n")
+    reason = "out is no model but the folder of a training; name out/stage2 or out/stage1"
+    assert reason in refusal(upcycle.main, ["out", "sparse"], monkeypatch, capsys)

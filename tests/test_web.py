@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import urllib.request
 from pathlib import Path
 
@@ -133,7 +134,7 @@ def test_visitors_at_the_same_time_get_the_answers_they_get_alone_one_by_one(spa
     class Logged(Conversation):
         ask = logged(Conversation.ask)
 
-    monkeypatch.setattr(web, "draw_map", logged(lambda model, image: image))
+    monkeypatch.setattr(web, "draw_map", logged(lambda model, image, width: image))
     known = web.Visitors(lambda: Logged(sparse, TOKENIZER, 32000, max_new_tokens=6), keep=8)
     turns = [[("What is it?", [CAT]), ("And now?", [])], [("Hello", []), ("Why?", [CAT])]]
 
@@ -194,10 +195,124 @@ def test_the_one_idle_for_longest_is_dropped_first(sparse):
     assert len(known.known) == 2
 
 
+def test_a_question_without_any_picture_is_told_so_once(sparse):
+    visitor = visitors(sparse).find("a")
+    last(sparse, visitor, "What?")
+    last(sparse, visitor, "And?")
+    note = {"role": "assistant", "content": "(no picture in this conversation)"}
+    assert [m["role"][0] for m in visitor.messages] == list("uaaua") and visitor.messages[1] == note
+    for model, files in ((sparse, [CAT]), (tiny_cumo(vocab=1024).llm.eval(), [])):
+        visitor = visitors(model).find("a")
+        last(model, visitor, "What?", files)
+        assert note not in visitor.messages
+
+
+PHONE = "Mozilla/5.0 (Linux; Android 15; Pixel 9) Chrome/140.0.0.0 Mobile Safari/537.36"
+LAPTOP = "Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 Chrome/140.0.0.0 Safari/537.36"
+
+
+@pytest.mark.parametrize("agent, widest", [(PHONE, 600), (LAPTOP, 2000)])
+def test_the_map_is_drawn_for_the_visitors_screen(sparse, agent, widest):
+    pytest.importorskip("matplotlib")
+    width = web.width_for({"user-agent": agent})
+    *_, (_, chart) = web.reply(sparse, visitors(sparse).find("a"), "What?", [CAT], True, width)
+    assert widest / 2 < chart.width <= widest
+    assert web.width_for({}) == web.width_for({"user-agent": None}) == web.DESKTOP
+
+
+class Recorder:
+    """Stands for gradio: any component, with its arguments; an event keeps its functions."""
+
+    def __init__(self, name="gr", *args, **options):
+        self.name, self.args, self.options, self.parts = name, args, options, {}
+        self.value = options.get("value", args[0] if args else None)
+
+    def __getattr__(self, name):
+        def make(*args, **options):
+            part = Recorder(name, *args, **options)
+            self.parts.setdefault(name, []).append(part)
+            return part
+
+        return make
+
+    __enter__ = lambda self: self
+    __exit__ = lambda self, *_: None
+
+
+class Page:
+    """The page of a model, and what its visitor's clicks call."""
+
+    def __init__(self, model, folder):
+        self.gr, self.visitors = Recorder(), visitors(model)
+        web.page(self.gr, model, self.visitors, "tiny", folder)
+        (self.box,) = [box for box in self.gr.parts["MultimodalTextbox"] if box.parts]
+        (self.asking,), (self.stop,) = self.box.parts["submit"], self.box.parts["stop"]
+        agent = {"user-agent": PHONE}
+        self.visit = types.SimpleNamespace(session_hash="a", headers=agent)
+
+    def shown(self, part):
+        """The picture that an update shows; None if it leaves the page as it is."""
+        return part.value if part.name == "Image" else None
+
+
+def test_stop_while_the_map_is_drawn_does_not_lose_it(sparse, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    page = Page(sparse, tmp_path)
+    ask, (late,) = page.asking.args[0], page.stop.parts["then"]
+    drawn = []
+    draw_map = web.draw_map
+    monkeypatch.setattr(web, "draw_map", lambda *a: drawn.append(a) or draw_map(*a))
+    for stop_at in ("the first word", "the map"):
+        answer = ask({"text": "What?", "files": [CAT]}, page.visit)
+        for messages, _, chart in answer:
+            words = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
+            if page.shown(chart) if stop_at == "the map" else words:
+                break  # Stop: this value does not reach the page, and gradio closes the generator
+        answer.close()
+        assert len(drawn) == (stop_at == "the map")
+        assert page.shown(late.args[0](page.visit)).width < 600
+        assert page.shown(late.args[0](page.visit)) is None, "the page has it"
+        drawn.clear()
+    *_, (_, _, chart) = ask({"text": "What?", "files": [CAT]}, page.visit)
+    assert page.shown(chart) and page.shown(late.args[0](page.visit)) is None
+    *_, (_, _, chart) = ask({"text": "And?", "files": []}, page.visit)
+    assert page.shown(chart) is None, "the map of the last picture stays"
+
+
+def test_there_is_no_empty_box_before_the_first_map_and_after_starting_over(sparse, tmp_path):
+    pytest.importorskip("matplotlib")
+    page = Page(sparse, tmp_path)
+    (chart,) = page.gr.parts["Image"]
+    assert chart.options["visible"] is False and "which part" in chart.options["label"]
+    (clear,) = page.gr.parts["on"]
+    *_, gone = clear.args[1](page.visit)
+    assert gone.options == {"value": None, "visible": False}
+
+
+def test_the_page_has_two_examples_and_says_what_can_be_asked(sparse, tmp_path):
+    page = Page(sparse, tmp_path)
+    (examples,), (title,) = page.gr.parts["Examples"], page.gr.parts["Markdown"]
+    files = {row["files"][0] for row in examples.args[0]}
+    assert len(files) == 2 and all(web.open_image(file).width for file in files)
+    assert "knows drawings of 100 objects" in title.args[0]
+    assert "language model" in web.examples(tiny_cumo().llm, tmp_path)[1]
+
+
 def test_missing_gradio_is_one_line_that_names_the_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     line = refusal(web.main, [], monkeypatch, capsys)
     assert line == 'error: the page needs gradio: pip install ".[web]"'
+
+
+def test_a_model_is_found_by_name_from_any_folder(tmp_path, monkeypatch, capsys):
+    def load_model(path, device, dtype):
+        raise ValueError(f"would load {path}")
+
+    monkeypatch.setitem(sys.modules, "gradio", sys)
+    monkeypatch.setattr(web, "load_model", load_model)
+    monkeypatch.chdir(tmp_path)
+    line = refusal(web.main, ["--model", "data/mini/llm"], monkeypatch, capsys)
+    assert line == f"error: would load {ROOT / 'data' / 'mini' / 'llm'}"
 
 
 # ---------------------------------------------------------------------------- a running server
@@ -329,7 +444,7 @@ def test_when_someone_leaves_the_next_one_is_served_at_once(endless):
 
 
 @pytest.mark.slow
-def test_only_the_example_can_be_fetched(url):
+def test_only_the_examples_can_be_fetched(url):
     assert get(url, f"/gradio_api/file={CAT}") == (200, Path(CAT).read_bytes())
     config = json.loads(get(url, "/config")[1])
     assert not config["analytics_enabled"] and config["space_id"] is None

@@ -28,13 +28,13 @@ def assert_same(path, tensors):
 
 @pytest.mark.parametrize("max_shard_bytes, files", [(5e9, 1), (800, 3), (1, 5)])
 def test_what_is_written_is_read(tmp_path, tensors, max_shard_bytes, files):
-    write_tensors(tmp_path, tensors, max_shard_bytes, {"step": "7"})
+    write_tensors(tmp_path, tensors, max_shard_bytes)
     assert len(list(tmp_path.glob("*.safetensors"))) == files
     assert (tmp_path / "model.safetensors.index.json").exists() == (files > 1)
     assert not list(tmp_path.glob("*.partial"))
     assert_same(tmp_path, tensors)
     with safe_open(next(tmp_path.glob("*.safetensors")), "pt") as file:
-        assert file.metadata() == {"format": "pt", "step": "7"}
+        assert file.metadata() == {"format": "pt"}
 
 
 def test_index_is_the_one_transformers_writes(tmp_path, tensors):

@@ -5,7 +5,7 @@
 A tiny stage 2 meets one fault after another, and the same command continues each time. Its final
 weights must equal those of an undisturbed run bit for bit, and so must the loss of every step. A
 process that finds a resume point must start from it: only steps since the last save are repeated.
-The kinds of faults, `--kills` of each (of `points`: each once, if there are fewer):
+Each kind of fault is tried up to `--kills` times, each of the `points` at most once:
 
     killed          SIGKILL at a random moment, every other time during a save
     points          SIGKILL before and after each fsync, rename, truncation and removal, and with a
@@ -159,17 +159,10 @@ class Training:
         """Run the command to its end, killed or not -> its exit status."""
         return end_of(spawn(self.go, self.said, prepare))
 
-    def resumable(self):
-        return any((self.folder / name).is_file() for name in resume.RESUME)
-
     def saved_step(self):
         """The step of the resume point that the next process would start from."""
         found = [self.folder / name for name in resume.RESUME if (self.folder / name).is_file()]
         return torch.load(found[0], mmap=True)["step"] if found else 0
-
-    def finished(self):
-        state = self.folder / "train.json"
-        return state.is_file() and json.loads(state.read_text())["finished"]
 
     def result(self):
         losses = [json.loads(line)["loss"] for line in (self.folder / "metrics.jsonl").open()]
@@ -178,7 +171,7 @@ class Training:
 
     def continues(self, said=""):
         """Whether the same command continues, prints `said`, and gives the undisturbed result."""
-        found, done = self.resumable(), self.finished()
+        found, done = resume.has_resume_point(self.folder), resume.is_finished(self.folder)
         code, words = self.run(), self.said.read_text()
         resumed = "resumed after" in words or not found or done
         good = code == 0 and resumed and said in words and self.result() == self.calm.result()
@@ -211,7 +204,7 @@ def kill_at_random(training, kills, dice):
     training.clean()
     open_kills, kept = 0, True
     for _ in range(kills):
-        if training.finished():
+        if resume.is_finished(training.folder):
             yield from [kept and training.continues()] * open_kills
             open_kills, kept = 0, True
             training.clean()
@@ -224,7 +217,7 @@ def kill_at_random(training, kills, dice):
             pass
         os.kill(pid, signal.SIGKILL)
         end_of(pid)
-        kept &= training.finished() or training.saved_step() >= before
+        kept &= resume.is_finished(training.folder) or training.saved_step() >= before
         open_kills += 1
     yield from [kept and training.continues()] * open_kills
 
@@ -314,7 +307,7 @@ def damaged(content, kind, dice):
 
 def damage(training, times, dice, kind, unnoticed):
     training.clean()
-    assert training.run(die_at_the_third_save) < 0 and training.resumable()
+    assert training.run(die_at_the_third_save) < 0 and resume.has_resume_point(training.folder)
     kept = training.place.with_suffix(".kept")
     shutil.rmtree(kept, ignore_errors=True)
     shutil.copytree(training.folder, kept)

@@ -27,6 +27,7 @@ from PIL import Image
 from tiny import tiny_weights
 
 import train
+from data import llava
 from data.weights import write_json
 from runs.results import commit, machine
 
@@ -80,7 +81,7 @@ def one_training(flags, out, steps, watched=None):
 
 def watch(watched):
     """Record what must not grow during the training, and which samples it reads."""
-    step, get = train.Trainer.train_step, train.LlavaData.__getitem__
+    step, get = train.Trainer.train_step, llava.LlavaData.__getitem__
 
     def watching_step(self, *args):
         metrics = step(self, *args)
@@ -97,7 +98,7 @@ def watch(watched):
         watched["order"].append(i)
         return get(self, i)
 
-    train.Trainer.train_step, train.LlavaData.__getitem__ = watching_step, watching_get
+    train.Trainer.train_step, llava.LlavaData.__getitem__ = watching_step, watching_get
 
 
 def main():
