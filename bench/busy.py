@@ -20,7 +20,7 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-from bench.speed import machine
+from bench.speed import conditions
 from data.weights import write_json
 
 SETTINGS = {
@@ -71,7 +71,7 @@ def main():
                     job.kill()
         rows.append(row)
         print(row, flush=True)
-    write_json(ROOT / "bench" / "busy.json", machine() | {"rows": rows})
+    write_json(ROOT / "bench" / "busy.json", conditions() | {"rows": rows})
 
 
 if __name__ == "__main__":

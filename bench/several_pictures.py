@@ -17,7 +17,7 @@ from tqdm import tqdm
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-from bench.speed import machine
+from bench.speed import conditions
 from data import exam, world
 from data.tokenizer import Tokenizer
 from data.weights import write_json
@@ -46,15 +46,14 @@ def main():
     args = parser.parse_args()
     path = pathlib.Path(args.model) if args.model else find_model()
     model, tokenizer = load_model(path, "cpu"), Tokenizer.from_pretrained(path)
-    talk = Conversation(model, tokenizer, max_new_tokens=48)
-    alone = Conversation(model, tokenizer, max_new_tokens=48)
-    right = {"together": [[], [], []], "alone": [[], [], []]}
+    talks = {name: Conversation(model, tokenizer, max_new_tokens=48, several=name == "in_place")
+             for name in ("together", "in_place", "alone")}  # fmt: skip
+    right = {name: [[], [], []] for name in talks}
     pictures = scenes(3 * args.conversations, seed=5)
     for k, (picture, asked) in enumerate(tqdm(pictures, unit="picture")):
-        if k % 3 == 0:
-            talk.reset()
-        alone.reset()
-        for name, conversation in (("together", talk), ("alone", alone)):
+        for name, conversation in talks.items():
+            if k % 3 == 0 or name == "alone":
+                conversation.reset()
             for q, (question, answer) in enumerate(asked):
                 said = conversation.ask(question, [picture] * (q == 0), write=lambda text: None)
                 right[name][k % 3].append(said.answer == answer)
@@ -62,7 +61,7 @@ def main():
     for name, row in shares.items():
         print(f"{name:10}" + "".join(f"{share:8.1%}" for share in row))
     about = {"questions": 3 * args.conversations, "kinds": KINDS, "model": str(path)}
-    write_json(ROOT / "bench" / "several_pictures.json", machine() | about | shares)
+    write_json(ROOT / "bench" / "several_pictures.json", conditions() | about | shares)
 
 
 if __name__ == "__main__":
