@@ -16,6 +16,7 @@ and grow apart. No noise is added.
 experts of that part random, for the rows of the ablation that show why copies matter.
 """
 
+import data  # noqa: F401  isort: skip  before torch: it sets how threads wait
 import argparse
 import copy
 import pathlib

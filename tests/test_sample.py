@@ -212,6 +212,19 @@ def test_ctrl_c_while_the_model_loads_is_one_line(monkeypatch, capsys, model_dir
     )
 
 
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "eval.py", "upcycle.py"])
+def test_ctrl_c_while_torch_loads_is_one_line(tmp_path, script):
+    """A stand-in for torch that takes long to load."""
+    (tmp_path / "torch.py").write_text("print('loading', flush=True); import time; time.sleep(20)")
+    with subprocess.Popen([sys.executable, ROOT / script], text=True,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)}, cwd=tmp_path,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as start:  # fmt: skip
+        assert start.stdout.readline() == "loading\n"
+        start.send_signal(signal.SIGINT)
+        assert start.communicate()[1] == "\ninterrupted\n"
+    assert start.returncode in (130, -signal.SIGINT)
+
+
 def test_ctrl_c_keeps_the_answer_so_far_and_says_so_in_json(model_dir):
     flags = "--ask", "What?", "--json", "--max-new-tokens", "30000", "--context", "32000"
     with subprocess.Popen(command(model_dir, *flags), stdout=subprocess.PIPE,
