@@ -180,6 +180,15 @@ def test_stage_1_trains_the_connector_alone_in_two_processes_too(flags, tmp_path
     assert_same_training(tmp_path / "one", tmp_path / "many", stage=1)
 
 
+def test_two_processes_log_the_held_out_loss_of_one(flags, tmp_path):
+    own = dict(val=flags["data"], samples=40)
+    work(configured(flags, tmp_path / "one", **own))
+    end(begin(2, work, configured(flags, tmp_path / "many", **own)))
+    one, many = ([row.get("val_loss") for row in metrics(tmp_path / k)] for k in ("one", "many"))
+    assert [x is None for x in one] == [x is None for x in many]
+    assert [x for x in many if x] == pytest.approx([x for x in one if x], rel=1e-5)
+
+
 def tiny_batch():
     """Four rows with 1, 0, 0 and 2 pictures, and answers of very different lengths."""
     torch.manual_seed(1)

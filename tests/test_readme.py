@@ -227,6 +227,8 @@ def test_figures_of_the_readme_about_memory_and_own_data_are_those_of_the_code()
     vision, llm = (read_config(ROOT / "data" / "mini" / part) for part in ("clip", "llm"))
     sees = stated(r"sees (\d+) x (\d+) pixels and writes with (\d+) tokens")
     assert sees == [vision["image_size"], vision["image_size"], llm["vocab_size"]]
+    size = lambda word: len(tokenizer.encode(f"a {word}")) - len(tokenizer.encode("a"))
+    assert size("crocodile") == 1 and [size("forklift")] == stated(r"\(\*forklift\*: (\d+)\)")
 
 
 def test_figures_of_the_ablations_are_the_measured_ones():

@@ -13,7 +13,7 @@ from tiny import ROOT, TOKENIZER, tiny_cumo
 
 import train
 from clip_moe import CLIPVisionConfig
-from data import checkpoint
+from data import check, checkpoint
 from data.stages import PRESETS
 from data.weights import read_config, write_json
 from engine import memory, resume, settings
@@ -182,6 +182,17 @@ def test_shapes_of_the_presets_are_those_of_their_models(preset):
     vision = known.get(Path(clip).name) or read(clip, CLIPVisionConfig)
     text = known.get(Path(llm).name) or read(llm, LLMConfig)
     assert preset in checkpoint.fitting_presets(vars(vision), vars(text))
+
+
+def test_data_check_checks_for_the_checkpoint_as_training_does(
+    stage2, tmp_path, monkeypatch, capsys
+):
+    file = own_data(tmp_path / "pics")
+    flags = [file, "--image-folder", file.parent, "--init", stage2]
+    monkeypatch.setattr(sys, "argv", ["check", *map(str, flags)])
+    check.main()
+    said = capsys.readouterr().out
+    assert "--template mistral_instruct_system --image-mode square --row-tokens 288" in said
 
 
 # ------------------------------------------------------------------------------ data
