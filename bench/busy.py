@@ -5,7 +5,7 @@
 After each operation the threads of a process wait at a barrier. A thread that spins there is fast
 when its partner runs, and wastes a whole time slice when another job has taken the partner's core.
 Each row trains stage 3 of the miniature with one setting, next to no, two and six endless loops.
-Writes bench/busy.json: samples per second, the median of the steps after the first five.
+Writes bench/busy.json: samples per second, the median of the steps after the first three.
 """
 
 import argparse
@@ -24,12 +24,11 @@ from bench.speed import conditions
 from data.weights import write_json
 
 SETTINGS = {
-    "default": {"GOMP_SPINCOUNT": "", "OMP_WAIT_POLICY": ""},
-    **{f"spin {n}": {"GOMP_SPINCOUNT": str(n)} for n in (100, 1_000, 3_000, 10_000, 30_000)},
+    "libgomp": {"GOMP_SPINCOUNT": "300000", "OMP_WAIT_POLICY": ""},
+    **{f"spin {n}": {"GOMP_SPINCOUNT": str(n)} for n in (100, 1_000, 10_000, 30_000, 100_000)},
     "passive": {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": ""},
     "one thread": {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": ""},
 }
-LOADS = (0, 2, 6)
 
 
 def samples_per_second(setting, seconds):
@@ -45,8 +44,8 @@ def samples_per_second(setting, seconds):
                 training.wait(1)
             except subprocess.TimeoutExpired:
                 rows = log.read_text().splitlines()[:-1] if log.is_file() else []
-                speeds = [json.loads(row)["samples_per_s"] for row in rows][5:]
-                if len(speeds) >= 3 and sum(15 / s for s in speeds) > seconds:
+                speeds = [json.loads(row)["samples_per_s"] for row in rows][3:]
+                if len(speeds) >= 2 and sum(15 / s for s in speeds) > seconds:
                     training.kill()
                     training.wait()
                     return round(statistics.median(speeds), 2)
@@ -57,11 +56,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=15, help="of steps, for each number")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--loads", nargs="+", type=int, default=[0, 2, 6], help="endless loops")
     args = parser.parse_args()
     rows = []
     for setting in args.settings:
         row = {"setting": setting}
-        for load in LOADS:
+        for load in args.loads:
             loop = [sys.executable, "-c", "while True: pass"]
             jobs = [subprocess.Popen(loop) for _ in range(load)]
             try:

@@ -7,7 +7,7 @@ import sys
 # long for a partner that is not running wastes its core (bench/busy.py, docs/RESULTS.md). libgomp
 # reads this when torch is loaded, so scripts import `data` before torch.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 
 def in_one_line(kind, error, trace):
