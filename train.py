@@ -134,7 +134,7 @@ class TrainConfig(StageSettings, RunSettings, PrecisionSettings, ModelSettings):
 
 
 def resolve(given, stage, target=True):
-    """The settings of one stage: defaults, then preset, table of the stages, command line.
+    """The settings of one stage: defaults, then preset, table (data/stages.py), command line.
 
     given: {field: value} from the command line. A stage that runs only because another one needs it
     (`target=False`) takes its StageSettings from the table.
@@ -273,7 +273,7 @@ class Trainer:
             good = ". The last resume point is good" * resume.has_resume_point(self.folder)
             raise ValueError(
                 f"the loss or a gradient is not finite in the batch of samples {', '.join(names)}; "
-                f"correct them, lower --lr, or try --no-bf16{good}"
+                f"correct them, lower --lr, or try --no-bf16, with --overwrite{good}"
             )
         lr = lr_at((before + self.used) / 2 / len(self.order), cfg)
         for group in self.optimizer.param_groups:
