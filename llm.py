@@ -163,7 +163,7 @@ class Cache:
 
     def extend(self, slots, new):
         """Store new [B, *, T, ...]; return everything that its T queries may look at."""
-        one = new.shape[2] == 1  # replaces the token that has just left its window
+        one = new.shape[2] == 1  # a single token overwrites the one that has left its window
         visible = slots if one else torch.cat((slots[:, :, : self.start], new), dim=2)
         slots.index_copy_(2, self.slots_T, new[:, :, -self.size :].to(slots.dtype))
         return visible[:, :, : self.view] if one else visible
@@ -332,9 +332,11 @@ class LLM(nn.Module):
         Aux has means over the layers for losses, and load [L, E], choice [L, B, T, K], prob and
         share [L, 1, E], entropy [L]. `run` calls a block; engine/decode.py compiles that call.
         """
-        assert segments is None or cache is None or cache.seen == 0, "padding comes first"
+        assert segments is None or cache is None or cache.seen == 0, (
+            "segments are for the first tokens of a cache"
+        )
         segments = x.new_ones(x.shape[:2], dtype=torch.int64) if segments is None else segments
-        # CuMo: padding (on the right) is a query that sees the text, but never a key.
+        # In parity mode, as in the original, padding on the right sees the text; nothing sees it.
         asking = segments.clamp(min=1) if self.parity else segments
         pos = positions(asking) if cache is None else cache.reserve(positions(asking))
         q_B2T, k_B2U = torch.stack((pos, asking), dim=1), torch.stack((pos, segments), dim=1)
@@ -371,7 +373,7 @@ class LLM(nn.Module):
         Prompts of unequal length are padded on the left, with segments 0 there and 1 elsewhere.
         temperature 0 takes the most probable token. Otherwise the next one is drawn from the
         `top_k` most probable, and of these from the fewest that reach probability `top_p`.
-        A row repeats its end token (`eos_token_id`: one, or a list). `stream` gets the ids [B] of
+        A finished row repeats the (first) `eos_token_id`. `stream` gets the ids [B] of
         each step; generation ends when it returns True. `cache` holds what came before the prompt.
         `step(llm, cache)` makes a faster `LLM.step`, such as engine/decode.py's.
         """

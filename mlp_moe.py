@@ -16,8 +16,8 @@ the arithmetic. CuMo (arXiv 2405.05949, section 3.2) uses such blocks in CLIP an
 Left alone, a router may send most tokens to a few experts; `routing_losses` prevents it.
 
 Experts are stacked parameters, w1 [E, D, F] and w2 [E, F, D]. After the tokens are sorted by
-expert, one grouped matrix product runs all experts: no loop, no dropped token, and no wait for the
-GPU to count tokens, so one compiled graph serves every routing. On disk each expert has the
+expert, one grouped matrix product a layer runs all experts: no loop, no dropped token, and no wait
+for the GPU to count tokens, so one compiled graph serves every routing. On disk each expert has the
 original's names and orientation (`experts.3.fc1.weight` [F, D]): see `public_state_dict`.
 
 Letters: B samples, T tokens, D features, F hidden features, E experts, K experts a token, N tokens
@@ -91,13 +91,13 @@ class Router(nn.Module):
         # a stable sort, not topk: ties go to the lower expert on every device
         best, order = probs.sort(dim=-1, descending=True, stable=True)
         weights, choice = best[..., : self.top_k], order[..., : self.top_k]
-        # CuMo: the paper writes Softmax(TopK(logits)), which gives the same weights. With K = 1 the
+        # The paper writes Softmax(TopK(logits)), which gives the same weights. With K = 1 the
         # weight is constant 1, and the router learns from its two losses only.
         return weights / weights.sum(-1, keepdim=True), choice, logits, probs
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Aux]:
         # In float32 under any autocast: bf16 would flip the choice between near-equal experts.
-        # CuMo: the original takes logits and z in the surrounding precision, bf16 in training.
+        # Unlike the original, which takes logits and z in the surrounding precision.
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
             weights_BTK, choice_BTK, logits_BTE, probs_BTE = self.route(x)
@@ -139,9 +139,8 @@ def grouped_matmul(x_MD: Tensor, w_EDF: Tensor, ends_E: Tensor, onehot_ME: Tenso
     """Rows ends[e-1] to ends[e] of x, times w[e], for all experts e at once.
 
     PyTorch's grouped product needs bfloat16 rows aligned to 16 bytes; on a CPU, uncompiled, it also
-    takes float32 and float16. Otherwise each row is written into its expert's columns of a zero
-    matrix [M, E*D] (`onehot_ME` is the one-hot of row -> expert): an exact ordinary product, at E
-    times the arithmetic.
+    takes float32 and float16. Otherwise each row goes into its expert's D columns of a zero matrix
+    [M, E*D], and one ordinary product gives the same result at E times the arithmetic.
     """
     aligned = all(size * x_MD.element_size() % 16 == 0 for size in w_EDF.shape[1:])
     eager_cpu = x_MD.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -268,7 +267,7 @@ class SparseMoE(nn.Module):
 
 
 class Connector(nn.Module):
-    """From CLIP's features to the language model's: (x) -> (y, Aux, or None when dense).
+    """From CLIP's features to the language model's: x -> (y, aux); aux is None when dense.
 
     A two-layer MLP with exact GELU, in_dim -> out_dim -> out_dim, as in LLaVA; with num_experts > 0
     a sparse mixture of such MLPs (paper section 3.2, "MLP-MoE"). No residual, no norm.

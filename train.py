@@ -65,13 +65,13 @@ class PrecisionSettings:
     """For every stage that runs; another choice gives other numbers."""
 
     bf16: bool | None = None  # bf16 products over float32 weights; default: if hardware has them
-    weights: str = ""  # fp32, bf16-master or bf16-sr; empty: what fits (--estimate)
+    weights: str = ""  # fp32, bf16-master (and a float32 copy) or bf16-sr; empty: what fits
     moments: str = ""  # AdamW's moments: fp32 or bf16; empty: what fits
 
 
 @dataclass
 class RunSettings:
-    """For every stage that runs; none of them changes more than rounding."""
+    """For every stage that runs; they change its weights by rounding at most."""
 
     stage: int = 0  # train this stage, and first those it needs; 0: all three
     out: str = "out"  # folder of the three stages
@@ -88,7 +88,7 @@ class RunSettings:
 
 @dataclass
 class StageSettings:
-    """For the stage named by --stage; a stage that it needs first takes the table's values."""
+    """For --stage, or all; defaults, and stages needed first, follow data/stages.py."""
 
     data: str = ""  # LLaVA JSON or JSONL; empty: the emoji world
     image_folder: str = ""  # folder that the image paths of --data are relative to
@@ -99,7 +99,7 @@ class StageSettings:
     augment: bool = True  # recolour the drawings of the emoji world
     init: str = ""  # start from this checkpoint; if --stage is not given, only stage 3 runs
     template: str = "mistral_instruct_system"  # how conversations are written
-    image_mode: str = "pad"  # how images become square: pad or square
+    image_mode: str = "pad"  # pad (add borders) or square (crop the middle)
     rows: int = 8  # packed rows a batch
     row_tokens: int = 256  # tokens a row
     accumulate: int = 1  # batches a step

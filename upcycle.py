@@ -117,7 +117,7 @@ def main():
     parser.add_argument("--parts", default="clip,mlp", help="what to upcycle: clip, mlp, llm")
     parser.add_argument("--experts", type=int, default=4, help="experts of each sparse block")
     parser.add_argument("--top-k", type=int, default=2, help="experts that each token uses")
-    parser.add_argument("--seed", type=READ["seed"], default=0, help="draws the routers")
+    parser.add_argument("--seed", type=READ["seed"], default=0, help="draws routers and --scratch")
     parser.add_argument("--scratch", default="", help="of --parts, those with random experts")
     args = parser.parse_args()
     src, dst = local_folder(args.src), pathlib.Path(args.dst)
