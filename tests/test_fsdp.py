@@ -88,6 +88,7 @@ def flags(tmp_path_factory):
             samples.append({"id": str(len(samples)), "conversations": turns} | more)
     (folder / "data.json").write_text(json.dumps(samples))
     return dict(init=str(folder), data=str(folder / "data.json"), image_folder=str(folder),
+                template="mistral_instruct",
                 rows=4, row_tokens=72, accumulate=2, lr=1e-3, weight_decay=0.1, device="cpu",
                 bf16=False, save_every=3, samples=80)  # fmt: skip
 
