@@ -272,6 +272,8 @@ BLOCKS = {  # page -> {block: the function that writes it}
         "ablations": ablations_block,
         "performance": performance_block,
         "bandwidth": bandwidth_block,
+        "busy": tables.busy_block,
+        "pictures": tables.pictures_block,
         "quant": tables.quant_block,
         "chat": tables.chat_block,
         "memory": memory_block,

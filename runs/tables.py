@@ -43,6 +43,26 @@ def total(rows):
     return {k: sum(row[k] for row in rows) for k in rows[0] if isinstance(rows[0][k], int)}
 
 
+def busy_block():
+    """Samples a second of a training next to endless loops (bench/busy.py)."""
+    content = read("busy")
+    loads = [key for key in content["rows"][0] if key != "setting"]
+    head = ("threads wait", *("idle" if load == "0" else f"{load} loops" for load in loads))
+    rows = [(row["setting"], *(f"{row[load]:.1f}" for load in loads)) for row in content["rows"]]
+    return table(head, *rows)
+
+
+def pictures_block():
+    """Right answers about the first, second and third picture (bench/several_pictures.py)."""
+    content = read("several_pictures")
+    names = {"in_place": "the picture stays in its place in the conversation",
+             "together": "a new picture starts over (the default)",
+             "alone": "a conversation about each picture"}  # fmt: skip
+    rows = [(words, *(f"{100 * share:.1f}" for share in content[name]))
+            for name, words in names.items()]  # fmt: skip
+    return table(("", "first picture", "second", "third"), *rows)
+
+
 def faults_block():
     """Counts of tests/campaigns/crash.py."""
     kinds = read("faults")["crash"]["kinds"]
