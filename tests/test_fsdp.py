@@ -175,7 +175,8 @@ def test_stage_1_trains_the_connector_alone_in_two_processes_too(flags, tmp_path
     folder = Path(flags["init"])
     captions = json.loads((folder / "data.json").read_text())[::2]
     (folder / "captions.json").write_text(json.dumps(captions))
-    own = dict(stage=1, data=str(folder / "captions.json"), accumulate=1, row_tokens=30)
+    own = dict(stage=1, data=str(folder / "captions.json"), accumulate=1, row_tokens=30,
+               template="plain")  # fmt: skip
     work(configured(flags, tmp_path / "one", **own))
     end(begin(2, work, configured(flags, tmp_path / "many", **own)))
     assert_same_training(tmp_path / "one", tmp_path / "many", stage=1)
