@@ -52,7 +52,7 @@ class LLMConfig:
     n_kv_heads: int  # G, key/value heads, a divisor of n_heads
     head_dim: int | None = None  # A; None: dim // n_heads
     rms_norm_eps: float = 1e-5
-    rope_theta: float = 1e4  # the slowest pair takes about 2 pi theta tokens a turn
+    rope_theta: float = 1e4  # RoPE's base: the slowest pair turns once in about 2 pi theta tokens
     max_positions: int = 32768  # longest context of a chat; RoPE itself has no limit
     sliding_window: int | None = None  # tokens seen, the query's own included; None: all
     tie_embeddings: bool = False  # the head is the embedding, transposed
@@ -278,7 +278,7 @@ def choose(logits_BV, temperature, top_p=1.0, top_k=None, generator=None, greate
     logits_BV = logits_BV - high_B[:, None]  # at most 0, so the quotient is never +inf
     logits_BV, token_BV = (logits_BV / temperature).sort(dim=-1, descending=True)
     probs_BV = logits_BV[:, :top_k].softmax(-1)
-    better_BV = probs_BV.cumsum(-1) - probs_BV  # probability of all tokens before this one
+    better_BV = probs_BV.cumsum(-1) - probs_BV  # total probability of all more probable tokens
     drawn_B1 = torch.multinomial(probs_BV * (better_BV < top_p), 1, generator=generator)
     return token_BV.gather(1, drawn_B1)[:, 0]
 
@@ -296,7 +296,7 @@ class LLM(nn.Module):
         if not cfg.tie_embeddings:
             self.lm_head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
         for parameter in self.parameters():
-            if parameter.dim() > 1 and not parameter.is_meta:  # it has no values
+            if parameter.dim() > 1 and not parameter.is_meta:  # a meta tensor has no values
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(self, tokens: Tensor, segments: Tensor | None = None) -> Tensor:
@@ -320,7 +320,7 @@ class LLM(nn.Module):
         document's first label must be IGNORE, because x before it belongs to another document.
         """
         x, targets, head = x[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), self.head.weight
-        if not torch.is_grad_enabled():  # otherwise ChunkedLoss would compute gradients
+        if not torch.is_grad_enabled():  # without detach, ChunkedLoss would compute gradients
             x, head = x.detach(), head.detach()
         kept = (targets != IGNORE).nonzero()[:, 0]  # without images, questions and padding
         return ChunkedLoss.apply(x.index_select(0, kept), head, targets[kept]) / max(1, len(kept))
@@ -333,10 +333,10 @@ class LLM(nn.Module):
         share [L, 1, E], entropy [L]. `run` calls a block; engine/decode.py compiles that call.
         """
         assert segments is None or cache is None or cache.seen == 0, (
-            "segments are for the first tokens of a cache"
+            "pass segments only while the cache is empty"
         )
         segments = x.new_ones(x.shape[:2], dtype=torch.int64) if segments is None else segments
-        # In parity mode, as in the original, padding on the right sees the text; nothing sees it.
+        # In parity mode, as in the original, right padding sees the text; no token sees padding.
         asking = segments.clamp(min=1) if self.parity else segments
         pos = positions(asking) if cache is None else cache.reserve(positions(asking))
         q_B2T, k_B2U = torch.stack((pos, asking), dim=1), torch.stack((pos, segments), dim=1)
@@ -420,7 +420,7 @@ class LLM(nn.Module):
         return views
 
     def is_unused(self, name):
-        """Old files store the angles of RoPE, some a tied head a second time."""
+        """Old files also store RoPE's angles; some store a tied head twice."""
         tied = ("lm_head.weight",) if self.cfg.tie_embeddings else ()
         return name.endswith(("rotary_emb.inv_freq", *tied))
 

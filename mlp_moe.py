@@ -44,7 +44,7 @@ ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu, "silu": F.silu,
                "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}  # fmt: skip
 
 # checkpointed(block, x) recomputes the block in the backward pass instead of keeping activations.
-# It keeps the results of sorts, so that recomputation sends each token to the same experts.
+# It stores the output of each sort, so that recomputation sends each token to the same experts.
 checkpointed = partial(
     checkpoint,
     use_reentrant=False,

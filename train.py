@@ -65,13 +65,13 @@ class PrecisionSettings:
     """For every stage that runs; another choice gives other numbers."""
 
     bf16: bool | None = None  # bf16 products over float32 weights; default: if hardware has them
-    weights: str = ""  # fp32, bf16-master (and a float32 copy) or bf16-sr; empty: what fits
+    weights: str = ""  # fp32, bf16-master (plus a float32 copy), bf16-sr (stochastic rounding)
     moments: str = ""  # AdamW's moments: fp32 or bf16; empty: what fits
 
 
 @dataclass
 class RunSettings:
-    """For every stage that runs; they change its weights by rounding at most."""
+    """For every stage that runs; they change the trained weights by rounding at most."""
 
     stage: int = 0  # train this stage, and first those it needs; 0: all three
     out: str = "out"  # folder of the three stages
@@ -88,7 +88,7 @@ class RunSettings:
 
 @dataclass
 class StageSettings:
-    """For --stage, or all; defaults, and stages needed first, follow data/stages.py."""
+    """For the stage of --stage, or for all. What is not given comes from data/stages.py."""
 
     data: str = ""  # LLaVA JSON or JSONL; empty: the emoji world
     image_folder: str = ""  # folder that the image paths of --data are relative to
@@ -134,7 +134,7 @@ class TrainConfig(StageSettings, RunSettings, PrecisionSettings, ModelSettings):
 
 
 def resolve(given, stage, target=True):
-    """The settings of one stage: defaults, then preset, table (data/stages.py), command line.
+    """The settings of one stage: defaults, preset, table (data/stages.py), then `given`.
 
     given: {field: value} from the command line. A stage that runs only because another one needs it
     (`target=False`) takes its StageSettings from the table.
@@ -273,7 +273,7 @@ class Trainer:
             good = ". The last resume point is good" * resume.has_resume_point(self.folder)
             raise ValueError(
                 f"the loss or a gradient is not finite in the batch of samples {', '.join(names)}; "
-                f"correct them, lower --lr, or try --no-bf16, with --overwrite{good}"
+                f"correct them, lower --lr, or try --no-bf16; then --overwrite the stage{good}"
             )
         lr = lr_at((before + self.used) / 2 / len(self.order), cfg)
         for group in self.optimizer.param_groups:

@@ -117,8 +117,10 @@ def main():
     parser.add_argument("--parts", default="clip,mlp", help="what to upcycle: clip, mlp, llm")
     parser.add_argument("--experts", type=int, default=4, help="experts of each sparse block")
     parser.add_argument("--top-k", type=int, default=2, help="experts that each token uses")
-    parser.add_argument("--seed", type=READ["seed"], default=0, help="draws routers and --scratch")
-    parser.add_argument("--scratch", default="", help="of --parts, those with random experts")
+    parser.add_argument(
+        "--seed", type=READ["seed"], default=0, help="of the routers and of random experts"
+    )
+    parser.add_argument("--scratch", default="", help="those of --parts whose experts start random")
     args = parser.parse_args()
     src, dst = local_folder(args.src), pathlib.Path(args.dst)
     if dst.exists():
