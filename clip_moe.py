@@ -208,11 +208,11 @@ class CLIPVision(nn.Module):
                              f"{size}]: resize them (data.images.preprocess)")  # fmt: skip
         features, auxes = [], []
         for i, scale in enumerate(self.cfg.scales):
-            # CuMo: the first scale is the image itself, whatever its number says.
+            # As in the original, the first scale is the image itself, whatever its number says.
             scale = scale if i else 1
             x, layer_auxes = self.hidden(cut_tiles(images, scale))
             if self.parity and self.cfg.num_experts:
-                # CuMo: the last layer is computed, its losses count, its output is thrown away.
+                # As in the original: the last layer's losses count, but its output is not used.
                 layer_auxes.append(self.layers[-1](x)[1])
             features.append(merge_tiles(x[:, 1:], scale))
             auxes.append(layer_auxes)

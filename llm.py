@@ -16,8 +16,8 @@ transforms each position. Llama, Mistral and Mixtral weights all fit:
 
 Training packs several conversations into a row. `segments` [B, T] numbers them (0 is padding) and
 positions restart in each, so packing changes no logit. A sliding window limits how far back a layer
-looks; L layers look L times as far. None of this is new in CuMo: to the decoder an image is 576
-more rows of x (cumo.py).
+looks; L layers look L times as far. None of this is new in CuMo: the decoder sees an image as 576
+more tokens (cumo.py).
 Mistral: arXiv 2310.06825. Mixtral: 2401.04088. RoPE: 2104.09864. GQA: 2305.13245.
 
 Letters: B rows, T tokens, U keys that the queries look at, N tokens flattened, D features, H query
@@ -96,8 +96,8 @@ compiled = functools.cache(torch.compile)  # called at the first use, since it t
 
 
 def attention_mask(q_B2T, k_B2U, window, dtype=None):
-    """`sees` for all pairs of places (position, segment): 0 or -inf to add to the scores; without
-    a dtype, FlexAttention's list of the blocks in which something is seen."""
+    """`sees` for every query and key, each given as (position, segment): a mask of 0 and -inf to
+    add to the scores. Without a dtype: FlexAttention's BlockMask instead."""
     if dtype is None:
         see = lambda b, head, q, k: sees(q_B2T[b, 0, q], k_B2U[b, 0, k],
                                          q_B2T[b, 1, q], k_B2U[b, 1, k], window)  # fmt: skip
@@ -153,8 +153,8 @@ class Cache:
             raise ValueError(f"{end} tokens, but the cache has room for {self.size}")
         self.start, self.seen = start, end
         self.slots_T = torch.arange(start, end, device=pos_BT.device)[-self.size :] % self.size
-        # One query looks at all slots on a GPU, where a compiled step needs fixed shapes; on a CPU
-        # at those in use, rounded up, so that a compiled step meets few shapes.
+        # How many slots a single query reads. GPU: all, because a compiled step needs fixed shapes.
+        # CPU: those in use, rounded up so that a compiled step meets few shapes.
         used = 256 << (start // 256).bit_length()
         self.view = self.size if pos_BT.is_cuda else min(used, self.size)
         pos_BT = pos_BT + self.next
@@ -217,7 +217,7 @@ class Block(nn.Module):
         h = self.post_attention_layernorm(x)
         if not self.sparse:
             return x + self.mlp(h), None
-        # CuMo: in the LLM, unlike in CLIP, the balance loss takes the whole batch as one sample.
+        # As in the original, the balance loss sees the whole batch as one sample (CLIP: an image).
         y, aux = self.block_sparse_moe(h.flatten(0, 1)[None], real_BT.flatten()[None])
         return x + y.view_as(x), aux
 
@@ -228,8 +228,8 @@ LOGITS_AT_ONCE = 2**25  # entries of the largest [N, V] block: 128 MiB in float3
 class ChunkedLoss(torch.autograd.Function):
     """Summed cross-entropy of x [N, D] times the head W [V, D], LOGITS_AT_ONCE at a time.
 
-    The logits of 4,096 tokens are 500 MiB for Mistral-7B, their softmax and gradient as much again.
-    Their gradient is known as soon as they are, so no logit needs to be kept or computed twice:
+    For Mistral-7B the logits of 4,096 tokens take 500 MiB, and so do their softmax and gradient.
+    The forward pass already computes this gradient, so that no logits are kept or recomputed:
 
         d loss / d logits = softmax(logits) - one_hot(target) = error
         d loss / d x = error W                        d loss / d W = error^T x
@@ -287,7 +287,7 @@ class LLM(nn.Module):
     def __init__(self, cfg: LLMConfig):
         super().__init__()
         self.cfg = cfg
-        self.recompute = False  # True: keep only each block's input, recompute the rest going back
+        self.recompute = False  # True: gradient checkpointing of every block
         self.parity = False  # True: padding is routed and counted, as in the original
         self.model = nn.Module()  # every name as in the public weights
         self.model.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.dim)
@@ -316,8 +316,8 @@ class LLM(nn.Module):
     def loss(self, x, labels):
         """Mean cross-entropy of predicting labels[:, t + 1] from x[:, t], x as from `hidden`.
 
-        Labels that are IGNORE do not count; if all are, the loss is 0 (CuMo: NaN). A packed
-        document's first label must be IGNORE, because x before it belongs to another document.
+        IGNORE labels do not count. If all labels are IGNORE, the loss is 0 (the original: NaN). The
+        first label of a packed document must be IGNORE: x before it is another document's.
         """
         x, targets, head = x[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), self.head.weight
         if not torch.is_grad_enabled():  # without detach, ChunkedLoss would compute gradients
@@ -358,8 +358,8 @@ class LLM(nn.Module):
         return x, Aux(balance.mean(), z.mean(), load, choice, *rest)
 
     def step(self, x, segments, cache):
-        """Tokens [B, T] or embeddings [B, T, D] -> (logits [B, V] of the token that follows, their
-        `max` or None: a faster step may know it already)."""
+        """Tokens [B, T] or embeddings [B, T, D] -> (logits [B, V] of the next token, None). The
+        second value is logits.max(-1), if a faster step has computed it."""
         x = x if x.is_floating_point() else self.embed(x)
         x, _ = self.hidden(x, segments, cache)
         return self.logits(x[:, -1:])[:, 0].float(), None

@@ -15,10 +15,10 @@ the arithmetic. CuMo (arXiv 2405.05949, section 3.2) uses such blocks in CLIP an
 
 Left alone, a router may send most tokens to a few experts; `routing_losses` prevents it.
 
-Experts are stacked parameters, w1 [E, D, F] and w2 [E, F, D]. After the tokens are sorted by
-expert, one grouped matrix product a layer runs all experts: no loop, no dropped token, and no wait
-for the GPU to count tokens, so one compiled graph serves every routing. On disk each expert has the
-original's names and orientation (`experts.3.fc1.weight` [F, D]): see `public_state_dict`.
+All experts of a block are stacked in two parameters, w1 [E, D, F] and w2 [E, F, D]. Tokens are
+sorted by expert. Then each of the two layers is one grouped matrix product over all experts, so no
+token is dropped and shapes do not depend on the routing: `torch.compile` needs only one graph. On
+disk each expert has the original's names and orientation, `experts.3.fc1.weight` [F, D].
 
 Letters: B samples, T tokens, D features, F hidden features, E experts, K experts a token, N tokens
 flattened (B*T), M = N*K assignments of a token to an expert.
@@ -91,8 +91,8 @@ class Router(nn.Module):
         # a stable sort, not topk: ties go to the lower expert on every device
         best, order = probs.sort(dim=-1, descending=True, stable=True)
         weights, choice = best[..., : self.top_k], order[..., : self.top_k]
-        # The paper writes Softmax(TopK(logits)), which gives the same weights. With K = 1 the
-        # weight is constant 1, and the router learns from its two losses only.
+        # The paper writes Softmax(TopK(logits)): the same weights. With K = 1 every weight is 1,
+        # so the router learns only from its two losses.
         return weights / weights.sum(-1, keepdim=True), choice, logits, probs
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Aux]:

@@ -73,7 +73,8 @@ def copy_to_experts(experts, fc1, fc2, fc3=None):
 def upcycle(model, parts=("clip", "mlp"), num_experts=4, top_k=2, seed=0, scratch=()):
     """A sparse CuMo from a dense one: every expert a copy of the MLP it replaces, routers fresh.
 
-    `seed` draws the routers (CuMo: unseeded). The experts of the parts in `scratch` stay random.
+    The routers' random weights depend on `seed` (in the original, on nothing). The experts of the
+    parts in `scratch` are random, too.
     ValueError for unknown or already sparse parts.
     """
     if not set(scratch) <= set(parts):
@@ -85,9 +86,8 @@ def upcycle(model, parts=("clip", "mlp"), num_experts=4, top_k=2, seed=0, scratc
     sparse = sparse.to_empty(device=weight.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for kind in (
-            (Router, Experts) if scratch else (Router,)
-        ):  # routers first: the same for any scratch
+        # All routers before any experts, so that `scratch` does not change the routers.
+        for kind in (Router, Experts) if scratch else (Router,):
             for module in (m for m in sparse.modules() if isinstance(m, kind)):
                 module.reset_parameters()
 
