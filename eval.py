@@ -5,11 +5,11 @@
     python eval.py --model DIR --benchmark pope --folder eval/pope     # extras/benchmarks.py
     python eval.py --data val.json --image-folder pics      # your own data: loss, exact answers
 
-The splits (data/world.py): `seen` (fresh scenes), `pairs` (objects that never met in training),
+The splits (data/world.py): `new` (fresh scenes), `pairs` (objects that never met in training),
 `style` (a drawing style never trained on). The baselines:
 
     blank    the same model and question, every picture painted gray
-    chance   the most frequent answer to each form of question, from 8,000 training questions
+    fixed    the most frequent answer to each form of question, from 8,000 training questions
 
 A model that uses the picture is far above both. Writes `out/eval.json`, some answers as
 `out/answers.png`, and each expert's share of the tokens as `out/experts.png`; with --data the two
@@ -86,12 +86,12 @@ def accuracy(ask, questions, batch, label=""):
 
 
 def evaluate_scenes(ask, cfg):
-    """-> {split: {"model" | "blank" | "chance": {question type or "all": accuracy}}}."""
+    """-> {split: {"model" | "blank" | "fixed": {question type or "all": accuracy}}}."""
     fixed, exams = fixed_answers(), {split: exam(split, cfg.n, cfg.seed) for split in SPLITS}
     rows = {
         "model": ask,
         "blank": lambda asked, seen: ask(asked, [Image.new("RGB", p.size, "gray") for p in seen]),
-        "chance": lambda asked, _: [fixed.get(question_form(question)) for question in asked],
+        "fixed": lambda asked, _: [fixed.get(question_form(question)) for question in asked],
     }
     return {split: {name: accuracy(row, asked, cfg.batch, f"{split} {name}")
                     for name, row in rows.items()} for split, asked in exams.items()}  # fmt: skip
@@ -162,7 +162,7 @@ def main():
     if cfg.data:
         return evaluate_own(cfg, limit)
     path, model, ask = open_model(cfg)
-    load = plots.expert_load(model, [picture for *_, picture in exam("seen", 400, cfg.seed + 1)])
+    load = plots.expert_load(model, [picture for *_, picture in exam("new", 400, cfg.seed + 1)])
     results = evaluate_scenes(ask, cfg)
     print_table(results)
     about, out = {"model": str(path), "questions": cfg.n}, make_folder(cfg.out)

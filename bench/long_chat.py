@@ -45,7 +45,7 @@ def long_conversation(model, tokenizer, tokens, points=50):
             answers = []
             while sum(a.tokens + a.prompt_tokens for a in answers) < tokens / points:
                 rng = np.random.default_rng((5, turn))
-                scene, kind = world.sample_scene(rng, "seen"), world.QUESTION_TYPES[turn % 8]
+                scene, kind = world.sample_scene(rng, "new"), world.QUESTION_TYPES[turn % 8]
                 turn += 1
                 pair = world.ASK[kind](scene, rng)
                 if not pair:

@@ -79,7 +79,7 @@ def main():
         "training_loss_by_samples": curve(args.folder),
     }
     if args.captions:
-        tokenizer, world = Tokenizer.from_pretrained(args.folder), World("seen", "name", 10_000)
+        tokenizer, world = Tokenizer.from_pretrained(args.folder), World("new", "name", 10_000)
         samples = [world[i] for i in range(args.captions)]
         torch.manual_seed(cfg.seed)  # the connector starts as in the training
         model = train.build(cfg)[0]

@@ -3,11 +3,24 @@
 import os
 import sys
 
+
+def runnable_threads():
+    """Threads on this machine that want a core now, this one included; 0 if Linux is not there to
+    tell."""
+    try:
+        with open("/proc/loadavg") as file:
+            return int(file.read().split()[3].split("/")[0])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
 # OpenMP's threads wait for each other after every operation. On a busy machine, a thread that spins
-# long for a partner that is not running wastes its core (bench/busy.py, docs/RESULTS.md). libgomp
-# reads this when torch is loaded, so scripts import `data` before torch.
+# long for a partner that is not running wastes its core; on an idle one, a thread that sleeps takes
+# long to wake up (bench/busy.py, docs/RESULTS.md). libgomp reads this when torch is loaded, so
+# scripts import `data` before torch.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+    crowded = runnable_threads() > 2 * (os.cpu_count() or 1)
+    os.environ.setdefault("GOMP_SPINCOUNT", "0" if crowded else "3000")
 
 
 def in_one_line(kind, error, trace):

@@ -15,7 +15,7 @@ import numpy as np
 
 from data import world
 
-SPLITS = ("seen", "pairs", "style")
+SPLITS = ("new", "pairs", "style")
 
 
 def exam(split, n, seed):

@@ -12,7 +12,7 @@ Sample `i` depends on `(seed, split, task, i)` alone, so a data set needs no fil
 for training and three for the evaluation:
 
     train   Noto and Twemoji drawings
-    seen    new scenes of the same kind
+    new     new scenes of the same kind
     pairs   every scene has two concepts that never occur together in training
     style   Fluent 3D drawings, a style never trained on
 
@@ -28,14 +28,18 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageFilter
 
+from data.chat import IMAGE_TAG
+from data.flags import READ, Parser, run
+
 HERE = pathlib.Path(__file__).resolve().parent / "emoji"
 SIDE, GLYPH = 64, 64  # side in pixels of a scene and of a glyph in the atlas
-SPLITS = ("train", "seen", "pairs", "style")
-STYLES = {"train": ("noto", "twemoji"), "seen": ("noto", "twemoji"),
-          "pairs": ("noto", "twemoji"), "style": ("fluent",)}  # fmt: skip
+SPLITS = ("train", "new", "pairs", "style")
+TRAIN_STYLES = ("noto", "twemoji", "openmoji", "emojione", "oldnoto")
+STYLES = dict.fromkeys(SPLITS, TRAIN_STYLES) | {"style": ("fluent",)}
 PLACES = ("at the top left", "at the top right", "at the bottom left", "at the bottom right")
 MIDDLE = "in the middle"
 NUMBERS = ("zero", "one", "two", "three", "four")
+ORDINALS = ("first", "second", "third")
 COLORS = {"white": (250, 250, 250), "gray": (150, 150, 150), "black": (20, 20, 20),
           "red": (220, 50, 50), "green": (60, 170, 80), "blue": (70, 110, 230),
           "yellow": (250, 220, 80), "purple": (150, 80, 190)}  # fmt: skip
@@ -50,7 +54,10 @@ HELD_OUT = frozenset(  # a tenth of all unordered pairs; no training scene conta
 PARTNERS = {  # concept -> the concepts it meets only in the split `pairs`
     c: sorted(d for d in CONCEPTS if frozenset((c, d)) in HELD_OUT) for c in CONCEPTS
 }
+SEVERAL = 0.25  # share of conversations about 2 or 3 pictures
 QUESTION_TYPES = ("what", "existence", "count", "where", "kind", "background", "side", "list")
+# In training the harder types are asked more often.
+ASKED = (*QUESTION_TYPES, "existence", "existence", "kind", "list")
 
 
 @dataclass(frozen=True)
@@ -114,12 +121,13 @@ def atlas(style):
 
 @functools.cache
 def backgrounds(style):
-    """concept -> the background colours from which most of its pixels clearly differ."""
+    """concept -> the background colours from which most of its pixels clearly differ; none if the
+    style lacks the concept."""
     allowed = {}
     for name, glyph in zip(CONCEPTS, atlas(style)):
         pixels = glyph[glyph[..., 3] > 128][:, :3].astype(float)
         far = {c: np.linalg.norm(pixels - rgb, axis=1) > 80 for c, rgb in COLORS.items()}
-        allowed[name] = {c for c, differs in far.items() if differs.mean() > 0.6}
+        allowed[name] = {c for c, differs in far.items() if differs.sum() > 0.6 * len(pixels)}
     return allowed
 
 
@@ -165,7 +173,8 @@ def sample_scene(rng, split, n_objects=None):
 
 
 def recolor(glyph, rng):
-    """The glyph in other colours: channels mixed, saturation changed, lit from one side."""
+    """The glyph in other colours: channels mixed, saturation changed, lit from one side, and with
+    the relief of a rounded body."""
     rgb = glyph[..., :3].astype(np.float32)
     mix = np.eye(3, dtype=np.float32) + rng.normal(0, 0.1, (3, 3)).astype(np.float32)
     mix /= mix.sum(1, keepdims=True)
@@ -174,23 +183,36 @@ def recolor(glyph, rng):
     slope = rng.normal(0, 0.25, 2)
     y, x = np.mgrid[-0.5 : 0.5 : GLYPH * 1j, -0.5 : 0.5 : GLYPH * 1j]
     light = rng.uniform(0.8, 1.15) + slope[0] * y + slope[1] * x
+    body = Image.fromarray(glyph[..., 3]).filter(ImageFilter.GaussianBlur(rng.uniform(2, 6)))
+    body = np.asarray(body, np.float32) / 255
+    light += rng.uniform(0, 0.8) * (np.roll(body, rng.integers(-5, 6, size=2), (0, 1)) - body)
     rgb = rgb * light[..., None] + rng.normal(0, 12)
     return np.concatenate([rgb.clip(0, 255).astype(np.uint8), glyph[..., 3:]], -1)
 
 
+def warp(glyph, angle, rng):
+    """The glyph (PIL) rotated, sheared, narrower or lower, and sometimes blurred."""
+    if rng.random() < 0.3:
+        glyph = glyph.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 1.5)))
+    cos, sin = np.cos(np.radians(angle)), np.sin(np.radians(angle))
+    matrix = np.array([[cos, -sin], [sin, cos]])
+    matrix += rng.uniform(-0.15, 0.15, (2, 2)) + np.diag(rng.uniform(0, 0.2, 2))
+    shift = GLYPH / 2 * (1 - matrix.sum(1))  # the centre stays
+    affine = np.concatenate([matrix, shift[:, None]], axis=1).ravel().tolist()
+    return glyph.transform((GLYPH, GLYPH), Image.Transform.AFFINE, affine, Image.BILINEAR)
+
+
 def draw(scene, rng=None, scale=1):
     """The picture of a scene, RGB, 64 pixels wide and high, times `scale`. With `rng`, each glyph
-    is recoloured and sometimes blurred (augmentation)."""
+    is recoloured and warped (augmentation)."""
     canvas = Image.new("RGB", (SIDE * scale, SIDE * scale), COLORS[scene.background])
     for o in scene.objects:
         glyph = atlas(scene.style)[CONCEPTS.index(o.name)]
         glyph = Image.fromarray(glyph if rng is None else recolor(glyph, rng))
-        if rng is not None and rng.random() < 0.3:
-            glyph = glyph.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 1.5)))
         if o.mirrored:
             glyph = glyph.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         x, y, size = (scale * n for n in o.box)
-        glyph = glyph.rotate(o.angle, Image.BICUBIC)
+        glyph = warp(glyph, o.angle, rng) if rng else glyph.rotate(o.angle, Image.BICUBIC)
         glyph = glyph.resize((size, size), Image.BILINEAR, reducing_gap=2)
         canvas.paste(glyph, (x, y), glyph)
     return canvas
@@ -303,6 +325,72 @@ def questions(scene, rng, n, types=QUESTION_TYPES):
     return asked
 
 
+# ---------------------------------------------------------------------------- several pictures
+
+
+def sample_scenes(rng, split, n):
+    """`n` scenes of one conversation. In training no two of them share a held-out pair."""
+    while True:
+        scenes = [sample_scene(rng, split) for _ in range(n)]
+        names = {o.name for scene in scenes for o in scene.objects}
+        if split != "train" or names.isdisjoint(p for name in names for p in PARTNERS[name]):
+            return scenes
+
+
+def ask_which(scenes, rng):
+    shown = [o.name for scene in scenes for o in {o.name: o for o in scene.objects}.values()]
+    once = [(o.name, k) for k, scene in enumerate(scenes) for o in scene.objects
+            if shown.count(o.name) == 1]  # fmt: skip
+    if once:
+        name, k = once[rng.integers(len(once))]
+        q = pick(rng, f"Which picture has the {name}?", f"In which picture is the {name}?")
+        return q, f"the {ORDINALS[k]}"
+
+
+def ask_ordinal(scenes, rng):
+    """(type, question, answer) about the first, second or third of several pictures."""
+    k = int(rng.integers(len(scenes)))
+    picture = f"in the {ORDINALS[k]} picture"
+    if rng.random() < 0.1:
+        return "describe", f"Describe the {ORDINALS[k]} picture.", caption(scenes[k])
+    kind, q, answer = questions(scenes[k], rng, 1, ASKED)[0]
+    if kind == "list" or q == "What is this?":
+        return kind, pick(rng, f"What is {picture}?", f"List all objects {picture}."), answer
+    if "in the picture" in q:
+        return kind, q.replace("in the picture", picture), answer
+    ahead = f"In the {ORDINALS[k]} picture, {q[0].lower()}{q[1:]}"
+    return kind, pick(rng, ahead, f"{q[:-1]} {picture}{q[-1]}"), answer
+
+
+def conversation(scenes, rng, n):
+    """About `n` questions about one scene or several: [(type, question, answer)].
+
+    `<image>` stands where a picture is shown: all in the first question, or one at a time. A
+    question means the last picture shown so far, unless it names another.
+    """
+    together, turns = rng.random() < 0.5, []
+    groups = [len(scenes)] if together else range(1, len(scenes) + 1)
+    for shown in groups:  # this many pictures have been shown
+        asked = questions(scenes[shown - 1], rng, max(1, n // len(groups)), ASKED)
+        for k in range(len(asked)) if shown > 1 else ():
+            if rng.random() < 0.6:
+                pair = ask_which(scenes[:shown], rng) if rng.random() < 0.4 else None
+                asked[k] = ("which", *pair) if pair else ask_ordinal(scenes[:shown], rng)
+        asked = list({turn[1]: turn for turn in asked}.values())  # no question twice
+        # "Is there a cat?" comes first: a question that names the cat gives the answer away.
+        asked.sort(key=lambda turn: turn[0] != "existence")
+        kind, question, answer = asked[0]
+        tags = f"{IMAGE_TAG}\n" * (shown if together else 1)
+        turns += [(kind, tags + question, answer), *asked[1:]]
+    return turns
+
+
+def records(turns):
+    """[(type, question, answer)] as the turns of a LLaVA record."""
+    return [{"from": who, "value": text} for _, *pair in turns
+            for who, text in zip(("human", "gpt"), pair)]  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------- data sets
 
 
@@ -327,26 +415,40 @@ class World:
             raise IndexError(f"sample {i} of {self.size}")
         key = (self.seed, SPLITS.index(self.split), self.tasks.index(self.task), i)
         rng = np.random.default_rng(key)
-        scene = sample_scene(rng, self.split, n_objects=1 if self.task == "name" else None)
-        if self.task == "name":
-            turns = [("name", DESCRIBE, short_caption(scene))]
-        elif self.task == "describe" or (self.split == "train" and rng.random() < 0.1):
-            turns = [("describe", DESCRIBE, caption(scene))]
+        alone = self.task == "name"
+        if self.task == "ask" and self.split == "train" and rng.random() < SEVERAL:
+            scenes = sample_scenes(rng, self.split, 2 + int(rng.random() < 0.35))
+            turns = conversation(scenes, rng, 4)
         else:
-            # The harder types are asked more often. "Is there a cat?" comes first: after a question
-            # that names the cat, the text alone gives the answer.
-            types = (*QUESTION_TYPES, "existence", "existence", "kind", "list")
-            turns = questions(scene, rng, int(rng.integers(3, 6)), types)
-            turns.sort(key=lambda turn: turn[0] != "existence")
-        conversation = []
-        for k, (_, question, answer) in enumerate(turns):
-            question = ("" if k else "<image>\n") + question
-            conversation.append({"from": "human", "value": question})
-            conversation.append({"from": "gpt", "value": answer})
+            scenes = [sample_scene(rng, self.split, n_objects=1 if alone else None)]
+            if alone:
+                turns = [("name", f"{IMAGE_TAG}\n{DESCRIBE}", short_caption(scenes[0]))]
+            elif self.task == "describe" or (self.split == "train" and rng.random() < 0.1):
+                turns = [("describe", f"{IMAGE_TAG}\n{DESCRIBE}", caption(scenes[0]))]
+            else:
+                turns = conversation(scenes, rng, int(rng.integers(3, 6)))
         return {"id": self.name(i),
-                "images": [draw(scene, rng if self.augment else None)],
-                "conversations": conversation,
+                "images": [draw(scene, rng if self.augment else None) for scene in scenes],
+                "conversations": records(turns),
                 "types": [kind for kind, *_ in turns]}  # fmt: skip
 
     def name(self, i):
         return f"{self.split}-{self.task}-{self.seed}-{i}"
+
+
+def main():
+    parser = Parser(description="Draw a scene and print questions about it.", allow_abbrev=False)
+    parser.add_argument("--seed", type=READ["seed"], default=0, help="another seed, another scene")
+    parser.add_argument("--split", default="new", help=f"one of {', '.join(SPLITS)}")
+    parser.add_argument("--out", default="scene.png", help="the picture to write")
+    args = parser.parse_args()
+    rng = np.random.default_rng((args.seed, 21))
+    scene = sample_scene(rng, args.split)
+    draw(scene, scale=4).save(args.out)
+    print(f"{args.out}: {caption(scene)}")
+    for _, question, answer in questions(scene, rng, 6):
+        print(f"{question:48}{answer}")
+
+
+if __name__ == "__main__":
+    run(main)

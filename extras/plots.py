@@ -281,7 +281,7 @@ def draw_answers(cells, file):
                             color=color if k else "#555555")  # fmt: skip
                 y -= 0.155
             y -= 0.06
-    note = ("seen: fresh scenes; pairs: objects that never met in training; style: a drawing style "
+    note = ("new: fresh scenes; pairs: objects that never met in training; style: a drawing style "
             "never trained on")  # fmt: skip
     figure.text(0.5, 0.012, note, fontsize=9, color="#555555", ha="center")
     save_figure(figure, file)

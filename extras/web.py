@@ -234,7 +234,7 @@ def examples(model, folder):
         return [("What is a cat?", [])], "It is a language model without vision."
     cat, scene = str(ROOT / "cat.jpg"), Path(folder) / "scene.png"
     if not scene.is_file():
-        World("seen", "describe", 7)[6]["images"][0].resize((256, 256)).save(scene)
+        World("new", "describe", 7)[6]["images"][0].resize((256, 256)).save(scene)
     miniature = model.cfg.vision.image_size <= 64
     knows = ("This miniature knows drawings of 100 objects, one to four in a picture: ask what is "
              "there, where, how many, which color the background has, or for a list of all objects."

@@ -92,12 +92,12 @@ def results_block():
     accuracy, rows = run["accuracy"], []
     for kind in (*QUESTION_TYPES, "all"):
         cells = [percent(accuracy[s]["model"][kind]) for s in SPLITS]
-        cells += [percent(accuracy["seen"][row][kind]) for row in ("blank", "chance")]
+        cells += [percent(accuracy["new"][row][kind]) for row in ("blank", "fixed")]
         rows.append((kind, ASKED[kind], *cells))
     load = [share for shares in run["expert_load"].values() for share in shares]
-    head = ("type", "example", *SPLITS, "seen, blank picture", "seen, fixed answers")
+    head = ("type", "example", *SPLITS, "new, blank picture", "new, fixed answers")
     note = (f"Percent of {run['questions']:,} questions per split answered exactly (bf16). On "
-            f"`seen`, each expert of each sparse block gets {percent(min(load))} % to "
+            f"`new`, each expert of each sparse block gets {percent(min(load))} % to "
             f"{percent(max(load))} % of the tokens.")  # fmt: skip
     return table(head, *rows) + "\n\n" + note
 

@@ -127,14 +127,14 @@ def platforms_block():
 def quant_block():
     run = read("quant")
     head = ("weights of the language model", "SmolLM2-135M: MB", "loss", "same next token",
-            "miniature: MB", "seen", "pairs", "style")  # fmt: skip
+            "miniature: MB", "new", "pairs", "style")  # fmt: skip
     rows = []
     for name in ("float32", "bfloat16", "int8"):
         smol, mini = run["smollm2"][name], run["miniature"][name]
         shares = [f"{100 * mini[split]:.1f}" for split in head[5:]]
         cells = f"{smol['megabytes']:.0f}", f"{smol['loss']:.3f}", f"{100 * smol['same']:.1f} %"
         rows.append((name, *cells, f"{mini['megabytes']:.1f}", *shares))
-    note = (f"`seen`, `pairs` and `style` are percent of {run['miniature']['questions']} questions "
+    note = (f"`new`, `pairs` and `style` are percent of {run['miniature']['questions']} questions "
             "answered exactly.")  # fmt: skip
     return table(head, *rows) + "\n\n" + note
 

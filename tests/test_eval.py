@@ -35,14 +35,14 @@ def test_a_wrong_number_is_named_alone(flags, line, monkeypatch, capsys):
 def test_exam_scenes_are_not_training_scenes():
     asked = {(q, a) for _, q, a, _ in evaluation.exam("pairs", 40, seed=1)}
     assert len(asked) > 30
-    pictures = [np.asarray(p).tobytes() for *_, p in evaluation.exam("seen", 200, seed=1)]
+    pictures = [np.asarray(p).tobytes() for *_, p in evaluation.exam("new", 200, seed=1)]
     data = world.World("train", "ask", 300)
     trained = {np.asarray(data[i]["images"][0]).tobytes() for i in range(300)}
     assert not trained & set(pictures)
 
 
 def test_right_answers_score_one_and_others_nothing():
-    asked = evaluation.exam("seen", 80, seed=1)
+    asked = evaluation.exam("new", 80, seed=1)
     truth = {(q, p.tobytes()): a for _, q, a, p in asked}
     ask = lambda qs, ps: [truth[q, p.tobytes()] for q, p in zip(qs, ps)]
     assert set(evaluation.accuracy(ask, asked, 25).values()) == {1.0}
@@ -61,7 +61,7 @@ def test_blank_pictures_are_blank_and_leave_the_exam_alone(monkeypatch):
 
     results = evaluation.evaluate_scenes(ask, evaluation.EvalConfig(n=80))
     assert list(results) == list(evaluation.SPLITS)
-    assert all(list(rows) == ["model", "blank", "chance"] for rows in results.values())
+    assert all(list(rows) == ["model", "blank", "fixed"] for rows in results.values())
     rows = [seen[k : k + 80] for k in range(0, len(seen), 80)]
     for split, drawn, blank in zip(results, rows[::2], rows[1::2], strict=True):
         assert all(ImageStat.Stat(picture).stddev == [0, 0, 0] for picture in blank)
@@ -74,7 +74,7 @@ def test_blank_pictures_are_blank_and_leave_the_exam_alone(monkeypatch):
 def test_fixed_answers_know_no_more_than_the_question():
     fixed = evaluation.fixed_answers(600)
     guess = lambda questions, _: [fixed.get(evaluation.question_form(q)) for q in questions]
-    rates = evaluation.accuracy(guess, evaluation.exam("seen", 800, seed=1), 50)
+    rates = evaluation.accuracy(guess, evaluation.exam("new", 800, seed=1), 50)
     assert 0.3 < rates["existence"] < 0.7 and rates["background"] < 0.3 and rates["what"] < 0.15
     assert rates["list"] < 0.05
 
@@ -83,7 +83,7 @@ def test_question_form_hides_every_name():
     forms = set()
     for seed in range(300):
         rng = np.random.default_rng(seed)
-        asked = world.questions(world.sample_scene(rng, "seen"), rng, 2)
+        asked = world.questions(world.sample_scene(rng, "new"), rng, 2)
         forms |= {evaluation.question_form(question) for _, question, _ in asked}
     assert len(forms) < 40
     assert not any(name in form.strip("?").split() for form in forms for name in world.CONCEPTS)
@@ -92,7 +92,7 @@ def test_question_form_hides_every_name():
 def test_answers_in_a_batch_equal_answers_alone():
     model = tiny_cumo(experts=4, vocab=1024).eval()
     tokenizer = Tokenizer.from_pretrained(TOKENIZER.parent)
-    _, questions, _, pictures = zip(*evaluation.exam("seen", 6, seed=3))
+    _, questions, _, pictures = zip(*evaluation.exam("new", 6, seed=3))
     together = evaluation.answer_batch(model, tokenizer, questions, pictures, max_new_tokens=6)
     alone = [evaluation.answer_batch(model, tokenizer, [q], [p], 6)[0]
              for q, p in zip(questions, pictures)]  # fmt: skip
@@ -101,7 +101,7 @@ def test_answers_in_a_batch_equal_answers_alone():
 
 def test_expert_load_is_a_share_and_counts_every_sparse_block():
     model = tiny_cumo(experts=4).eval()
-    pictures = [picture for *_, picture in evaluation.exam("seen", 8, seed=1)]
+    pictures = [picture for *_, picture in evaluation.exam("new", 8, seed=1)]
     load = plots.expert_load(model, pictures, batch=3)
     assert list(load) == ["vision.layers.0.moe", "vision.layers.1.moe", "connector.moe"]
     assert all(sum(shares) == pytest.approx(1) and len(shares) == 4 for shares in load.values())

@@ -53,7 +53,7 @@ def test_records_become_samples_like_the_worlds(folder):
         folder, [record("<image>\nWhat?", "red", image="red.png"), record("Hi", "Ho", id=7)]
     )
     assert len(data) == 2
-    assert data[0].keys() == World("seen", "ask", 1)[0].keys() - {"types"}
+    assert data[0].keys() == World("new", "ask", 1)[0].keys() - {"types"}
     assert data[0]["images"][0].size == (20, 10) and data[0]["images"][0].mode == "RGB"
     assert data[1] == {"id": "7", "images": [], "conversations": talk("Hi", "Ho")}
 

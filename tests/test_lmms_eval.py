@@ -55,7 +55,7 @@ def make_task(folder, n):
     """lmms-eval's task `scenes`: the questions and pictures of eval.py's split `seen`."""
     folder.mkdir()
     rows = []
-    for k, (kind, question, answer, image) in enumerate(evaluation.exam("seen", n, seed=1)):
+    for k, (kind, question, answer, image) in enumerate(evaluation.exam("new", n, seed=1)):
         image.save(folder / f"{k}.png")
         rows.append({"kind": kind, "question": question, "answer": answer, "image": f"{k}.png"})
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -87,7 +87,7 @@ def test_lmms_eval_gives_the_answers_and_the_score_of_eval(tmp_path, offline):
     make_task(tmp_path / "task", n=8)
     model = tiny_cumo(experts=4, vocab=1024).eval()
     tokenizer = Tokenizer.from_pretrained(TOKENIZER.parent)
-    asked = evaluation.exam("seen", 8, seed=1)
+    asked = evaluation.exam("new", 8, seed=1)
     ours = [evaluation.answer_batch(model, tokenizer, [q], [image])[0] for _, q, _, image in asked]
     score, answers = evaluate(tmp_path / "task", model, tokenizer)
     assert answers == ours and any(ours)
@@ -103,7 +103,7 @@ def test_trained_miniature_scores_the_same_under_both(tmp_path, offline):
     tokenizer = Tokenizer.from_pretrained(path)
     make_task(tmp_path / "task", n=80)
     ask = lambda *asked: evaluation.answer_batch(model, tokenizer, *asked)
-    ours = evaluation.accuracy(ask, evaluation.exam("seen", 80, seed=1), batch=1)["all"]
+    ours = evaluation.accuracy(ask, evaluation.exam("new", 80, seed=1), batch=1)["all"]
     score, _ = evaluate(tmp_path / "task", model, tokenizer)
     assert score == pytest.approx(ours) and score > 0.5
 

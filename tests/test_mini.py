@@ -17,7 +17,7 @@ MINI = Path(__file__).resolve().parents[1] / "data" / "mini"
 
 
 def pictures(n):
-    scenes = (world.sample_scene(np.random.default_rng(s), "seen") for s in range(n))
+    scenes = (world.sample_scene(np.random.default_rng(s), "new") for s in range(n))
     return torch.stack([preprocess(world.draw(scene), 64) for scene in scenes])
 
 
@@ -54,7 +54,7 @@ def test_transformers_splits_text_like_our_tokenizer():
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
 
 
-@pytest.mark.parametrize("split", ["seen", "pairs"])
+@pytest.mark.parametrize("split", ["new", "pairs"])
 def test_language_model_answers_scenes_given_as_text(split):
     llm = LLM.from_pretrained(MINI / "llm").eval()
     answers = text_accuracy(llm, Tokenizer.from_pretrained(MINI / "llm"), split)

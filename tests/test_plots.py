@@ -233,7 +233,7 @@ def test_an_answer_is_marked_right_or_wrong_and_no_two_lines_overlap(monkeypatch
     kept = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, file: kept.append(figure))
     asked = [("Is it?", "no", "no"), ("List all.", "a dog " * 9, "a cat " * 9), ("Why?", "1", "2")]
-    plots.draw_answers([("seen", PLAIN, asked)], tmp_path / "answers.png")
+    plots.draw_answers([("new", PLAIN, asked)], tmp_path / "answers.png")
     figure = kept[0]
     texts = [text for text in figure.texts if text.get_position()[0] < 0.4]
     boxes = [text.get_window_extent(figure.canvas.get_renderer()) for text in texts]

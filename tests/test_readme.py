@@ -184,7 +184,7 @@ def test_figures_of_the_readme_are_the_measured_ones():
     assert [round(most, 1)] == stated(r"and at most ([\d.]+) GB")
     accuracy = runs["bf16"]["accuracy"]
     shares = [accuracy[split]["model"]["all"] for split in results.SPLITS]
-    shares = [round(100 * x) for x in (*shares, accuracy["seen"]["blank"]["all"])]
+    shares = [round(100 * x) for x in (*shares, accuracy["new"]["blank"]["all"])]
     words = (r"answers (\d+) % of questions about new scenes exactly, (\d+) % where .*? (\d+) % in "
              r"a drawing style .*? painted over it answers (\d+) %")  # fmt: skip
     assert shares == stated(words)
@@ -195,7 +195,7 @@ def test_figures_of_the_readme_are_the_measured_ones():
                                                     "... CLIP's from scratch")]  # fmt: skip
     assert lost == stated(r"cost (\d+) points in the connector and (\d+) in CLIP")
     runs = bench("sparse_vs_dense")["rows"]
-    means = [results.mean([100 * run["seen"] for run in runs if run["name"] == name])
+    means = [results.mean([100 * run["new"] for run in runs if run["name"] == name])
              for name in ("sparse", "dense")]  # fmt: skip
     assert [round(x, 1) for x in means] == stated(r"([\d.]+) against ([\d.]+) % over three seeds")
 

@@ -9,7 +9,7 @@ import pytest
 from data import world
 from data.world import COLORS, CONCEPTS, MIDDLE, PLACES, Object, Scene, World
 
-TRAINED = ("train", "seen", "style")  # splits where a held-out pair must not occur
+TRAINED = ("train", "new", "style")  # splits where a held-out pair must not occur
 
 
 def scenes(split, n, seed=11):
@@ -53,7 +53,7 @@ def test_same_index_gives_same_sample_and_others_differ():
     assert one[7]["images"][0].tobytes() == two[7]["images"][0].tobytes()
     pictures = {s["images"][0].tobytes() for s in one}
     assert len(pictures) == 50
-    for other in (World("train", "ask", 50, seed=5), World("seen", "ask", 50, seed=4)):
+    for other in (World("train", "ask", 50, seed=5), World("new", "ask", 50, seed=4)):
         assert pictures.isdisjoint(s["images"][0].tobytes() for s in other)
 
 
@@ -69,13 +69,96 @@ def test_seeded_samples_are_those_that_were_measured():
 
 @pytest.mark.parametrize("task", World.tasks)
 def test_sample_is_a_llava_conversation_about_one_picture(task):
-    for sample in World("seen", task, 40):
+    for sample in World("new", task, 40):
         turns = sample["conversations"]
         assert [turn["from"] for turn in turns] == ["human", "gpt"] * len(sample["types"])
         assert turns[0]["value"].startswith("<image>\n")
         assert sum(turn["value"].count("<image>") for turn in turns) == len(sample["images"]) == 1
         assert sample["images"][0].size == (64, 64) and sample["images"][0].mode == "RGB"
         assert len({turn["value"] for turn in turns[::2]}) == len(sample["types"]) <= 5
+
+
+# ------------------------------------------------------------------------- several pictures
+
+
+def talks(n, split="train"):
+    """(scenes, turns) of conversations about one, two and three pictures."""
+    for i in range(n):
+        rng = np.random.default_rng((13, i))
+        scenes = world.sample_scenes(rng, split, 1 + i % 3)
+        yield scenes, world.conversation(scenes, rng, 4)
+
+
+ORDINAL = re.compile(r"in the (first|second|third) picture|^Describe the (first|second|third) ")
+
+
+def answer_of(scene, question):
+    """The answer to a question about one scene, read from the scene alone; None: cannot tell."""
+    names = [o.name for o in scene.objects]
+    listed = world.join([world.a(name) for name in names])
+    question = question.removeprefix("<image>\n").lower()
+    where = next((p for p in PLACES if p in question), None)
+    if question.startswith("describe"):
+        return world.caption(scene)
+    if question.startswith(("list", "which objects", "what is in the picture")):
+        return listed
+    if where and question.startswith(("what", "what do you")):
+        return next((world.a(o.name) for o in scene.objects if o.place == where), "nothing")
+    if "background" in question or "behind" in question:
+        return scene.background
+    if question.startswith(("is there", "do you see")):
+        return "yes" if any(re.search(rf"\b{name}\b", question) for name in names) else "no"
+    if question.startswith("where"):
+        return next(o.place for o in scene.objects if re.search(rf"\b{o.name}\b", question))
+
+
+def test_every_answer_about_several_pictures_is_true_of_the_picture_it_means():
+    checked = 0
+    for scenes, turns in talks(900):
+        shown = 0
+        for kind, question, answer in turns:
+            shown += question.count("<image>")
+            plain = question.replace("<image>\n", "")
+            named = ORDINAL.search(plain)
+            if kind == "which":
+                name = re.search(r"has the (.+)\?|is the (.+)\?", plain)
+                name = name[1] or name[2]
+                having = [
+                    k for k, s in enumerate(scenes[:shown]) for o in s.objects if o.name == name
+                ]
+                assert {answer} == {f"the {world.ORDINALS[k]}" for k in having}, (plain, answer)
+                checked += 1
+                continue
+            k = world.ORDINALS.index(named[1] or named[2]) if named else shown - 1
+            assert k < shown, "asked about a picture before it is shown"
+            plain = re.sub(r"^In the \w+ picture, ", "", plain)
+            plain = re.sub(r" in the (first|second|third) picture", " in the picture", plain)
+            right = answer_of(scenes[k], plain)
+            assert right in (None, answer), (plain, right, answer)
+            checked += right is not None
+        assert shown == len(scenes)
+    assert checked > 2000
+
+
+def test_pictures_of_one_conversation_hold_no_pair_that_is_held_out():
+    for scenes, _ in talks(300):
+        names = {o.name for scene in scenes for o in scene.objects}
+        assert not any(frozenset((x, y)) in world.HELD_OUT for x in names for y in names if x != y)
+
+
+def test_a_quarter_of_the_training_conversations_shows_two_or_three_pictures():
+    samples = [World("train", "ask", 400)[i] for i in range(400)]
+    numbers = np.bincount([len(sample["images"]) for sample in samples], minlength=4)
+    assert 0.2 < numbers[2:].sum() / 400 < 0.3 and (numbers[1:] > 15).all()
+    for sample in samples:
+        asked = [turn["value"] for turn in sample["conversations"][::2]]
+        assert sum(q.count("<image>") for q in asked) == len(sample["images"])
+        assert asked[0].startswith("<image>\n")
+    later = [any("<image>" in turn["value"] for turn in s["conversations"][1:]) for s in samples]
+    assert sum(later) > 30, "pictures come later in a conversation, too"
+
+
+# ------------------------------------------------------------------------------------- pictures
 
 
 def test_boxes_stay_in_their_cells_and_cells_hold_one_object():
@@ -99,7 +182,7 @@ def difference(scene, rng=None):
 
 
 def test_picture_is_background_outside_the_boxes_and_something_else_inside():
-    for scene, _ in scenes("seen", 150):
+    for scene, _ in scenes("new", 150):
         far = difference(scene)
         for o in scene.objects:
             x, y, size = o.box
@@ -207,7 +290,7 @@ def test_every_answer_is_true_of_its_scene():
 
 
 def test_captions_name_every_object_and_its_place():
-    for scene, _ in scenes("seen", 200):
+    for scene, _ in scenes("new", 200):
         said = world.caption(scene)
         assert said.startswith(f"on a {scene.background} background: ") and said.endswith(".")
         parts = said[:-1].split(": ")[1].split(", ")
@@ -216,7 +299,7 @@ def test_captions_name_every_object_and_its_place():
 
 def test_existence_is_half_no_and_half_of_those_of_the_same_category():
     said, alike, n = {"yes": 0, "no": 0}, 0, 4000
-    for scene, rng in scenes("seen", n):
+    for scene, rng in scenes("new", n):
         question, answer = world.ask_existence(scene, rng)
         said[answer] += 1
         name = re.search(r" an? (.*)\?", question)[1]
@@ -241,16 +324,16 @@ def test_existence_can_be_asked_when_a_whole_category_is_in_the_picture():
 
 
 def test_unknown_split_and_task_name_the_choices():
-    with pytest.raises(ValueError, match="'sen' is unknown.*train, seen, pairs, style"):
+    with pytest.raises(ValueError, match="'sen' is unknown.*train, new, pairs, style"):
         World("sen", "ask", 5)
     with pytest.raises(ValueError, match="'sing' is unknown.*name, describe, ask"):
-        World("seen", "sing", 5)
+        World("new", "sing", 5)
     with pytest.raises(ValueError, match="'x' is unknown"):
         world.sample_scene(np.random.default_rng(0), "x")
 
 
 def test_world_ends():
-    data = World("seen", "name", 3)
+    data = World("new", "name", 3)
     assert len(data) == len(list(data)) == 3
     for i in (3, -1):
         with pytest.raises(IndexError, match=f"sample {i} of 3"):

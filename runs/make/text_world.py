@@ -8,6 +8,9 @@ telegraph style or as the conversations of stage 3:
 
     [INST] blue blue cat cat ...  cat? yes  owl? no  cat: top left  top left: cat  cat bus? left
     [INST] blue blue cat cat ...  Where is the cat? [/INST] at the top left</s>[INST] Is there ...
+
+An encoder is never sure of a patch. So most text pictures have noise (`text_picture`, `blur`): the
+language model must let all patches of an object vote, where otherwise it would copy one of them.
 """
 
 import functools
@@ -20,19 +23,41 @@ from data.chat import IGNORE, IMAGE_TOKEN, render
 from data.packing import assemble
 
 PATCH, GRID = 8, 8
-ROWS, LENGTH = 9, 256  # rows of a batch, tokens of a row
-PLACES = 70  # most tokens of a scene and the tokens before it
+ROWS, LENGTH = 8, 288  # rows of a batch, tokens of a row
 FOUND = ("nothing", *world.PLACES, world.MIDDLE, "several")  # results of looking up a name
 
 
-def text_picture(scene):
-    """64 words, one for each 8x8 patch in reading order: its object or the background colour."""
+def text_picture(scene, rng, noise=1.0):
+    """64 words, one for each 8x8 patch in reading order: its object or the background colour.
+
+    With noise (0 to 1: how often) an object has fuzzy edges, and up to half of its patches have
+    another word, mostly one of a few names with which this object is confused.
+    """
     words = np.full((GRID, GRID), scene.background, dtype=object)
     y, x = np.mgrid[:GRID, :GRID] * PATCH + PATCH / 2
+    noisy = rng.random() < 0.75 * noise
     for o in scene.objects:
         left, top, size = o.box
-        words[np.hypot(x - left - size / 2, y - top - size / 2) < size * 0.5] = o.name
+        reach = size * (rng.uniform(0.4, 0.6) if noisy else 0.5)
+        inside = np.hypot(x - left - size / 2, y - top - size / 2) < reach
+        words[inside] = o.name
+        if noisy:
+            wrong = inside & (rng.random((GRID, GRID)) < rng.uniform(0, 0.5))
+            mistaken = [world.CONCEPTS[i] for i in rng.integers(len(world.CONCEPTS), size=3)]
+            others = (mistaken[0], mistaken[0], *mistaken, scene.background)
+            words[wrong] = [others[i] for i in rng.integers(len(others), size=wrong.sum())]
     return " " + " ".join(words.ravel())
+
+
+def blur(x, place, noise=1.0):
+    """Noise for embeddings x [B, T, D] of text pictures, as an encoder's features have it: patches
+    mix with a neighbour and get Gaussian noise; how much differs from row to row."""
+    patch = (place != IGNORE)[..., None]
+    shift = (-GRID, -1, 1, GRID)[torch.randint(4, ()).item()]
+    mixed = torch.rand(len(x), x.shape[1], 1) * torch.rand(len(x), 1, 1) * 0.7 * noise
+    mixed = mixed * (patch & patch.roll(shift, 1))
+    spread = 0.1 * noise * torch.rand(len(x), 1, 1) * patch
+    return torch.lerp(x, x.roll(shift, 1), mixed) + spread * torch.randn_like(x)
 
 
 def telegrams(scene, rng):
@@ -64,76 +89,108 @@ def telegrams(scene, rng):
     return [asked[i] for i in rng.permutation(len(asked))]
 
 
-def written(scene, rng):
+def written(scene, rng, noise):
     """A scene as a text picture or a caption, at random."""
-    return text_picture(scene) if rng.random() < 0.7 else " " + world.caption(scene)
+    return text_picture(scene, rng, noise) if rng.random() < 0.8 else " " + world.caption(scene)
 
 
-def telegraph_sample(tokenizer, rng):
-    """(ids, labels, types, scene): a scene and all short questions about it."""
-    scene = world.sample_scene(rng, "train", n_objects=int(rng.integers(2, 5)))
-    ids = [tokenizer.bos] * 2 + tokenizer.encode("[INST] ") + tokenizer.encode(written(scene, rng))
-    labels = [IGNORE] * len(ids)
-    for asked, answer in telegrams(scene, rng):
-        asked, answer = tokenizer.encode(" " + asked), tokenizer.encode(" " + answer)
-        ids += asked + answer
-        labels += [IGNORE] * len(asked) + answer
-    return ids, labels, [], scene
+def telegraph_sample(tokenizer, rng, noise):
+    """(ids, labels, types, place, found): one scene or, with noise, two, and short questions about
+    each."""
+    ids, labels, place, found = [tokenizer.bos] * 2, [IGNORE] * 2, [IGNORE] * 2, [IGNORE] * 2
+    start = tokenizer.encode("[INST] ")
+    for k in range(1 + (rng.random() < 0.4 * noise)):
+        scene = world.sample_scene(rng, "train", n_objects=int(rng.integers(2, 5)))
+        words = tokenizer.encode(written(scene, rng, noise))
+        ids += [tokenizer.eos] * k + start + words
+        place += [IGNORE] * (k + len(start)) + place_of(words)
+        labels += [IGNORE] * (len(ids) - len(labels))
+        found += [IGNORE] * (len(ids) - len(found))
+        answers = look_ups(scene, tokenizer)
+        for asked, answer in telegrams(scene, rng):
+            asked, answer = tokenizer.encode(" " + asked), tokenizer.encode(" " + answer)
+            ids += asked + answer
+            labels += [IGNORE] * len(asked) + answer
+        found += [answers.get(token, IGNORE) for token in ids[len(found) :]]
+    place += [IGNORE] * (len(ids) - len(place))
+    return ids, labels, [], place, found
 
 
 # The questions that a small model learns last are asked more often.
 HARD = world.QUESTION_TYPES + ("existence", "where", "kind", "side")
 
 
-def dialogue_sample(tokenizer, rng, split):
-    """(ids, labels, types, scene): a conversation with as many turns as LENGTH tokens hold."""
-    scene = world.sample_scene(rng, split)
-    turns = world.questions(scene, rng, 9, HARD if split == "train" else world.QUESTION_TYPES)
-    described = ("describe", world.DESCRIBE, world.caption(scene))
-    turns.insert(int(rng.integers(len(turns) + 1)), described)
-    text = written(scene, rng)
-    while len((sample := render_text(turns, tokenizer, text))[0]) > LENGTH:
+def dialogue_sample(tokenizer, rng, split, noise):
+    """(ids, labels, types, place, found): a conversation about one scene that fills LENGTH tokens,
+    or a shorter one about two or three."""
+    if rng.random() < 0.5:
+        scenes = world.sample_scenes(rng, split, 2 + int(rng.random() < 0.35))
+        turns = world.conversation(scenes, rng, 5)
+        texts = [text_picture(scene, rng, noise) for scene in scenes]
+    else:
+        scenes = [world.sample_scene(rng, split)]
+        turns = world.questions(
+            scenes[0], rng, 9, HARD if split == "train" else world.QUESTION_TYPES
+        )
+        described = ("describe", world.DESCRIBE, world.caption(scenes[0]))
+        turns.insert(int(rng.integers(len(turns) + 1)), described)
+        (kind, question, answer), *rest = turns
+        turns = [(kind, f"{world.IMAGE_TAG}\n{question}", answer), *rest]
+        texts = [written(scenes[0], rng, noise)]
+    while len((sample := render_text(turns, tokenizer, texts))[0]) > LENGTH:
         turns = turns[:-1]
-    return *sample, [kind for kind, *_ in turns], scene
+    ids, labels, place = sample
+    found = [IGNORE] * len(ids)
+    if len(scenes) == 1:
+        begin = max(k for k, at in enumerate(place) if at != IGNORE) + 1 if max(place) >= 0 else 70
+        answers = look_ups(scenes[0], tokenizer)
+        found[begin:] = [answers.get(token, IGNORE) for token in ids[begin:]]
+    return ids, labels, [kind for kind, *_ in turns], place, found
 
 
-def render_text(turns, tokenizer, text):
-    """(ids, labels) of [(type, question, answer)], with a text in the place of the image."""
-    conversation = []
-    for k, (_, question, answer) in enumerate(turns):
-        conversation += [{"from": "human", "value": ("" if k else "<image>\n") + question},
-                         {"from": "gpt", "value": answer}]  # fmt: skip
-    words = tokenizer.encode(text)
-    ids, labels = render(conversation, tokenizer, image_tokens=len(words), n_images=1)
-    at = ids.index(IMAGE_TOKEN)
-    return ids[:at] + words + ids[at + len(words) :], labels
+def place_of(words):
+    """The place of each patch in its text picture; IGNORE for the words of a caption."""
+    return list(range(GRID * GRID)) if len(words) == GRID * GRID else [IGNORE] * len(words)
 
 
-def text_batch(tokenizer, split, seed, step, short=0.0):
+def render_text(turns, tokenizer, texts):
+    """(ids, labels, place) of [(type, question, answer)], with texts in the place of images."""
+    texts = [tokenizer.encode(text) for text in texts]
+    tags = sum(question.count(world.IMAGE_TAG) for _, question, _ in turns)
+    ids, labels = render(world.records(turns), tokenizer, image_tokens=1, n_images=tags)
+    place, at = [IGNORE] * len(ids), 0
+    for words in texts[:tags]:
+        at = ids.index(IMAGE_TOKEN)
+        ids[at : at + 1] = words
+        labels[at : at + 1] = [IGNORE] * len(words)
+        place[at : at + 1] = place_of(words)
+    return ids, labels, place
+
+
+def text_batch(tokenizer, split, seed, step, short=0.0, noise=1.0):
     """Rows about text scenes -> (batch, question types of each row). `short`: share of telegrams.
 
-    batch["found"] [ROWS, LENGTH]: for each name after a scene the result of looking it up in the
-    scene, an index into FOUND; IGNORE for all other tokens.
+    batch["place"] [ROWS, LENGTH]: the place of each patch in its text picture. batch["found"]: for
+    each name after a scene the result of looking it up there, an index into FOUND. IGNORE else.
     """
-    rows, types, found = [], [], torch.full((ROWS, LENGTH), IGNORE)
+    rows, types = [], []
+    extra = {name: torch.full((ROWS, LENGTH), IGNORE) for name in ("place", "found")}
     for i in range(ROWS):
         rng = np.random.default_rng((seed, world.SPLITS.index(split), step, i))
         if rng.random() < short:
-            samples = [telegraph_sample(tokenizer, rng) for _ in range(3)]
+            samples = [telegraph_sample(tokenizer, rng, noise) for _ in range(3)]
         else:
-            samples = [dialogue_sample(tokenizer, rng, split)]
+            samples = [dialogue_sample(tokenizer, rng, split, noise)]
         rows.append([])
         types.append(samples[0][2])
         at = 0
-        for ids, labels, _, scene in samples:
-            ids, labels = ids[: LENGTH - at], labels[: LENGTH - at]
-            if len(ids) > PLACES:  # else it holds no question
+        for ids, labels, _, *targets in samples:
+            if at + len(ids) <= LENGTH:
                 rows[-1].append((ids, labels, []))
-                answers = look_ups(scene, tokenizer)
-                targets = [answers.get(token, IGNORE) for token in ids[PLACES:]]
-                found[i, at + PLACES : at + len(ids)] = torch.tensor(targets)
+                for target, values in zip(extra.values(), targets):
+                    target[i, at : at + len(ids)] = torch.tensor(values)
                 at += len(ids)
-    return assemble(rows, LENGTH) | {"found": found}, types
+    return assemble(rows, LENGTH) | extra, types
 
 
 def look_ups(scene, tokenizer):
