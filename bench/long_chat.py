@@ -38,7 +38,7 @@ def resident_mb():
 
 def long_conversation(model, tokenizer, tokens, points=50):
     """-> [{tokens so far, ms to the first token, ms a token after it, MB}], `points` rows."""
-    talk = Conversation(model, tokenizer, max_new_tokens=48, several=True)
+    talk = Conversation(model, tokenizer, max_new_tokens=48)
     rows, seen, turn = [], 0, 0
     with tqdm(total=tokens, unit="token", desc="chat") as bar:
         while seen < tokens:

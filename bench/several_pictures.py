@@ -1,9 +1,14 @@
-"""Questions about the second and the third picture of one conversation.
+"""Questions about the first, second and third picture of one conversation.
 
-    python bench/several_pictures.py            # a minute; needs a finished demo in out/
+    python bench/several_pictures.py            # two minutes; needs a finished demo in out/
 
-Each conversation of three new scenes (the split of eval.py) asks three questions about each picture
-when it is shown. The same questions are asked in a conversation about this picture alone. Writes
+Each conversation has three new scenes (the split of eval.py) and the same nine plain questions:
+
+    alone       each picture has a conversation of its own
+    in turn     a picture is shown with the first question about it; then comes the next picture
+    by name     all three are shown at once: "In the second picture, what is at the top left?"
+
+At the end of a conversation about three pictures comes "Which picture has the cat?". Writes
 bench/several_pictures.json: the share of right answers by the place of the picture.
 """
 
@@ -28,15 +33,40 @@ KINDS = ("what", "background", "list")  # guessing does not help with these
 
 
 def scenes(n, seed):
-    """[(picture, [(question, answer), ...])] of new scenes that allow all questions."""
+    """[(scene, picture, [(question, answer)])] of new scenes that allow all questions."""
     found, i = [], 0
     while len(found) < n:
         rng = np.random.default_rng((seed, 7, i))
         scene, i = world.sample_scene(rng, exam.SPLITS[0]), i + 1
         asked = [world.ASK[kind](scene, rng) for kind in KINDS]
         if all(asked):
-            found.append((world.draw(scene), asked))
+            found.append((scene, world.draw(scene), asked))
     return found
+
+
+def by_name(question, k):
+    """A question about one picture, asked about the picture number k of several."""
+    return f"In the {world.ORDINALS[k]} picture, {question[0].lower()}{question[1:]}"
+
+
+def talk(ask, three):
+    """Ask about three pictures -> {name: [right answers of a picture] * 3}, and those to "which".
+    `ask(question, pictures, first)` -> the answer; `first` begins a conversation."""
+    right = {name: [[], [], []] for name in ("alone", "in turn", "by name")} | {"which": []}
+    pictures = [picture for _, picture, _ in three]
+    for name, rows in right.items():
+        for k, (_, picture, asked) in enumerate(three if name != "which" else ()):
+            for q, (question, answer) in enumerate(asked):
+                first = q == 0 and (k == 0 or name == "alone")
+                shown = [picture] * (q == 0)
+                if name == "by name":
+                    question, shown = by_name(question, k), pictures * first
+                rows[k].append(ask(question, shown, first) == answer)
+        if name in ("in turn", "by name"):
+            rng = np.random.default_rng(len(three[0][2]))
+            pair = world.ask_which([scene for scene, _, _ in three], rng)
+            right["which"] += [ask(pair[0], [], False) == pair[1]] if pair else []
+    return right
 
 
 def main():
@@ -46,20 +76,20 @@ def main():
     args = parser.parse_args()
     path = pathlib.Path(args.model) if args.model else find_model()
     model, tokenizer = load_model(path, "cpu"), Tokenizer.from_pretrained(path)
-    talks = {name: Conversation(model, tokenizer, max_new_tokens=48, several=name == "in_place")
-             for name in ("together", "in_place", "alone")}  # fmt: skip
-    right = {name: [[], [], []] for name in talks}
-    pictures = scenes(3 * args.conversations, seed=5)
-    for k, (picture, asked) in enumerate(tqdm(pictures, unit="picture")):
-        for name, conversation in talks.items():
-            if k % 3 == 0 or name == "alone":
-                conversation.reset()
-            for q, (question, answer) in enumerate(asked):
-                said = conversation.ask(question, [picture] * (q == 0), write=lambda text: None)
-                right[name][k % 3].append(said.answer == answer)
-    shares = {name: [round(float(np.mean(x)), 4) for x in rows] for name, rows in right.items()}
+    conversation = Conversation(model, tokenizer, max_new_tokens=48)
+
+    def ask(question, pictures, first):
+        if first:
+            conversation.reset()
+        return conversation.ask(question, pictures, write=lambda text: None).answer
+
+    three = scenes(3 * args.conversations, seed=5)
+    talks = [talk(ask, three[k : k + 3]) for k in tqdm(range(0, len(three), 3), unit="talk")]
+    shares = {name: [round(float(np.mean(sum((one[name][k] for one in talks), []))), 4)
+                     for k in range(3)] for name in ("alone", "in turn", "by name")}  # fmt: skip
+    shares["which"] = round(float(np.mean(sum((one["which"] for one in talks), []))), 4)
     for name, row in shares.items():
-        print(f"{name:10}" + "".join(f"{share:8.1%}" for share in row))
+        print(f"{name:10}", row)
     about = {"questions": 3 * args.conversations, "kinds": KINDS, "model": str(path)}
     write_json(ROOT / "bench" / "several_pictures.json", conditions() | about | shares)
 

@@ -10,10 +10,8 @@ of the conversation so far, so a question costs only its own tokens:
     <s>[INST] <image> Where is it? [/INST] left </s>[INST] And the dog? [/INST] ...
     '------------------ in the cache ----------'    '------- new -------'
 
-New pictures start over: those before are forgotten, and so is what was said about them. Training
-shows a model one picture, at the beginning, so with a second one later on most of its answers are
-about the first (bench/several_pictures.py). Words before any picture stay; the pictures go to the
-beginning. To compare pictures, give them to one question.
+A new picture joins those before it: a plain question means the last one, and "the first picture"
+means the first. Stage 3 of the miniature trains on such conversations (data/world.py).
 
 When the cache is full, the oldest turns are dropped, but not the pictures. The turns that stay take
 at most half of the cache and are read again. A model with a sliding window has a ring buffer, which
@@ -109,7 +107,6 @@ class Turn:
     ids: list  # the question's
     pixels: torch.Tensor | None  # not the pictures themselves, which can be far larger
     said: list  # the answer's ids, its end token included
-    blind: bool  # asked before there was a picture
 
 
 @dataclass
@@ -127,17 +124,15 @@ class Conversation:
     """Questions about pictures, and answers; all of it stays in the language model's cache.
 
     context: tokens to keep, if the model has no window. stop: texts, or one text, before which an
-    answer ends; the stop text itself stays in the cache. several: the model has learned from
-    conversations with several pictures, so a new one does not start over. options: those of
-    `LLM.generate`; a seed starts the random numbers of all answers up to a reset.
+    answer ends; the stop text itself stays in the cache. options: those of `LLM.generate`; a seed
+    starts the random numbers of all answers up to a reset.
     """
 
     def __init__(self, model, tokenizer, context=4096, compile=False, stop=(), max_new_tokens=128,
-                 several=False, **options):  # fmt: skip
+                 **options):  # fmt: skip
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         check_options(context=context, stop=stop, max_new_tokens=max_new_tokens, **options)
         self.model, self.tokenizer, self.stop, self.options = model, tokenizer, stop, options
-        self.several = several
         llm = model if isinstance(model, LLM) else model.llm
         window, weight = llm.cfg.sliding_window, llm.model.norm.weight
         self.positions = llm.cfg.max_positions
@@ -152,7 +147,6 @@ class Conversation:
 
     def reset(self):
         self.turns, self.pending, self.cache = [], [], None  # pending: ids not yet in the cache
-        self.has_picture = False
         if self.seed is not None:
             self.options["seed"] = self.generator.manual_seed(self.seed)
 
@@ -161,42 +155,21 @@ class Conversation:
         prompt(self.model, self.tokenizer, "What is this?", [image])
         return image
 
-    def turn(self, question, images, first, said=(), blind=None):
+    def turn(self, question, images, first, said=()):
         """A question as a `Turn`; images: PIL, pixels or None."""
         ids, pixels = prompt(self.model, self.tokenizer, question,
                              () if images is None else images, first)  # fmt: skip
-        blind = not self.has_picture and pixels is None if blind is None else blind
-        return Turn(question, ids, pixels, list(said), blind)
-
-    def with_question(self, question, images):
-        """(turns, those not in the cache, ids to read): the conversation and one more question."""
-        before = self.turns
-        turns = [*before, self.turn(question, images, not before)]
-        if before and turns[-1].pixels is not None and not self.several:
-            turns = self.start_over(turns)
-        elif self.cache or not before:
-            return turns, turns[-1:], self.pending + turns[-1].ids
-        return turns, turns, ids_of(turns)  # also if the last answer failed
-
-    def start_over(self, turns):
-        """The turns before any picture (none with a window, where turns are not kept) and the last,
-        with its pictures at the beginning; or where it has several tags for them."""
-        *before, last = turns
-        before = [turn for turn in before if turn.blind and self.room]
-        in_place = not before or last.question.count(IMAGE_TAG) > 1
-        words = [turn.question for turn in before]
-        words += [last.question if in_place else last.question.replace(IMAGE_TAG, "").strip()]
-        at = len(before) if in_place else 0
-        return [self.turn(text, last.pixels if k == at else None, not k, turn.said, turn.blind)
-                for k, (text, turn) in enumerate(zip(words, [*before, last]))]  # fmt: skip
+        return Turn(question, ids, pixels, list(said))
 
     def ask(self, question, images=(), write=None, interrupted=lambda: False):
         """-> Answer. `write` gets its text piece by piece; `interrupted()` is called after each
         token and ends the answer. ValueError when not even the question has room."""
         start, first, ended = time.perf_counter(), [], []
-        turns, unseen, new = self.with_question(question, images)
+        turns = unseen = [*self.turns, self.turn(question, images, not self.turns)]
+        cache, new = self.cache, ids_of(turns)  # all turns, if the last answer failed
+        if cache:
+            unseen, new = turns[-1:], self.pending + turns[-1].ids
         asked, longest = len(turns), self.options["max_new_tokens"]
-        cache = None if unseen is turns else self.cache
         if self.room and (cache.seen if cache else 0) + len(new) + longest > self.room:
             turns = self.drop_oldest(turns, self.room // 2 - longest)
             new, unseen, cache = ids_of(turns), turns, None
@@ -219,9 +192,8 @@ class Conversation:
         except BaseException:  # the cache holds half an answer: read the turns before it again
             kept = self.turns if self.room else []  # with a window the turns are not kept
             self.turns, self.pending, self.cache = kept, [], None
-            self.has_picture &= bool(kept)
             raise
-        self.cache, self.has_picture = cache, self.has_picture or len(images) > 0
+        self.cache = cache
         complete = said[-1] in self.ends
         reason = "stop" if complete else ended[0] if ended else "length"
         unread = [] if complete else said[-1:]  # the last token is not in the cache
@@ -253,7 +225,7 @@ class Conversation:
             pixels = first.pixels
             if all(turn.pixels is None for turn in (first, *rest)):
                 pixels = gone.pixels
-            kept = [self.turn(first.question, pixels, True, first.said, first.blind), *rest]
+            kept = [self.turn(first.question, pixels, True, first.said), *rest]
         return kept
 
 
@@ -304,9 +276,6 @@ def add_pictures(conversation, images, names):
     new = [conversation.look(open_image(name)) for name in names]
     for image in new:
         print(f"added {image.filename}, {image.width} x {image.height} pixels", file=sys.stderr)
-    if conversation.has_picture and not images:
-        print("the next question starts over: pictures before it, and what was said about them, "
-              "are forgotten", file=sys.stderr)  # fmt: skip
     return [*images, *new]
 
 

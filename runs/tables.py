@@ -55,12 +55,13 @@ def busy_block():
 def pictures_block():
     """Right answers about the first, second and third picture (bench/several_pictures.py)."""
     content = read("several_pictures")
-    names = {"in_place": "the picture stays in its place in the conversation",
-             "together": "a new picture starts over (the default)",
-             "alone": "a conversation about each picture"}  # fmt: skip
+    names = {"alone": "a conversation about each picture",
+             "in turn": "one conversation, each picture shown with its first question",
+             "by name": "three pictures in the first question, asked about by number"}  # fmt: skip
     rows = [(words, *(f"{100 * share:.1f}" for share in content[name]))
             for name, words in names.items()]  # fmt: skip
-    return table(("", "first picture", "second", "third"), *rows)
+    note = f"\n\n\"Which picture has the cat?\" is answered right in {100 * content['which']:.1f} %."
+    return table(("", "first picture", "second", "third"), *rows) + note
 
 
 def faults_block():

@@ -33,7 +33,7 @@ def talk(model=None, **options):
 def test_answers_are_those_of_the_whole_conversation_read_anew(window):
     """Token for token, since other tokens than the model's can spell the same text."""
     model = tiny_cumo(experts=4, vocab=1024, window=window).eval()
-    spoken = talk(model, several=True)
+    spoken = talk(model)
     asked = [("Where is it?", [CAT]), ("And these?", [RED, CAT]), ("Why?", []), ("So?", [])]
     whole, pixels = [], []
     for k, (question, pictures) in enumerate(asked):
@@ -55,44 +55,6 @@ def test_pictures_are_encoded_once(monkeypatch):
     for question, pictures in [("One?", [CAT]), ("Two?", []), ("Three?", [RED, CAT]), ("4?", [])]:
         spoken.ask(question, pictures)
     assert seen == [1, 2]
-
-
-@pytest.mark.parametrize("window", [None, 12])
-def test_a_new_picture_is_answered_as_in_a_new_conversation(window):
-    """With a second picture in its own place, the miniature answers about the first: 40 scenes,
-    15.8 % right instead of 81.7 %."""
-    model = tiny_cumo(experts=4, vocab=1024, window=window, seed=3).eval()
-    spoken, fresh = talk(model), talk(model)
-    for question, pictures in [("What?", [CAT]), ("And?", []), ("What is it?", [RED]), ("So?", [])]:
-        answer = spoken.ask(question, pictures)
-    fresh.ask("What is it?", [RED])
-    assert answer.answer == fresh.ask("So?").answer and answer.dropped == 0
-    assert spoken.cache.seen == fresh.cache.seen
-    assert [turn.said for turn in spoken.turns] == [turn.said for turn in fresh.turns]
-
-
-def test_what_was_said_before_any_picture_stays_and_the_picture_goes_before_it():
-    model = tiny_cumo(experts=4, vocab=1024).eval()
-    spoken, pixels = talk(model), lambda *some: prompt(model, MINI, "?", some)[1]
-    spoken.ask("Answer with a word.")
-    rule = spoken.turns[0].said
-    assert not spoken.has_picture
-    for picture in (CAT, RED):
-        spoken.ask("What is <image> this?", [picture])
-        spoken.ask("Why?")
-        assert spoken.has_picture
-        first, second, _ = spoken.turns
-        assert first.ids == prompt(model, MINI, "Answer with a word.", [picture])[0]
-        assert first.said == rule and torch.equal(first.pixels, pixels(picture))
-        assert second.ids == prompt(model, MINI, "What is  this?", first=False)[0]
-        assert second.pixels is None
-    spoken.ask("Is <image> like <image>?", [CAT, RED])
-    first, last = spoken.turns
-    assert first.ids == prompt(model, MINI, "Answer with a word.")[0] and first.pixels is None
-    assert last.ids == prompt(model, MINI, "Is <image> like <image>?", [CAT, RED], first=False)[0]
-    assert torch.equal(last.pixels, pixels(CAT, RED))
-    spoken.reset()
-    assert not spoken.has_picture
 
 
 def test_the_user_says_where_several_pictures_go():
