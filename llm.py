@@ -14,10 +14,10 @@ transforms each position. Llama, Mistral and Mixtral weights all fit:
     GQA       H query heads share G key/value heads: the cache shrinks by H / G.
     SwiGLU    down(silu(gate(x)) * up(x)); or several of them behind a router (mlp_moe.py).
 
-Training packs several conversations into a row. `segments` [B, T] numbers them (0 is padding) and
-positions restart in each, so packing changes no logit. A sliding window limits how far back a layer
-looks; L layers look L times as far. None of this is new in CuMo: the decoder sees an image as 576
-more tokens (cumo.py).
+Training packs several conversations into a row. `segments` [B, T] numbers them (0 is
+padding). A token sees only its own conversation, whose positions start at 0, so packing changes no
+logit. A sliding window limits how far back a layer looks; L layers look L times as far. None of
+this is new in CuMo: the decoder sees an image as a run of tokens (cumo.py).
 Mistral: arXiv 2310.06825. Mixtral: 2401.04088. RoPE: 2104.09864. GQA: 2305.13245.
 
 Letters: B rows, T tokens, U keys that the queries look at, N tokens flattened, D features, H query
@@ -129,7 +129,7 @@ def rotate(x_BHTA, rope):
 
 
 class Cache:
-    """Keys, values and places of the tokens so far, one document a row.
+    """Keys, values, positions and segments of the tokens so far, one document a row.
 
     There are slots for `size` tokens or for one window, whichever is less. With a window they are a
     ring buffer: token n goes to slot n % window. Attention does not need them in order, because
@@ -217,7 +217,7 @@ class Block(nn.Module):
         h = self.post_attention_layernorm(x)
         if not self.sparse:
             return x + self.mlp(h), None
-        # As in the original, the balance loss sees the whole batch as one sample (CLIP: an image).
+        # As in the original, the balance loss treats the whole batch as one sample.
         y, aux = self.block_sparse_moe(h.flatten(0, 1)[None], real_BT.flatten()[None])
         return x + y.view_as(x), aux
 
@@ -268,7 +268,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def choose(logits_BV, temperature, top_p=1.0, top_k=None, generator=None, greatest=None):
-    """The next token of each row [B], see `LLM.generate`; `greatest` as from `LLM.step`."""
+    """The next token of each row [B], see `LLM.generate`; `greatest`: logits.max(-1), if known."""
     if not greatest and not math.isfinite(logits_BV.sum()):
         raise ValueError("a logit is not a finite number: the weights are damaged, or float16 or "
                          "bfloat16 is too small for this model; try --dtype float32")  # fmt: skip
@@ -358,8 +358,8 @@ class LLM(nn.Module):
         return x, Aux(balance.mean(), z.mean(), load, choice, *rest)
 
     def step(self, x, segments, cache):
-        """Tokens [B, T] or embeddings [B, T, D] -> (logits [B, V] of the next token, None). The
-        second value is logits.max(-1), if a faster step has computed it."""
+        """Tokens [B, T] or embeddings [B, T, D] -> (logits [B, V] of the next token, None). A
+        faster step may return logits.max(-1) in place of None."""
         x = x if x.is_floating_point() else self.embed(x)
         x, _ = self.hidden(x, segments, cache)
         return self.logits(x[:, -1:])[:, 0].float(), None
@@ -381,7 +381,7 @@ class LLM(nn.Module):
             raise ValueError("generate continues either tokens or embeds: give exactly one of them")
         x = self.embed(tokens) if embeds is None else embeds
         if not x.shape[1]:
-            raise ValueError("a prompt of 0 tokens must be 1 or more")
+            raise ValueError("the prompt is empty; it needs at least one token")
         given = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
                      top_k=top_k)  # fmt: skip
         for name, value in given.items():

@@ -20,8 +20,8 @@ sorted by expert. Then each of the two layers is one grouped matrix product over
 token is dropped and shapes do not depend on the routing: `torch.compile` needs only one graph. On
 disk each expert has the original's names and orientation, `experts.3.fc1.weight` [F, D].
 
-Letters: B samples, T tokens, D features, F hidden features, E experts, K experts a token, N tokens
-flattened (B*T), M = N*K assignments of a token to an expert.
+Letters: B rows or samples, T tokens, D features, F hidden features, E experts, K experts a token,
+N tokens flattened (B*T), M = N*K assignments of a token to an expert.
 """
 
 from functools import partial
@@ -55,7 +55,7 @@ checkpointed = partial(
 class Aux(NamedTuple):
     """The losses and statistics of a router's decisions about one batch."""
 
-    balance: Tensor  # scalar: about 1 for even use, E if one expert certainly gets every token
+    balance: Tensor  # scalar: about 1 for even use, E if one expert has probability 1 everywhere
     z: Tensor  # scalar
     load: Tensor  # [E] share of the assignments that went to each expert; sums to 1, no gradient
     choice: Tensor  # [B, T, K] chosen experts, best first; E (no expert) where padded
@@ -67,7 +67,7 @@ class Aux(NamedTuple):
 class Router(nn.Module):
     """Chooses K of E experts for each token: x [B, T, D] -> (weights [B, T, K], Aux).
 
-    Without a batch axis x [T, D] counts as one sample. `mask` [B, T] is True for real tokens;
+    x [T, D], without a batch axis, is one sample. `mask` [B, T] is True for real tokens;
     padding is neither routed (weight 0, choice E) nor counted.
     """
 
@@ -115,8 +115,8 @@ def routing_losses(logits_BTE: Tensor, probs_BTE: Tensor, choice_BTK: Tensor, re
     balance = E * mean over samples of sum_e prob_e * share_e, where prob_e is the mean probability
               of expert e and share_e the share of tokens whose first choice it is. Only prob
               has a gradient; it lowers the probability of busy experts. Only first choices
-              count, as in GShard and the original: counting all K choices says little when K is
-              close to E.
+              count, as in GShard and the original: with K close to E, the counts of all
+              K choices are nearly even for any router.
     z       = mean of logsumexp(logits)^2, which keeps the logits small.
     """
     E, K = logits_BTE.shape[-1], choice_BTK.shape[-1]
@@ -190,7 +190,7 @@ class Experts(nn.Module):
 
         def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
             y = grouped_matmul(x, w.to(x.dtype), ends_E, onehot_ME)
-            # a product with the one-hot adds each row's bias and gives an exact gradient
+            # the one-hot picks each row's bias; the gradient is one product, summed in float32
             return y if b is None else torch.addmm(y, onehot_ME, b.to(x.dtype))
 
         hidden_MF = ACTIVATIONS[self.act](linear(x_MD, self.w1, self.b1))

@@ -16,7 +16,7 @@ Stage k writes `out/stage<k>/`: a checkpoint with the names of the released CuMo
 engine/resume.py needs to continue after Ctrl-C or a crash as if nothing had happened.
 """
 
-import data  # noqa: F401  isort: skip  before torch: it sets how threads wait
+import data  # noqa: F401  isort: skip  before torch: sets OpenMP's waiting
 import json
 import math
 import os
@@ -62,10 +62,10 @@ class ModelSettings:
 
 @dataclass
 class PrecisionSettings:
-    """For every stage that runs; another choice gives other numbers."""
+    """For every stage that runs; they change the trained weights."""
 
-    bf16: bool | None = None  # bf16 products over float32 weights; default: if hardware has them
-    weights: str = ""  # fp32, bf16-master (plus a float32 copy), bf16-sr (stochastic rounding)
+    bf16: bool | None = None  # bf16 autocast of float32 weights; default: if hardware has bf16
+    weights: str = ""  # fp32, bf16-master or bf16-sr (engine/optim.py); empty: what fits
     moments: str = ""  # AdamW's moments: fp32 or bf16; empty: what fits
 
 
@@ -88,11 +88,11 @@ class RunSettings:
 
 @dataclass
 class StageSettings:
-    """For the stage of --stage, or for all. What is not given comes from data/stages.py."""
+    """For --stage; with --stage 0 for all three. Their defaults are in data/stages.py."""
 
     data: str = ""  # LLaVA JSON or JSONL; empty: the emoji world
     image_folder: str = ""  # folder that the image paths of --data are relative to
-    limit: int = 0  # use only the first so many records of --data; 0: all
+    limit: int = 0  # use only the first N records of --data; 0: all
     val: str = ""  # held-out LLaVA file: its loss is logged at each --save-every
     samples: int = 0  # number of samples to see; 0: all of --data, once
     epochs: int = 0  # number of times to see all of --data, instead of --samples
@@ -100,9 +100,9 @@ class StageSettings:
     init: str = ""  # start from this checkpoint; if --stage is not given, only stage 3 runs
     template: str = "mistral_instruct_system"  # how conversations are written
     image_mode: str = "pad"  # pad (add borders) or square (crop the middle)
-    rows: int = 8  # packed rows a batch
-    row_tokens: int = 256  # tokens a row
-    accumulate: int = 1  # batches a step
+    rows: int = 8  # packed rows per batch
+    row_tokens: int = 256  # tokens per row
+    accumulate: int = 1  # batches per step
     lr: float = 1e-3  # peak learning rate
     warmup: float = 0.03  # share of the samples with a rising learning rate
     weight_decay: float = 0.0  # of the matrices
@@ -136,8 +136,8 @@ class TrainConfig(StageSettings, RunSettings, PrecisionSettings, ModelSettings):
 def resolve(given, stage, target=True):
     """The settings of one stage: defaults, preset, table (data/stages.py), then `given`.
 
-    given: {field: value} from the command line. A stage that runs only because another one needs it
-    (`target=False`) takes its StageSettings from the table.
+    given: {field: value} from the command line and --init's checkpoint. A stage that runs only
+    because another one needs it (`target=False`) takes its StageSettings from the table.
     """
     table = table_of(given.get("preset", "mini"), stage)
     own = {field.name for field in fields(StageSettings)}
@@ -178,7 +178,7 @@ def stage_plan(cfg):
 
 
 def choose_precision(cfg):
-    """Set what the flags leave open of precision and memory -> memory.Plan."""
+    """Set those flags of precision and memory that were not given -> memory.Plan."""
     plan = memory.best_plan(stage_plan(cfg), cfg.device, memory.chosen(cfg))
     cfg.weights, cfg.moments, cfg.recompute = plan.weights, plan.moments, plan.recompute
     return plan
@@ -270,10 +270,9 @@ class Trainer:
         norm = fsdp.full(norm).item()
         if not math.isfinite(norm):
             names = [self.data.name(i) for i in self.order[before : self.used].tolist()]
-            good = ". The last resume point is good" * resume.has_resume_point(self.folder)
             raise ValueError(
                 f"the loss or a gradient is not finite in the batch of samples {', '.join(names)}; "
-                f"correct them, lower --lr, or try --no-bf16; then --overwrite the stage{good}"
+                f"correct them, lower --lr, or try --no-bf16; then --overwrite the stage"
             )
         lr = lr_at((before + self.used) / 2 / len(self.order), cfg)
         for group in self.optimizer.param_groups:

@@ -16,7 +16,7 @@ and grow apart. No noise is added.
 experts of that part random, for the rows of the ablation that show why copies matter.
 """
 
-import data  # noqa: F401  isort: skip  before torch: it sets how threads wait
+import data  # noqa: F401  isort: skip  before torch: sets OpenMP's waiting
 import argparse
 import copy
 import pathlib
@@ -73,8 +73,8 @@ def copy_to_experts(experts, fc1, fc2, fc3=None):
 def upcycle(model, parts=("clip", "mlp"), num_experts=4, top_k=2, seed=0, scratch=()):
     """A sparse CuMo from a dense one: every expert a copy of the MLP it replaces, routers fresh.
 
-    The routers' random weights depend on `seed` (in the original, on nothing). The experts of the
-    parts in `scratch` are random, too.
+    `seed` fixes the routers' random weights (the original is unseeded). The experts of the parts in
+    `scratch` are random, too.
     ValueError for unknown or already sparse parts.
     """
     if not set(scratch) <= set(parts):

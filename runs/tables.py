@@ -60,7 +60,7 @@ def pictures_block():
              "by name": "three pictures in the first question, asked about by number"}  # fmt: skip
     rows = [(words, *(f"{100 * share:.1f}" for share in content[name]))
             for name, words in names.items()]  # fmt: skip
-    note = f"\n\n\"Which picture has the cat?\" is answered right in {100 * content['which']:.1f} %."
+    note = f'\n\n"Which picture has the cat?" is answered right in {100 * content["which"]:.1f} %.'
     return table(("", "first picture", "second", "third"), *rows) + note
 
 

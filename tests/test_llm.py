@@ -437,7 +437,7 @@ def test_a_prompt_may_be_one_token_but_not_none():
     llm, one = build(), text(1, 1)
     written = llm.generate(one, max_new_tokens=3)
     assert torch.equal(written, llm.generate(one, segments=torch.ones_like(one), max_new_tokens=3))
-    with pytest.raises(ValueError, match="a prompt of 0 tokens must be 1 or more"):
+    with pytest.raises(ValueError, match="the prompt is empty; it needs at least one token"):
         llm.generate(one[:, :0], max_new_tokens=3)
     with pytest.raises(ValueError, match="either tokens or embeds"):
         llm.generate(max_new_tokens=3)

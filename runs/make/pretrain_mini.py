@@ -135,13 +135,15 @@ class Probes(torch.nn.Module):
         return before, place, found
 
 
-def pretrain_llm(steps, lr, seed):
+def pretrain_llm(steps, lr, seed, init=None):
     torch.manual_seed(seed)
     tokenizer = Tokenizer.from_pretrained(MINI / "llm")
     cfg = LLMConfig(vocab_size=tokenizer.vocab_size, dim=256, hidden_dim=512, n_layers=5, n_heads=8,
                     n_kv_heads=4, tie_embeddings=True, max_positions=2048)  # fmt: skip
     llm = LLM(cfg)
     torch.nn.init.normal_(llm.model.embed_tokens.weight, std=0.1)  # smaller ones get lost
+    if init:
+        llm = LLM.from_pretrained(init)
     probes = Probes(llm)
     trained = [*llm.parameters(), *probes.parameters()]
     optimizers = [adamw(trained, lr)]
@@ -152,15 +154,15 @@ def pretrain_llm(steps, lr, seed):
     for step in bar:
         set_lr(optimizers, lr, step, steps)
         # Short questions about clean pictures come first: with noise, the look-up does not form.
-        short = 1.0 if step < 0.2 * steps else 0.25
-        noise = min(1.0, max(0.0, 8 * step / steps - 1))
+        short = 0.1 if init else 1.0 if step < 0.2 * steps else 0.25
+        noise = 1.0 if init else min(1.0, max(0.0, 8 * step / steps - 1))
         batch, _ = text_batch(tokenizer, "train", seed, step, short, noise)
         with torch.autocast("cpu", torch.bfloat16, has_fast_bf16("cpu")):
             x = blur(llm.embed(batch["tokens"]), batch["place"], noise)
             x, _ = llm.hidden(x, batch["segments"])
             loss = llm.loss(x, batch["labels"])
             asked = probes.losses(llm, batch)
-        (loss + sum(asked) * max(0.0, 1 - 2 * step / steps)).backward()
+        (loss + sum(asked) * (0 if init else max(0.0, 1 - 2 * step / steps))).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -299,7 +301,7 @@ def pretrain_clip(steps, lr, seed, init=None, batch=96):
     bar = tqdm(range(steps), desc="clip")
     for step in bar:
         set_lr(optimizers, lr, step, steps)
-        p_single = max(0.0, 1 - step / (0.2 * steps))  # pictures of one object come first
+        p_single = max(0.0, 1 - step / (0.1 * steps))  # pictures of one object come first
         images, targets, truths = picture_batch("train", seed, step, batch, p_single)
         with torch.autocast("cpu", torch.bfloat16, has_fast_bf16("cpu")):
             loss = contrastive_loss(*model(images), targets, truths)
@@ -320,18 +322,18 @@ def pretrain_clip(steps, lr, seed, init=None, batch=96):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("what", choices=("tokenizer", "llm", "clip"))
-    parser.add_argument("--steps", type=int, help="default: 1600 (llm), 2600 (clip)")
+    parser.add_argument("--steps", type=int, help="default: 5000 (llm), 6500 (clip)")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--init", help="continue from this CLIP (its folder), not from random")
+    parser.add_argument("--init", help="continue from the weights in this folder")
     args = parser.parse_args()
     if args.what == "tokenizer":
         (MINI / "llm").mkdir(parents=True, exist_ok=True)
         (MINI / "llm" / "tokenizer.json").write_text(json.dumps(train_bpe(corpus(), 1024)))
     elif args.what == "llm":
-        pretrain_llm(args.steps or 1600, args.lr, args.seed)
+        pretrain_llm(args.steps or 5000, args.lr, args.seed, args.init)
     else:
-        pretrain_clip(args.steps or 2600, args.lr, args.seed, args.init)
+        pretrain_clip(args.steps or 6500, args.lr, args.seed, args.init)
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def telegraph_sample(tokenizer, rng, noise):
 
 
 # The questions that a small model learns last are asked more often.
-HARD = world.QUESTION_TYPES + ("existence", "where", "kind", "side")
+HARD = world.QUESTION_TYPES + ("existence", "where", "kind", "side", "count", "list")
 
 
 def dialogue_sample(tokenizer, rng, split, noise):
