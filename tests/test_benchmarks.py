@@ -24,7 +24,7 @@ from extras.benchmarks import (
     open_picture,
     read_scienceqa,
 )
-from extras.scores import SCORES, agreement, letter, normalize, says_no, yes_or_no
+from extras.scores import SCORES, agreement, letter, normalize, says_no, vqav2_agreement, yes_or_no
 
 
 def write(path, content):
@@ -293,6 +293,20 @@ def test_agreement_is_the_mean_over_people_left_out():
         assert agreement(said, people) == pytest.approx(sum(values) / 10)
 
 
+@pytest.mark.parametrize("said, humans, value", [
+    ("none", ["none"] * 10, 0),  # all the same: theirs stay as they are, ours has become "0"
+    ("none", ["none"] * 9 + ["2"], 1), ("0", ["0"] * 10, 1), ("2", ["two"] * 10, 0),
+    ("Dog.", ["dog"] * 10, 1), ("dog", ["Dog"] * 10, 1), ("the dog", ["the dog"] * 10, 0),
+    ("a cat's", ["cat's"] * 5 + ["cats"] * 5, 0),  # 's is split in ours and never in theirs
+    ("1,000", ["1,000"] * 9 + ["2"], 1), ("1,000", ["1,000"] * 10, 0), ("yes", [" yes\n"] * 10, 1),
+    ("a-b", ["1,000 a-b"] * 9 + ["x"], 0), ("1,000 ab", ["1,000 a-b"] * 9 + ["x"], 1),
+    ("ow's'at", ["ow's'at", "'ows'at"] * 5, 0), ("'ows'at", ["ow's'at", "'ows'at"] * 5, 1),
+])  # fmt: skip
+def test_vqav2_is_scored_by_the_official_rule_after_llavas_converter(said, humans, value):
+    assert vqav2_agreement(said, humans) == pytest.approx(value)
+    assert SCORES["vqav2"](answers([("", humans, said)])) == {"accuracy": 100 * value}
+
+
 def test_normalising_twice_changes_only_what_the_first_pass_joined():
     r = random.Random(1)
     words = ["the", "two", "cat", "x-y", "(", "3.5", "dont", "None", "?", "é", "isn't"]
@@ -329,6 +343,16 @@ def test_mme_by_hand():
     ]
     assert SCORES["mme"](answers(rows)) == {
         "perception": 125, "cognition": 50, "count": 125, "code_reasoning": 50}  # fmt: skip
+
+
+def test_totals_add_exact_parts_and_are_rounded_once():
+    """LLaVA-1.5-13B: 1531.3187 by MME's own script; the sum of rounded parts was 1531.31."""
+    thirds = [((f"task {k}", str(n)), "yes", "yes" if n else "no") for k in range(9)
+              for n in range(3)]  # fmt: skip
+    assert SCORES["mme"](answers(thirds))["perception"] == 1200  # 9 x (66.67 + 66.67)
+    rows = [(kind, "yes", "yes" if n < right else "no") for n in range(3)
+            for kind, right in (("random", 0), ("popular", 2), ("adversarial", 2))]  # fmt: skip
+    assert SCORES["pope"](answers(rows))["recall"] == 44.44  # (0 + 66.67 + 66.67) / 3 is 44.45
 
 
 def test_gqa_forgives_full_stops_and_capitals_only():
