@@ -23,6 +23,7 @@ colours (no terminal, or NO_COLOR is set).
 
 import os
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -42,10 +43,11 @@ from data.llava import (
     encode,
     open_sample,
     picture_line,
-    read_records,
+    tags_without_picture,
     where_of,
 )
 from data.loader import too_many
+from data.records import Records
 from data.stages import table_of
 from data.tokenizer import Tokenizer
 from data.weights import read_config
@@ -74,6 +76,7 @@ class Report:
     def __init__(self):
         self.faults, self.skipped, self.left_out, self.sizes, self.flat = [], [], [], [], []
         self.lengths, self.learned, self.cut, self.dropped = [], [], 0, 0
+        self.kinds = Counter()  # the records by their tags_without_picture
 
     def add(self, coded, length, sizes):
         self.sizes += sizes
@@ -173,6 +176,7 @@ def check_records(cfg, tokenizer, records):
     how = tokenizer, cfg.template, patches
     for k, record in enumerate(tqdm(records, unit="record", leave=False)):
         where = where_of(record, k, cfg.data)
+        report.kinds[tags_without_picture(record)] += 1
         try:
             paths = check_record(record, k, cfg.data, cfg.image_folder, cfg.template)
             sample = open_sample(record, str(record.get("id", k)), paths) | {"where": where}
@@ -180,11 +184,11 @@ def check_records(cfg, tokenizer, records):
             whole, _ = render(sample["conversations"], *how, len(images), where)
             coded = encode(sample, *how, size, cfg.image_mode, cfg.row_tokens)
         except Rejected as reason:
-            report.left_out.append(reason)
+            report.left_out.append(str(reason))  # the error itself keeps its record alive
         except Unreadable as fault:
             report.skipped.append(f"{where}: {fault.args[2]}")
         except ValueError as fault:
-            report.faults.append(fault)
+            report.faults.append(str(fault))
         else:
             report.add(coded, len(whole), [image.size for image in images])
             report.flat += [f"{where}: {image.filename}" for image in images if is_flat(image)]
@@ -200,12 +204,12 @@ def is_flat(image):
 
 def main():
     cfg = resolve(*parse(CheckConfig, description=__doc__.split("\n")[0]))
-    records = read_records(cfg.data)[: cfg.limit or None]
+    records = Records(cfg.data, cfg.limit)
     print(f"checked for --preset {cfg.preset} --stage {cfg.stage}: --template {cfg.template} "
           f"--image-mode {cfg.image_mode} --row-tokens {cfg.row_tokens}")  # fmt: skip
-    print(picture_line(cfg.data, records))
     tokenizer = Tokenizer.from_pretrained(cfg.init or cfg.llm)
     report, shown = check_records(cfg, tokenizer, records)
+    print(picture_line(cfg.data, report.kinds))
     report.print(cfg, len(records))
     for text in shown:
         print(text)

@@ -37,7 +37,7 @@ from tqdm import tqdm
 from data.chat import IMAGE_TAG
 from data.flags import check_choice
 from data.images import open_image
-from data.llava import parse_json
+from data.records import parse_json
 from data.weights import fingerprint, make_folder, write_json
 from extras.scores import OPTIONS, SCORES
 
