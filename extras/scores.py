@@ -10,7 +10,7 @@
     mme        sum over ten tasks of accuracy + accuracy+ (both questions of a picture right), 100
                each; "cognition": over the other four
     mmbench    the letter is right for every rotation of the options ("accuracy": of all rotations).
-               The official server also understands longer answers; here only a letter counts
+               The official toolkit also finds an option's text; here only a letter counts
     seed       the answer is the letter, for questions about pictures
 
 The first number of each is the one in papers. A score maps [(question, answer), ...], where a
@@ -45,6 +45,14 @@ def letter(text):
     if text in OPTIONS or text[:1] in OPTIONS and text[1:3] == ". ":
         return text[0]
     named = re.findall(r"The answer is ([A-Z]).", text)  # the unescaped dot matches any character
+    return named[0] if len(named) == 1 else None
+
+
+def only_letter(text):
+    """MMBench: the option named by "A.", "(A)", "A: cat" or "It is A", as the official toolkit
+    reads it without a judge, or None. An article is read as a letter, too: "A dog" names A."""
+    words = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
+    named = [option for option in OPTIONS if option in words]
     return named[0] if len(named) == 1 else None
 
 
@@ -171,7 +179,7 @@ def score_scienceqa(answers):
 
 
 def score_mmbench(answers):
-    rotations = grouped((q.group, letter(text) == q.truth) for q, text in answers)
+    rotations = grouped((q.group, only_letter(text) == q.truth) for q, text in answers)
     every = [right for rights in rotations.values() for right in rights]
     return {"circular": mean_percent(map(all, rotations.values())), "accuracy": mean_percent(every)}
 

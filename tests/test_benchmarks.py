@@ -5,6 +5,7 @@ import io
 import json
 import random
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -22,9 +23,19 @@ from extras.benchmarks import (
     ask_and_score,
     load_questions,
     open_picture,
+    read_mmbench,
     read_scienceqa,
 )
-from extras.scores import SCORES, agreement, letter, normalize, says_no, vqav2_agreement, yes_or_no
+from extras.scores import (
+    SCORES,
+    agreement,
+    letter,
+    normalize,
+    only_letter,
+    says_no,
+    vqav2_agreement,
+    yes_or_no,
+)
 
 
 def write(path, content):
@@ -261,6 +272,35 @@ def test_mme_reads_four_letters(text, said):
 ])  # fmt: skip
 def test_scienceqa_reads_letters_as_the_original(text, option):
     assert letter(text) == option
+
+
+@pytest.mark.parametrize("text, option", [
+    ("B", "B"), ("A.", "A"), ("(A)", "A"), ("A: cat", "A"), ("A. cat", "A"), ("C, it is", "C"),
+    ("The answer is D", "D"), ("[B]", "B"), ("A or B", None), ("A A", "A"), ("b", None), ("", None),
+    ("Banana", None), ("A cat", "A"), ("**C**", "C"),
+])  # fmt: skip
+def test_mmbench_reads_the_only_letter_as_the_official_toolkit(text, option):
+    assert only_letter(text) == option
+    assert SCORES["mmbench"](answers([(7, option or "A", text)]))["circular"] == 100 * bool(option)
+
+
+@pytest.mark.parametrize("empty", ["", "NA", "N/A", "n/a", "nan", "NaN", "NAN", "None", "NONE",
+                                   "null", "NULL", "<NA>", "#N/A", "1.#QNAN"])  # fmt: skip
+def test_mmbenchs_empty_options_and_hints_are_those_of_pandas(empty, tmp_path):
+    row = f"1\tWhich?\t{empty}\tno\tNo\t{empty}\tcat\tA\t" + "x" * 70
+    write(tmp_path / "mmbench_dev_20230712.tsv",
+          f"index\tquestion\thint\tA\tB\tC\tD\tanswer\timage\n{row}")  # fmt: skip
+    (question,) = read_mmbench(tmp_path)
+    assert question.prompt == f"Which?\nA. no\nB. No{LETTER}"
+
+
+def test_popes_files_of_today_are_refused_with_the_commit_to_take(made):
+    folder = made("pope")
+    file = folder / "coco" / "coco_pope_random.json"
+    file.write_text(file.read_text().replace("cup", "bus"))
+    with pytest.raises(ValueError, match="line 12: take output/coco of .* at commit e3e3926; .*"
+                       "no answer to .'random', '1.jpg', 'Is there a cup"):  # fmt: skip
+        load_questions("pope", folder)
 
 
 @pytest.mark.parametrize("text, same", [
@@ -523,6 +563,24 @@ def test_answers_are_written_in_llavas_format(made, tmp_path):
     assert results["score"] == results["picture"] == 50 and results["total"] == 66.67
     assert results["questions"] == 3
     assert not (tmp_path / "scienceqa.begun.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_answers_in_a_file_get_the_score_of_the_run_that_wrote_them(
+    name, made, tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(Path(__file__).parent / "campaigns")
+    from published import score_file
+
+    folder = made(name)
+    questions = load_questions(name, folder)
+    results = ask_and_score(name, questions, asker(), tmp_path, "m")
+    table = score_file(name, folder, tmp_path / f"{name}.jsonl")
+    assert table and table.items() <= results.items()
+    lines = (tmp_path / f"{name}.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "cut.jsonl").write_text("".join(lines[1:]))
+    with pytest.raises(ValueError, match="cut.jsonl: has no answer to 1 of "):
+        score_file(name, folder, tmp_path / "cut.jsonl")
 
 
 def test_interrupted_run_goes_on_and_ends_as_an_uninterrupted_one(made, tmp_path):
