@@ -47,6 +47,7 @@ from data.llava import (
     where_of,
 )
 from data.loader import too_many
+from data.packing import check_positions
 from data.records import Records
 from data.stages import table_of
 from data.tokenizer import Tokenizer
@@ -61,7 +62,7 @@ class CheckConfig:
     stage: int = 3  # and of this stage: 1, 2 or 3
     init: str = ""  # for a training that starts from this checkpoint
     limit: int = 0  # use only the first so many records; 0: all
-    llm: str = ""  # folder with the tokenizer; empty: the preset's
+    llm: str = ""  # folder with the tokenizer and config.json; empty: the preset's
     clip: str = ""  # folder with CLIP's config.json; empty: the preset's
     template: str = ""  # prompt template of the conversations; empty: the stage's
     image_mode: str = ""  # how pictures become square: pad or square; empty: the stage's
@@ -154,12 +155,18 @@ def resolve(cfg, given):
     return cfg
 
 
-def image_side(cfg):
+def model_fields(cfg):
+    """Fields of CLIP and of the language model, from --init, or from --clip and --llm."""
+    if cfg.init:
+        return configs.cumo_fields(read_config(local_folder(cfg.init, "config")), cfg.init)[:2]
+    clip, llm = (read_config(local_folder(name, "config")) for name in (cfg.clip, cfg.llm))
+    return configs.clip_fields(clip), configs.llm_fields(llm)
+
+
+def image_side(cfg, clip):
     """Pixels of a side of the pictures that the model sees, and of a patch."""
     flag, name = ("init", cfg.init) if cfg.init else ("clip", cfg.clip)
-    config = read_config(local_folder(name, "config"))
-    fields = configs.cumo_fields(config, name)[0] if cfg.init else configs.clip_fields(config)
-    size, patch = fields["image_size"], fields["patch_size"]
+    size, patch = clip["image_size"], clip["patch_size"]
     if type(size) is not int or type(patch) is not int or not 0 < patch <= size:
         raise ValueError(f"--{flag} {name}: pictures of {size!r:.40} cannot be cut into patches of "
                          f"{patch!r:.40}")  # fmt: skip
@@ -168,9 +175,12 @@ def image_side(cfg):
 
 def check_records(cfg, tokenizer, records):
     """-> (Report, the first --show samples as text)."""
-    size, patch = image_side(cfg)
+    clip, llm = model_fields(cfg)
+    size, patch = image_side(cfg, clip)
     patches, report, shown = (size // patch) ** 2, Report(), []
     check_template(cfg.template, tokenizer)
+    positions = llm.get("max_positions", cfg.row_tokens)
+    check_positions(cfg.row_tokens, positions, llm.get("sliding_window"))
     check_row(cfg.row_tokens, tokenizer, cfg.template, patches)
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     how = tokenizer, cfg.template, patches
