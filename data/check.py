@@ -23,6 +23,7 @@ colours (no terminal, or NO_COLOR is set).
 
 import os
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -42,10 +43,12 @@ from data.llava import (
     encode,
     open_sample,
     picture_line,
-    read_records,
+    tags_without_picture,
     where_of,
 )
 from data.loader import too_many
+from data.packing import check_positions
+from data.records import Records
 from data.stages import table_of
 from data.tokenizer import Tokenizer
 from data.weights import read_config
@@ -59,7 +62,7 @@ class CheckConfig:
     stage: int = 3  # and of this stage: 1, 2 or 3
     init: str = ""  # for a training that starts from this checkpoint
     limit: int = 0  # use only the first so many records; 0: all
-    llm: str = ""  # folder with the tokenizer; empty: the preset's
+    llm: str = ""  # folder with the tokenizer and config.json; empty: the preset's
     clip: str = ""  # folder with CLIP's config.json; empty: the preset's
     template: str = ""  # prompt template of the conversations; empty: the stage's
     image_mode: str = ""  # how pictures become square: pad or square; empty: the stage's
@@ -74,6 +77,7 @@ class Report:
     def __init__(self):
         self.faults, self.skipped, self.left_out, self.sizes, self.flat = [], [], [], [], []
         self.lengths, self.learned, self.cut, self.dropped = [], [], 0, 0
+        self.kinds = Counter()  # the records by their tags_without_picture
 
     def add(self, coded, length, sizes):
         self.sizes += sizes
@@ -151,12 +155,18 @@ def resolve(cfg, given):
     return cfg
 
 
-def image_side(cfg):
+def model_fields(cfg):
+    """Fields of CLIP and of the language model, from --init, or from --clip and --llm."""
+    if cfg.init:
+        return configs.cumo_fields(read_config(local_folder(cfg.init, "config")), cfg.init)[:2]
+    clip, llm = (read_config(local_folder(name, "config")) for name in (cfg.clip, cfg.llm))
+    return configs.clip_fields(clip), configs.llm_fields(llm)
+
+
+def image_side(cfg, clip):
     """Pixels of a side of the pictures that the model sees, and of a patch."""
     flag, name = ("init", cfg.init) if cfg.init else ("clip", cfg.clip)
-    config = read_config(local_folder(name, "config"))
-    fields = configs.cumo_fields(config, name)[0] if cfg.init else configs.clip_fields(config)
-    size, patch = fields["image_size"], fields["patch_size"]
+    size, patch = clip["image_size"], clip["patch_size"]
     if type(size) is not int or type(patch) is not int or not 0 < patch <= size:
         raise ValueError(f"--{flag} {name}: pictures of {size!r:.40} cannot be cut into patches of "
                          f"{patch!r:.40}")  # fmt: skip
@@ -165,14 +175,18 @@ def image_side(cfg):
 
 def check_records(cfg, tokenizer, records):
     """-> (Report, the first --show samples as text)."""
-    size, patch = image_side(cfg)
+    clip, llm = model_fields(cfg)
+    size, patch = image_side(cfg, clip)
     patches, report, shown = (size // patch) ** 2, Report(), []
     check_template(cfg.template, tokenizer)
+    positions = llm.get("max_positions", cfg.row_tokens)
+    check_positions(cfg.row_tokens, positions, llm.get("sliding_window"))
     check_row(cfg.row_tokens, tokenizer, cfg.template, patches)
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     how = tokenizer, cfg.template, patches
     for k, record in enumerate(tqdm(records, unit="record", leave=False)):
         where = where_of(record, k, cfg.data)
+        report.kinds[tags_without_picture(record)] += 1
         try:
             paths = check_record(record, k, cfg.data, cfg.image_folder, cfg.template)
             sample = open_sample(record, str(record.get("id", k)), paths) | {"where": where}
@@ -180,11 +194,11 @@ def check_records(cfg, tokenizer, records):
             whole, _ = render(sample["conversations"], *how, len(images), where)
             coded = encode(sample, *how, size, cfg.image_mode, cfg.row_tokens)
         except Rejected as reason:
-            report.left_out.append(reason)
+            report.left_out.append(str(reason))  # the error itself keeps its record alive
         except Unreadable as fault:
             report.skipped.append(f"{where}: {fault.args[2]}")
         except ValueError as fault:
-            report.faults.append(fault)
+            report.faults.append(str(fault))
         else:
             report.add(coded, len(whole), [image.size for image in images])
             report.flat += [f"{where}: {image.filename}" for image in images if is_flat(image)]
@@ -200,12 +214,12 @@ def is_flat(image):
 
 def main():
     cfg = resolve(*parse(CheckConfig, description=__doc__.split("\n")[0]))
-    records = read_records(cfg.data)[: cfg.limit or None]
+    records = Records(cfg.data, cfg.limit)
     print(f"checked for --preset {cfg.preset} --stage {cfg.stage}: --template {cfg.template} "
           f"--image-mode {cfg.image_mode} --row-tokens {cfg.row_tokens}")  # fmt: skip
-    print(picture_line(cfg.data, records))
     tokenizer = Tokenizer.from_pretrained(cfg.init or cfg.llm)
     report, shown = check_records(cfg, tokenizer, records)
+    print(picture_line(cfg.data, report.kinds))
     report.print(cfg, len(records))
     for text in shown:
         print(text)

@@ -1,10 +1,11 @@
-"""Your own data: a LLaVA JSON list or JSONL file, with image paths relative to a folder.
+"""Your own data: a LLaVA JSON list or JSONL file, with image paths relative to (or in) a folder.
 
     [{"id": "1", "image": "pics/cat.jpg",
       "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
                         {"from": "gpt", "value": "a cat"}]}, ...]
 
-`image` may be missing (a text-only sample) or a list, with one `<image>` tag for each entry.
+`image` may be missing (a text-only sample) or a list, with one `<image>` tag for each entry. A
+conversation may begin with a turn from "system".
 
 The whole file is checked before the first training step. A faulty record, a missing image file and
 a picture under another key (`images`, `video`) are errors. A record that teaches nothing (an empty
@@ -12,16 +13,17 @@ answer) is left out, and the reason is kept in `rejected`. A picture is only ope
 is used; data/check.py opens all of them.
 """
 
-import json
 import os
 import pathlib
 import re
+from array import array
 from bisect import bisect_right
 from collections import Counter
 from typing import NamedTuple
 
 from data.chat import IGNORE, IMAGE_TAG, Rejected, check_turns, render, write
 from data.images import open_image, pixels_of
+from data.records import Records
 
 PICTURE_KEY = re.compile(
     "(image|img|picture|photo|video|frame|audio)s?"
@@ -29,6 +31,10 @@ PICTURE_KEY = re.compile(
 )
 NOT_READ = "video", "frame", "audio"
 NAMED_IN_TEXT = re.compile(r"<img>[^<\n]*\.(?:jpe?g|png|webp|gif|bmp|tiff?)\s*</img>", re.I)
+NOT_A_PATH = (  # what stands in a name that is no path on this machine, and the way out
+    (re.compile(r"\b\w\w+:/|\bdata:"), "it is a URL; save the picture as a file and name that"),
+    (re.compile(r"\\|\b\w:/"), "it is a Windows path; write it with / and inside --image-folder"),
+)
 LIKE_A_TAG = re.compile(r"<\|?(?:image|img|picture|video)[ _-]?\w*\|?>", re.I)
 
 
@@ -39,41 +45,7 @@ class Unreadable(ValueError):
         return f"sample {self.args[0]}: {self.args[2]}"
 
 
-# ------------------------------------------------------------------------------ records on disk
-
-
-def read_records(path):
-    """The records of a .json list or a .jsonl file. ValueError, with the line, otherwise."""
-    path = pathlib.Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); --data wants a JSON or JSONL "
-                         "file") from None  # fmt: skip
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: is not UTF-8 text; --data wants a JSON or JSONL file") from None
-    if path.suffix == ".jsonl":
-        lines = enumerate(text.split("\n"), start=1)  # splitlines would also cut at U+2028
-        return [parse_json(line, f"{path}, line {n}") for n, line in lines if line.strip()]
-    records = parse_json(text, path)
-    if not isinstance(records, list):
-        raise ValueError(f"{path}: holds a {type(records).__name__}, not a list of samples")
-    return records
-
-
-def parse_json(text, where):
-    """The value of a JSON text. ValueError, one line that starts with `where`, if it has none."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError(f"{where}: is nested too deeply to be a list of samples") from None
-    except json.JSONDecodeError as error:
-        hint = "; name it .jsonl if each line is a sample" if error.msg == "Extra data" else ""
-        before = re.findall(r'"id"\s*:\s*("[^"\n]*"|\d+)', text[: error.pos])
-        hint += f"; the last id before it is {before[-1]:.60}" if before else ""
-        raise ValueError(f"{where}: is not valid JSON ({error}){hint}") from None
-    except ValueError:
-        raise ValueError(f"{where}: holds a number with too many digits") from None
+# ------------------------------------------------------------------------------ checking records
 
 
 def where_of(record, k, path):
@@ -111,29 +83,58 @@ def check_keys(record, where):
                          f"write {IMAGE_TAG} in its place")  # fmt: skip
 
 
-def picture_line(path, records):
-    """How many records have a picture, and in how many others text looks like the tag of one."""
-    blind = [r for r in records if not (isinstance(r, dict) and r.get("image"))]
-    found = [set(LIKE_A_TAG.findall("\n".join(texts_of(record)))) for record in blind]
-    line = f"{path}: {len(records) - len(blind):,} of {len(records):,} records have a picture"
-    if any(found):
-        common = Counter(tag for tags in found for tag in tags).most_common(3)
-        shown = ", ".join(f"{tag:.30}" for tag, _ in common)
-        line += f"; in {sum(map(bool, found)):,} of the others {shown} is read as text"
+def tags_without_picture(record):
+    """What looks like the tag of a picture in a record without one; None for one with a picture."""
+    if isinstance(record, dict) and record.get("image"):
+        return None
+    return frozenset(LIKE_A_TAG.findall("\n".join(texts_of(record))))
+
+
+def picture_line(path, kinds):
+    """How many records have a picture, and in how many others text looks like the tag of one.
+    kinds: a Counter of their `tags_without_picture`."""
+    common = Counter()
+    for tags, n in kinds.items():
+        common.update(dict.fromkeys(tags or (), n))
+    line = f"{path}: {kinds[None]:,} of {kinds.total():,} records have a picture"
+    if common:
+        shown = ", ".join(f"{tag:.30}" for tag, _ in common.most_common(3))
+        found = sum(n for tags, n in kinds.items() if tags)
+        line += f"; in {found:,} of the others {shown} is read as text"
     return line
 
 
+def is_inside(path, folder):
+    """Whether a path without `..` is relative, or absolute and inside `folder`."""
+    roots = (os.path.abspath(folder), os.path.realpath(folder)) if path.is_absolute() else ()
+    return not roots or any(path.is_relative_to(root) for root in roots)
+
+
 def image_paths(record, folder, where):
-    """The paths of a record's images, all inside `folder`. ValueError for any other path."""
+    """The paths of a record's images, relative to `folder` or inside it. ValueError for others."""
     if not isinstance(record, dict) or "conversations" not in record:
         raise ValueError(f'{where}: has no field "conversations"')
     names = record.get("image") or []
     names = names if isinstance(names, list) else [names]
     for name in names:
         path = pathlib.Path(name) if isinstance(name, str) else None
-        if path is None or path.is_absolute() or ".." in path.parts:
+        if path is None or ".." in path.parts or not is_inside(path, folder):
             raise ValueError(f"{where}: image {name!r:.80} is no path inside --image-folder")
     return [pathlib.Path(folder) / name for name in names]
+
+
+def conversation_of(record):
+    """The turns of a record. A system turn at their start becomes the beginning of the first
+    question, followed by an empty line, as in Mistral's own chat template."""
+    match record["conversations"]:
+        case [{"from": "system"} as system, {"from": "gpt" | "assistant"}, *rest]:
+            return conversation_of({"conversations": [system, *rest]})  # as `check_turns` drops it
+        case [{"from": "system", "value": str(rule)},
+              {"from": "human" | "user", "value": str(question)} as first, *rest]:  # fmt: skip
+            whole = f"{rule}\n\n{question}" if rule.strip() and question.strip() else question
+            return [first | {"value": whole}, *rest]
+        case turns:
+            return turns
 
 
 def check_record(record, k, path, folder, template=""):
@@ -144,10 +145,12 @@ def check_record(record, k, path, folder, template=""):
     where = where_of(record, k, path)
     paths = image_paths(record, folder, where)
     check_keys(record, where)
-    absent = [image for image in paths if not os.path.isfile(image)]
-    if absent:
-        raise ValueError(f"{where}: no image {str(absent[0])!r:.300}; see --image-folder")
-    if len(check_turns(record["conversations"], len(paths), where, template)) == 1:
+    for image in paths:
+        if not os.path.isfile(image):
+            why = next((way for sign, way in NOT_A_PATH if sign.search(str(image))),
+                       "see --image-folder")  # fmt: skip
+            raise ValueError(f"{where}: no image {str(image)!r:.300}; {why}")
+    if len(check_turns(conversation_of(record), len(paths), where, template)) == 1:
         raise Rejected(f"{where}: it has no answer")
     return paths
 
@@ -160,7 +163,7 @@ def open_sample(record, name, paths):
             images.append(open_image(path))
         except ValueError as error:
             raise Unreadable(name, str(path), str(error)) from None
-    return {"id": name, "images": images, "conversations": record["conversations"]}
+    return {"id": name, "images": images, "conversations": conversation_of(record)}
 
 
 class LlavaData:
@@ -168,35 +171,40 @@ class LlavaData:
     template: each record must suit it. pictures: a line that says how many have one."""
 
     def __init__(self, path, image_folder="", limit=0, template=""):
-        self.folder, self.records, self.rejected, faults = image_folder, [], [], []
-        records = read_records(path)[: limit or None]
-        self.pictures = picture_line(path, records)
-        for k, record in enumerate(records):
+        self.folder, self.records, self.rejected = image_folder, Records(path, limit), []
+        self.used, kinds, faults, first = array("q"), Counter(), 0, ""
+        for k, record in enumerate(self.records):
+            kinds[tags_without_picture(record)] += 1
             try:
                 check_record(record, k, path, image_folder, template)
-                self.records.append((k, record))
+                self.used.append(k)
             except Rejected as reason:
                 self.rejected.append(str(reason))
             except ValueError as error:
-                faults.append(error)
+                faults, first = faults + 1, first or str(error)
         if faults:
-            more = f" ({len(faults) - 1} more records have faults)" if len(faults) > 1 else ""
-            raise ValueError(f"{faults[0]}{more}")
-        if not self.records:
+            more = f" ({faults - 1} more records have faults)" if faults > 1 else ""
+            raise ValueError(f"{first}{more}")
+        self.pictures = picture_line(path, kinds)
+        if not self.used:
             first = f"; the first: {self.rejected[0]}" if self.rejected else ""
             raise ValueError(f"{path}: holds no sample to learn from{first}")
 
     def __len__(self):
-        return len(self.records)
+        return len(self.used)
+
+    def record(self, i):
+        """The record of sample `i`, as it is in the file."""
+        return self.records[self.used[i]]
 
     def __getitem__(self, i):
-        k, record = self.records[i]
-        return open_sample(record, self.name(i), image_paths(record, self.folder, f"record {k}"))
+        record = self.record(i)
+        paths = image_paths(record, self.folder, f"record {self.used[i]}")
+        return open_sample(record, self.name(i, record), paths)
 
-    def name(self, i):
+    def name(self, i, record=None):
         """The sample's id, or else the number of its record."""
-        k, record = self.records[i]
-        return str(record.get("id", k))
+        return str((record or self.record(i)).get("id", self.used[i]))
 
 
 # ------------------------------------------------------------------------------ samples to arrays

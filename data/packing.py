@@ -101,6 +101,14 @@ def step_metrics(rows, shares):
     return {key: value.round(6).tolist() for key, value in total.items()}
 
 
+def check_positions(row_tokens, positions, window=None):
+    """ValueError if a conversation as long as a row has places that the language model does not
+    know. With a sliding window only the distance within the window counts."""
+    if row_tokens > positions and not window:
+        raise ValueError(f"--row-tokens {row_tokens} is longer than the {positions} positions of "
+                         f"the language model; take {positions} or less")  # fmt: skip
+
+
 def check_rows(rows, world):
     """ValueError unless every one of `world` ranks gets the same number of rows."""
     if rows % world:

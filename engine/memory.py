@@ -38,6 +38,7 @@ import torch
 from clip_moe import CLIPVisionConfig
 from cumo import CuMo, CuMoConfig
 from data.hub import fetched, local_folder
+from data.packing import check_positions
 from data.weights import read_config
 from engine import fsdp, resume
 from engine.optim import WEIGHTS, bytes_per_parameter
@@ -185,21 +186,11 @@ def stage_model(cfg) -> CuMoConfig:
     return model
 
 
-def check_positions(row_tokens: int, cfg: LLMConfig) -> None:
-    """ValueError if a conversation as long as a row has places that the language model does not
-    know. With a sliding window only the distance within the window counts."""
-    if row_tokens > cfg.max_positions and not cfg.sliding_window:
-        raise ValueError(
-            f"--row-tokens {row_tokens} is longer than the {cfg.max_positions} positions of the "
-            f"language model; take {cfg.max_positions} or less"
-        )
-
-
 def plan_stage(cfg, learning: list[str]) -> Plan:
     """The plan of a stage (cfg: a train.TrainConfig) that trains the submodules `learning`."""
     processes = fsdp.world()[1]
     tokens, model = cfg.rows * cfg.row_tokens // processes, stage_model(cfg)
-    check_positions(cfg.row_tokens, model.llm)
+    check_positions(cfg.row_tokens, model.llm.max_positions, model.llm.sliding_window)
     return make_plan(model, cfg.stage, tokens, learning, bf16=cfg.bf16,
                      processes=processes)  # fmt: skip
 

@@ -125,9 +125,9 @@ def records_of(data):
     if not hasattr(data, "records"):
         return None
     digest = hashlib.sha256()
-    for _, record in data.records:
-        digest.update(json.dumps(record, sort_keys=True).encode() + b"\n")
-    return {"records": len(data.records), "sha256": digest.hexdigest()[:16]}
+    for i in range(len(data)):
+        digest.update(json.dumps(data.record(i), sort_keys=True).encode() + b"\n")
+    return {"records": len(data), "sha256": digest.hexdigest()[:16]}
 
 
 def check_data(cfg, data):

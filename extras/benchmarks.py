@@ -5,8 +5,8 @@
 Nothing is downloaded. `--folder` holds the files below, laid out as LLaVA's docs/Evaluation.md
 says. Files marked z come from LLaVA's `eval.zip`, the others from the benchmark's own release.
 
-    pope        z llava_pope_test.jsonl, val2014/ (COCO),
-                coco/coco_pope_adversarial.json, ..._popular.json, ..._random.json
+    pope        z llava_pope_test.jsonl, val2014/ (COCO), coco/coco_pope_adversarial.json,
+                ..._popular.json, ..._random.json from AoiDragon/POPE at commit e3e3926
     gqa         z llava_gqa_testdev_balanced.jsonl,
                 data/testdev_balanced_questions.json, data/images/
     textvqa     z llava_textvqa_val_v051_ocr.jsonl, TextVQA_0.5.1_val.json, train_images/
@@ -19,7 +19,7 @@ says. Files marked z come from LLaVA's `eval.zip`, the others from the benchmark
                 val2014/ (COCO); papers report test-dev, whose answers are not public
 
 Greedy answers go to `out/<benchmark>.jsonl` in LLaVA's format, which the benchmarks' own scorers
-read. The same command continues an interrupted run.
+read (SEED's also wants the rows about videos). The same command continues an interrupted run.
 """
 
 import base64
@@ -37,7 +37,7 @@ from tqdm import tqdm
 from data.chat import IMAGE_TAG
 from data.flags import check_choice
 from data.images import open_image
-from data.llava import parse_json
+from data.records import parse_json
 from data.weights import fingerprint, make_folder, write_json
 from extras.scores import OPTIONS, SCORES
 
@@ -45,6 +45,16 @@ SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 LETTER_CN = "\n请直接回答选项字母。"
 YES_NO = ("yes", "no")
+NO_ANSWER = "the benchmark's own files have no answer to"
+OTHER_POPE = (
+    "take output/coco of github.com/AoiDragon/POPE at commit e3e3926; later ones have other "
+    "questions than LLaVA's file and the published results (3,000 random ones, not 2,910), and no "
+    "answer to"
+)
+PANDAS_NA = {  # LLaVA reads MMBench's table with pandas, for which these are empty
+    *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"),
+    *("<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"),
+}
 LAYOUT = "extras/benchmarks.py lists at its top which files belong in --folder"
 
 
@@ -94,14 +104,14 @@ def locate_errors(where, lacks="has no"):
         raise ValueError(f"{where}: has a wrong format ({error!s:.160}); {LAYOUT}") from None
 
 
-def llava_questions(folder, file, images, answer):
+def llava_questions(folder, file, images, answer, lacks=NO_ANSWER):
     """The questions of one of LLaVA's files. `answer(record)` -> (truth, group), or None to skip
-    the question; a KeyError if the benchmark's own files do not have it."""
+    the question; a KeyError, reported as `lacks`, if the benchmark's own files do not have it."""
     questions = []
     for where, record in jsonl_records(folder / file):
         with locate_errors(where):
             id, image, prompt = record["question_id"], record["image"] + "", record["text"] + ""
-        with locate_errors(where, "the benchmark's own files have no answer to"):
+        with locate_errors(where, lacks):
             found = answer(record)
         if found:
             questions.append(Question(id, prompt, folder / images / image, *found))
@@ -141,7 +151,7 @@ def read_pope(folder):
         kind = record["category"]
         return labels[kind, record["image"], first_line(record["text"])], kind
 
-    return llava_questions(folder, "llava_pope_test.jsonl", "val2014", answer)
+    return llava_questions(folder, "llava_pope_test.jsonl", "val2014", answer, OTHER_POPE)
 
 
 def read_gqa(folder):
@@ -221,7 +231,7 @@ def read_scienceqa(folder):
 
 def read_mmbench(folder, name="mmbench_dev_20230712.tsv", suffix=LETTER):
     csv.field_size_limit(1 << 30)  # a field contains a picture
-    given = lambda text: text and text not in ("NA", "N/A") and text.lower() not in ("nan", "none")
+    given = lambda text: text and text not in PANDAS_NA and text.lower() not in ("nan", "none")
     questions, images = [], {}
     table = csv.DictReader(io.StringIO(read_text(folder / name)), delimiter="\t")
     for k, row in enumerate(table):

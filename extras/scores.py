@@ -5,12 +5,12 @@
     gqa        the answer is exactly right, ignoring a final full stop and capitals
     textvqa    agreement of the normalized answer with ten humans: min(1, matches / 3), leaving
                each human out in turn
-    vqav2      the same
+    vqav2      agreement, with the official scorer's own normalization
     scienceqa  the letter is right, for questions with a picture ("total": for all)
     mme        sum over ten tasks of accuracy + accuracy+ (both questions of a picture right), 100
                each; "cognition": over the other four
     mmbench    the letter is right for every rotation of the options ("accuracy": of all rotations).
-               The official server also understands longer answers; here only a letter counts
+               The official toolkit also finds an option's text; here only a letter counts
     seed       the answer is the letter, for questions about pictures
 
 The first number of each is the one in papers. A score maps [(question, answer), ...], where a
@@ -48,58 +48,85 @@ def letter(text):
     return named[0] if len(named) == 1 else None
 
 
+def only_letter(text):
+    """MMBench: the option named by "A.", "(A)", "A: cat" or "It is A", as the official toolkit
+    reads it without a judge, or None. An article is read as a letter, too: "A dog" names A."""
+    words = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
+    named = [option for option in OPTIONS if option in words]
+    return named[0] if len(named) == 1 else None
+
+
 NUMBERS = {"none": "0"} | {
     word: str(n)
     for n, word in enumerate("zero one two three four five six seven eight nine ten".split())
 }
-CONTRACTIONS = (
-    {  # couldnt've and couldn'tve: each word with one of its apostrophes left out
-        word[:i] + word[i + 1 :]: word
-        for word in """
-        ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've
-        hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't
-        mightn't've might've mustn't must've needn't not've o'clock oughtn't shan't she'd've
-        should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've
-        someone'll someone's something'd something'd've something'll that's there'd there'd've
-        there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't
-        what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's
-        who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've
-        you'd you'd've you'll you're you've""".split()
-        for i in range(len(word))
-        if word[i] == "'"
-    }
-    | {"somebody'd": "somebodyd", "'ows'at": "'ow's'at"}
-)  # these two are the wrong way round in the original table, too
+CONTRACTIONS = {  # couldnt've and couldn'tve: each word with one of its apostrophes left out
+    word[:i] + word[i + 1 :]: word
+    for word in """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've
+    hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't
+    mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've
+    should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've
+    someone'll someone's something'd something'd've something'll that's there'd there'd've
+    there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't
+    what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's
+    who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've
+    you'd you'd've you'll you're you've""".split()
+    for i in range(len(word))
+    if word[i] == "'"
+}
+CONTRACTIONS["somebody'd"] = "somebodyd"  # the wrong way round in the original, too
 
 
-def normalize(text):
-    """VQA: lower case, digits for number words, no articles, punctuation only within numbers, and
-    contractions with their apostrophes."""
-    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    text = before = text.replace("\n", " ").replace("\t", " ").strip()
-    for mark in ';/[]"{}()=+\\_-><@`!':
-        next_to_blank = f"{mark} " in before or f" {mark}" in before
-        text = text.replace(mark, "" if next_to_blank else " ")
+def vqa_words(text):
+    """VQA's official scorer: digits for number words, no articles, punctuation only within numbers,
+    and contractions with their apostrophes."""
+    before, thousands = text, re.search(r"\d,\d", text)
+    for mark in ';/[]"{}()=+\\_-><@`,?!':
+        joins = thousands or f"{mark} " in before or f" {mark}" in before
+        text = text.replace(mark, "" if joins else " ")
     text = re.sub(r"\.(?!\d)", "", text, count=32)  # the original passes a flag, 32, as the count
-    words = (NUMBERS.get(word, word) for word in text.split())
+    words = (NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(
         CONTRACTIONS.get(word, word) for word in words if word not in "a an the".split()
     )
 
 
-def agreement(text, answers):
-    """VQA: agreement of an answer with human answers; each human is left out in turn, and three
-    matches among the others are enough."""
-    text = normalize(text)
-    n, same = len(answers), sum(normalize(answer) == text for answer in answers)
+def normalize(text):
+    """TextVQA: `vqa_words`, after capitals, commas and question marks are removed and the
+    possessive is split off: "cat 's"."""
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
+    return vqa_words(text.replace("\n", " ").replace("\t", " ").strip())
+
+
+def share_of(text, answers):
+    """Agreement with human answers: each human is left out in turn, and three equal answers among
+    the others are enough."""
+    n, same = len(answers), answers.count(text)
     return (same * min(1, (same - 1) / 3) + (n - same) * min(1, same / 3)) / n
+
+
+def agreement(text, answers):
+    """TextVQA: both sides are normalized."""
+    return share_of(normalize(text), [normalize(answer) for answer in answers])
+
+
+def vqav2_agreement(text, answers):
+    """VQAv2: LLaVA's converter normalizes the model's answer. The official scorer then reads both
+    sides through `vqa_words`, but only where the humans differ: ten times "none" stays "none", and
+    the model's "none" has become "0"."""
+    text = normalize(text)
+    answers = [answer.replace("\n", " ").replace("\t", " ").strip() for answer in answers]
+    if len(set(answers)) > 1:
+        text, answers = vqa_words(text), map(vqa_words, answers)
+    return share_of(text, [answer.lower() for answer in answers])
 
 
 # ----------------------------------------------------------------------- from answers to a score
 
 
 def mean_percent(values):
-    return round(100 * fmean(values), 2)
+    return 100 * fmean(values)
 
 
 def grouped(pairs):
@@ -135,17 +162,15 @@ def score_pope(answers):
             "recall": mean_percent([found / max(1, found + missed)]),
             "yes": mean_percent(answer for _, answer in pairs),
         }
-    means = {name: round(fmean(row[name] for row in table.values()), 2) for name in table[kind]}
-    return means | table
+    return {name: fmean(row[name] for row in table.values()) for name in table[kind]} | table
 
 
 def score_mme(answers):
     pictures = grouped((q.group, yes_or_no(text) == q.truth) for q, text in answers)
     tasks = grouped((task, fmean(right) + all(right)) for (task, _), right in pictures.items())
     table = {task: mean_percent(values) for task, values in tasks.items()}
-    cognition = sum(table[task] for task in table if task in COGNITION)
-    perception = sum(table.values()) - cognition
-    return {"perception": round(perception, 2), "cognition": round(cognition, 2)} | table
+    total = lambda of_cognition: sum(table[t] for t in table if (t in COGNITION) == of_cognition)
+    return {"perception": total(False), "cognition": total(True)} | table
 
 
 def score_scienceqa(answers):
@@ -154,19 +179,30 @@ def score_scienceqa(answers):
 
 
 def score_mmbench(answers):
-    rotations = grouped((q.group, letter(text) == q.truth) for q, text in answers)
+    rotations = grouped((q.group, only_letter(text) == q.truth) for q, text in answers)
     every = [right for rights in rotations.values() for right in rights]
     return {"circular": mean_percent(map(all, rotations.values())), "accuracy": mean_percent(every)}
 
 
-SCORES = {
+def rounded(score):
+    """The score with two decimals. Rounding comes last, after all sums and means."""
+
+    def two_decimals(value):
+        if isinstance(value, dict):
+            return {name: two_decimals(part) for name, part in value.items()}
+        return round(value, 2)
+
+    return lambda answers: two_decimals(score(answers))
+
+
+SCORES = {name: rounded(score) for name, score in {
     "pope": score_pope,
     "gqa": mean_of(lambda text, truth: text.rstrip(".").lower() == truth),
     "textvqa": mean_of(agreement),
-    "vqav2": mean_of(agreement),
+    "vqav2": mean_of(vqav2_agreement),
     "scienceqa": score_scienceqa,
     "mme": score_mme,
     "mmbench": score_mmbench,
     "mmbench_cn": score_mmbench,
     "seed": mean_of(lambda text, truth: text == truth),
-}
+}.items()}  # fmt: skip

@@ -5,6 +5,7 @@ import io
 import json
 import random
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -22,9 +23,19 @@ from extras.benchmarks import (
     ask_and_score,
     load_questions,
     open_picture,
+    read_mmbench,
     read_scienceqa,
 )
-from extras.scores import SCORES, agreement, letter, normalize, says_no, yes_or_no
+from extras.scores import (
+    SCORES,
+    agreement,
+    letter,
+    normalize,
+    only_letter,
+    says_no,
+    vqav2_agreement,
+    yes_or_no,
+)
 
 
 def write(path, content):
@@ -263,6 +274,35 @@ def test_scienceqa_reads_letters_as_the_original(text, option):
     assert letter(text) == option
 
 
+@pytest.mark.parametrize("text, option", [
+    ("B", "B"), ("A.", "A"), ("(A)", "A"), ("A: cat", "A"), ("A. cat", "A"), ("C, it is", "C"),
+    ("The answer is D", "D"), ("[B]", "B"), ("A or B", None), ("A A", "A"), ("b", None), ("", None),
+    ("Banana", None), ("A cat", "A"), ("**C**", "C"),
+])  # fmt: skip
+def test_mmbench_reads_the_only_letter_as_the_official_toolkit(text, option):
+    assert only_letter(text) == option
+    assert SCORES["mmbench"](answers([(7, option or "A", text)]))["circular"] == 100 * bool(option)
+
+
+@pytest.mark.parametrize("empty", ["", "NA", "N/A", "n/a", "nan", "NaN", "NAN", "None", "NONE",
+                                   "null", "NULL", "<NA>", "#N/A", "1.#QNAN"])  # fmt: skip
+def test_mmbenchs_empty_options_and_hints_are_those_of_pandas(empty, tmp_path):
+    row = f"1\tWhich?\t{empty}\tno\tNo\t{empty}\tcat\tA\t" + "x" * 70
+    write(tmp_path / "mmbench_dev_20230712.tsv",
+          f"index\tquestion\thint\tA\tB\tC\tD\tanswer\timage\n{row}")  # fmt: skip
+    (question,) = read_mmbench(tmp_path)
+    assert question.prompt == f"Which?\nA. no\nB. No{LETTER}"
+
+
+def test_popes_files_of_today_are_refused_with_the_commit_to_take(made):
+    folder = made("pope")
+    file = folder / "coco" / "coco_pope_random.json"
+    file.write_text(file.read_text().replace("cup", "bus"))
+    with pytest.raises(ValueError, match="line 12: take output/coco of .* at commit e3e3926; .*"
+                       "no answer to .'random', '1.jpg', 'Is there a cup"):  # fmt: skip
+        load_questions("pope", folder)
+
+
 @pytest.mark.parametrize("text, same", [
     ("The Two dogs.", "2 dogs"), ("a cat's tail", "cat 's tail"), ("dont", "don't"),
     ("couldntve", "couldntve"), ("couldn'tve", "couldn't've"), ("3.5 kg.", "3.5 kg"),
@@ -291,6 +331,20 @@ def test_agreement_is_the_mean_over_people_left_out():
             others = [normalize(p) for p in people[:k] + people[k + 1 :]]
             values.append(min(1, others.count(normalize(said)) / 3))
         assert agreement(said, people) == pytest.approx(sum(values) / 10)
+
+
+@pytest.mark.parametrize("said, humans, value", [
+    ("none", ["none"] * 10, 0),  # all the same: theirs stay as they are, ours has become "0"
+    ("none", ["none"] * 9 + ["2"], 1), ("0", ["0"] * 10, 1), ("2", ["two"] * 10, 0),
+    ("Dog.", ["dog"] * 10, 1), ("dog", ["Dog"] * 10, 1), ("the dog", ["the dog"] * 10, 0),
+    ("a cat's", ["cat's"] * 5 + ["cats"] * 5, 0),  # 's is split in ours and never in theirs
+    ("1,000", ["1,000"] * 9 + ["2"], 1), ("1,000", ["1,000"] * 10, 0), ("yes", [" yes\n"] * 10, 1),
+    ("a-b", ["1,000 a-b"] * 9 + ["x"], 0), ("1,000 ab", ["1,000 a-b"] * 9 + ["x"], 1),
+    ("ow's'at", ["ow's'at", "'ows'at"] * 5, 0), ("'ows'at", ["ow's'at", "'ows'at"] * 5, 1),
+])  # fmt: skip
+def test_vqav2_is_scored_by_the_official_rule_after_llavas_converter(said, humans, value):
+    assert vqav2_agreement(said, humans) == pytest.approx(value)
+    assert SCORES["vqav2"](answers([("", humans, said)])) == {"accuracy": 100 * value}
 
 
 def test_normalising_twice_changes_only_what_the_first_pass_joined():
@@ -329,6 +383,16 @@ def test_mme_by_hand():
     ]
     assert SCORES["mme"](answers(rows)) == {
         "perception": 125, "cognition": 50, "count": 125, "code_reasoning": 50}  # fmt: skip
+
+
+def test_totals_add_exact_parts_and_are_rounded_once():
+    """LLaVA-1.5-13B: 1531.3187 by MME's own script; the sum of rounded parts was 1531.31."""
+    thirds = [((f"task {k}", str(n)), "yes", "yes" if n else "no") for k in range(9)
+              for n in range(3)]  # fmt: skip
+    assert SCORES["mme"](answers(thirds))["perception"] == 1200  # 9 x (66.67 + 66.67)
+    rows = [(kind, "yes", "yes" if n < right else "no") for n in range(3)
+            for kind, right in (("random", 0), ("popular", 2), ("adversarial", 2))]  # fmt: skip
+    assert SCORES["pope"](answers(rows))["recall"] == 44.44  # (0 + 66.67 + 66.67) / 3 is 44.45
 
 
 def test_gqa_forgives_full_stops_and_capitals_only():
@@ -499,6 +563,24 @@ def test_answers_are_written_in_llavas_format(made, tmp_path):
     assert results["score"] == results["picture"] == 50 and results["total"] == 66.67
     assert results["questions"] == 3
     assert not (tmp_path / "scienceqa.begun.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_answers_in_a_file_get_the_score_of_the_run_that_wrote_them(
+    name, made, tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(Path(__file__).parent / "campaigns")
+    from published import score_file
+
+    folder = made(name)
+    questions = load_questions(name, folder)
+    results = ask_and_score(name, questions, asker(), tmp_path, "m")
+    table = score_file(name, folder, tmp_path / f"{name}.jsonl")
+    assert table and table.items() <= results.items()
+    lines = (tmp_path / f"{name}.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "cut.jsonl").write_text("".join(lines[1:]))
+    with pytest.raises(ValueError, match="cut.jsonl: has no answer to 1 of "):
+        score_file(name, folder, tmp_path / "cut.jsonl")
 
 
 def test_interrupted_run_goes_on_and_ends_as_an_uninterrupted_one(made, tmp_path):

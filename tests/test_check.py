@@ -1,9 +1,9 @@
 """`python -m data.check` finds what training would refuse, leave out or cut."""
 
 import json
-import pathlib
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from data.stages import PRESETS
 from data.tokenizer import Tokenizer
 from llm import LLM
 
-MINI = pathlib.Path(__file__).parents[1] / "data" / "mini"
+MINI = Path(__file__).parents[1] / "data" / "mini"
 
 
 def talk(*texts):
@@ -118,6 +118,29 @@ def test_deep_pictures_are_skipped_with_the_way_out(report, tmp_path):
 def test_text_and_conversations_stop_a_stage_1(report):
     status, out = report([GOOD, {"id": "t", "conversations": talk("Q", "A")}], "--stage", "1")
     assert status == 1 and "record 1 (id 't'): template plain takes an image and its caption" in out
+
+
+@pytest.mark.parametrize("window", [None, 64])
+@pytest.mark.parametrize("init", [False, True])
+def test_a_row_longer_than_the_models_positions_is_an_error_as_in_training(
+    init, window, small, tmp_path
+):
+    folder, flags = small
+    source = folder / "stage2" if init else Path(flags["llm"])
+    config = json.loads((source / "config.json").read_text())
+    config |= {"max_position_embeddings": 600, "sliding_window": window}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    names = {"init": str(tmp_path)} if init else flags | {"llm": str(tmp_path)}
+    rows = dict(template="mistral_instruct", image_mode="pad")
+    tokenizer = Tokenizer.from_pretrained(flags["llm"])
+    look = lambda n: check.check_records(
+        check.CheckConfig("x.json", **names, **rows, row_tokens=n), tokenizer, [])  # fmt: skip
+    look(600)
+    if window:
+        look(601)
+        return
+    with pytest.raises(ValueError, match="--row-tokens 601 is longer than the 600 positions of"):
+        look(601)
 
 
 def test_samples_that_are_left_out_stop_no_training(report):
@@ -298,9 +321,10 @@ def test_flags_win_over_the_table_and_a_checkpoint_has_its_own_tokenizer(small, 
     assert (asked.template, asked.row_tokens, asked.image_mode) == ("plain", 99, "square")
     assert asked.llm == "data/mini/llm"
     init = check.CheckConfig("x.json", init=str(folder / "stage2"))
-    assert check.image_side(init) == (64, 16)
+    assert check.image_side(init, check.model_fields(init)[0]) == (64, 16)
     config = json.loads((folder / "stage2" / "config.json").read_text())
     config["vision_config"]["patch_size"] = 0
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=f"--init {tmp_path}: pictures of 64 .* patches of 0"):
-        check.image_side(check.CheckConfig("x.json", init=str(tmp_path)))
+        faulty = check.CheckConfig("x.json", init=str(tmp_path))
+        check.image_side(faulty, check.model_fields(faulty)[0])

@@ -10,7 +10,8 @@ from PIL import Image
 
 from data.chat import IGNORE, IMAGE_TOKEN, Rejected, render
 from data.images import preprocess
-from data.llava import LlavaData, Unreadable, check_row, encode, read_records
+from data.llava import LlavaData, Unreadable, check_row, encode
+from data.records import Records
 from data.tokenizer import Tokenizer
 from data.world import World
 
@@ -110,6 +111,43 @@ def test_first_turn_from_gpt_is_dropped_as_in_the_original(folder, tokenizer):
     assert one == two
 
 
+def test_absolute_path_inside_the_folder_works(folder, monkeypatch):
+    (folder / "link").symlink_to(folder / "pics")
+    data = load(folder, [record("<image>", "A", image=str(folder / "pics" / "red.png"))])
+    assert data[0]["images"][0].size == (20, 10)
+    monkeypatch.chdir(folder)
+    for name in ("pics", "./pics", "link", ""):
+        assert LlavaData("data.json", name)[0]["images"][0].size == (20, 10)
+    with pytest.raises(ValueError, match="is no path inside --image-folder"):
+        load(folder, [record("<image>", "A", image=str(folder / "pics2" / "red.png"))])
+
+
+@pytest.mark.parametrize("template", ["plain", "mistral_instruct", "mistral_instruct_system"])
+def test_system_turn_opens_the_first_question(template, folder, tokenizer):
+    system, late = {"from": "system", "value": "Be brief."}, {"from": "gpt", "value": "Ready."}
+    turns = talk("<image>\nWhat?", "red")
+    wanted = record("Be brief.\n\n<image>\nWhat?", "red", image="red.png")
+    many = [[system, *turns], [system, late, *turns], turns, [system | {"value": " "}, *turns]]
+    own = [record(conversations=some, image="red.png") for some in many]
+    data = load(folder, [wanted, *own])
+    assert len(data) == 5 and "Be brief." in data[0]["conversations"][0]["value"]
+    first, *coded = (encode(data[k], tokenizer, template, 4, 8)[:2] for k in range(5))
+    assert coded[0] == coded[1] == first and coded[3] == coded[2]
+    assert (coded[2] == first) == (template == "plain")
+    data = load(folder, [record(), record(conversations=[system, *talk(" ", "A")])])
+    assert "question 1 is empty" in data.rejected[0]
+
+
+@pytest.mark.parametrize("turns", [
+    [{"from": "system", "value": "S"}], talk("Q", "A") + [{"from": "system", "value": "S"}],
+    [{"from": "system", "value": "S"}] * 2 + talk("Q", "A"),
+    [{"from": "system", "value": 5}, *talk("Q", "A")],
+])  # fmt: skip
+def test_system_turn_elsewhere_is_refused(turns, folder):
+    with pytest.raises(ValueError, match="turn . (is from 'system'|needs .* a text)"):
+        load(folder, [record(conversations=turns)])
+
+
 # ------------------------------------------------------------------------------- what is refused
 
 
@@ -129,6 +167,12 @@ def test_first_turn_from_gpt_is_dropped_as_in_the_original(folder, tokenizer):
     (record("<image>", "A", image="../x.png"), "'../x.png' is no path inside --image-folder"),
     (record("<image>", "A", image="sub/../../data.json"), "is no path inside --image-folder"),
     (record("<image>", "A", image="/etc/passwd"), "'/etc/passwd' is no path inside --image-folder"),
+    (record("<image>", "A", image=r"sub\blue.jpg"), "it is a Windows path; write it with / and in"),
+    (record("<image>", "A", image=r"C:\pics\a.png"), "no image '.*' *; it is a Windows path"),
+    (record("<image>", "A", image="C:/pics/a.png"), "it is a Windows path"),
+    (record("<image>", "A", image="https://x.org/a.png"), "it is a URL; save the picture as a f"),
+    (record("<image>", "A", image="s3://x/a.png"), "it is a URL"),
+    (record("<image>", "A", image="data:image/png;base64,AAAA"), "it is a URL"),
     (record("<image>", "A", image=5), "image 5 is no path inside"),
     (record("<image>", "A", image=[{"url": "x"}]), "image {'url': 'x'} is no path inside"),
 ])  # fmt: skip
@@ -280,10 +324,10 @@ def test_broken_line_of_a_jsonl_file_is_named_by_its_number(folder):
 def test_missing_file_folder_and_binary_are_one_clear_line(folder):
     with pytest.raises(ValueError, match="none.json: cannot be read .No such file.*--data wants"):
         LlavaData(folder / "none.json")
-    with pytest.raises(ValueError, match="pics: cannot be read .Is a directory"):
-        read_records(folder / "pics")
+    with pytest.raises(ValueError, match="pics: is a folder; --data wants"):
+        Records(folder / "pics")
     with pytest.raises(ValueError, match="red.png: is not UTF-8 text; --data wants"):
-        read_records(folder / "pics" / "red.png")
+        Records(folder / "pics" / "red.png")
 
 
 def test_image_that_is_no_image_is_named_when_its_turn_comes(folder):

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from clip_moe import CLIPVisionConfig
 from cumo import IMAGE_TOKEN, CuMo, CuMoConfig
+from data.packing import check_positions
 from data.weights import write_json
 from engine import memory
 from llm import LLMConfig
@@ -136,10 +137,8 @@ def test_a_row_longer_than_the_models_positions_is_refused(tmp_path, flags, monk
         "2048 or less"
     )
     assert not (tmp_path / "out").exists()
-    memory.check_positions(2048, LLMConfig(99, 32, 56, 2, 4, 2, max_positions=2048))
-    memory.check_positions(
-        9999, LLMConfig(99, 32, 56, 2, 4, 2, max_positions=2048, sliding_window=64)
-    )
+    check_positions(2048, 2048)
+    check_positions(9999, 2048, window=64)
 
 
 def test_stage_1_trains_the_connector_alone():
