@@ -7,8 +7,8 @@ The pictures come from six npm packages; OpenMoji's are vector drawings:
     python runs/make/make_atlas.py --packages DIR  # the same from .tgz files in DIR
 
 An atlas is a lossless WebP, 12 glyphs a row, in the order of `concepts.json`. Two older
-styles lack some concepts: their cells stay empty. The authors and licences are in
-data/emoji/ATTRIBUTION.md. The README's picture, cat.jpg, is also drawn here.
+styles lack some concepts, and one drawing of each shows another thing: these cells stay empty. The
+authors and licences are in data/emoji/ATTRIBUTION.md. cat.jpg at the root is also drawn here.
 """
 
 import argparse
@@ -34,6 +34,7 @@ PACKAGES = {  # style -> (npm package, path of one glyph inside it)
     "fluent": ("@lobehub/fluent-emoji-3d@1.1.0", "package/assets/{}.webp"),
 }
 COMPLETE = ("noto", "twemoji", "openmoji", "fluent")  # the others lack newer emoji
+LEFT_OUT = {("emojione", "tent"), ("oldnoto", "laptop")}  # a night landscape; a desktop computer
 
 
 def archive_name(package):
@@ -98,7 +99,7 @@ def main():
             with tarfile.open(path) as tar:
                 for i, (name, concept) in enumerate(concepts.items()):
                     glyph = read_glyph(tar, pattern, concept["codepoint"])
-                    if glyph is None:
+                    if glyph is None or (style, name) in LEFT_OUT:
                         lacking.append(name)
                     else:
                         atlas.paste(glyph, (i % COLUMNS * GLYPH, i // COLUMNS * GLYPH))
