@@ -1,12 +1,14 @@
-"""Rebuild the emoji atlases: one 64-pixel picture of every concept, in three drawing styles.
+"""Rebuild the emoji atlases: one 64-pixel picture of every concept, in six drawing styles.
 
-The pictures come from three npm packages:
+The pictures come from six npm packages; OpenMoji's are vector drawings:
 
+    pip install resvg_py                           # draws them
     python runs/make/make_atlas.py                 # download them and rebuild data/emoji/*.webp
     python runs/make/make_atlas.py --packages DIR  # the same from .tgz files in DIR
 
-An atlas is a lossless WebP, 12 glyphs a row, in the order of `concepts.json`. The authors and
-licences are in data/emoji/ATTRIBUTION.md. The README's picture, cat.jpg, is also drawn here.
+An atlas is a lossless WebP, 12 glyphs a row, in the order of `concepts.json`. Two older
+styles lack some concepts, and one drawing of each shows another thing: these cells stay empty. The
+authors and licences are in data/emoji/ATTRIBUTION.md. cat.jpg at the root is also drawn here.
 """
 
 import argparse
@@ -26,8 +28,13 @@ GLYPH, COLUMNS = 64, 12
 PACKAGES = {  # style -> (npm package, path of one glyph inside it)
     "noto": ("emoji-datasource-google@16.0.0", "package/img/google/64/{}.png"),
     "twemoji": ("emoji-datasource-twitter@16.0.0", "package/img/twitter/64/{}.png"),
+    "openmoji": ("openmoji@17.0.0", "package/color/svg/{}.svg"),
+    "emojione": ("emojione@2.2.7", "package/assets/png_128x128/{}.png"),
+    "oldnoto": ("emoji-datasource-google@3.0.0", "package/img/google/64/{}.png"),
     "fluent": ("@lobehub/fluent-emoji-3d@1.1.0", "package/assets/{}.webp"),
 }
+COMPLETE = ("noto", "twemoji", "openmoji", "fluent")  # the others lack newer emoji
+LEFT_OUT = {("emojione", "tent"), ("oldnoto", "laptop")}  # a night landscape; a desktop computer
 
 
 def archive_name(package):
@@ -36,16 +43,30 @@ def archive_name(package):
     return f"{name.lstrip('@').replace('/', '-')}-{version}.tgz"
 
 
+def rasterise(svg):
+    """The RGBA picture of a vector drawing, cut to a square with a margin as narrow as Noto's."""
+    import resvg_py
+
+    png = resvg_py.svg_to_bytes(svg_string=svg.decode(), width=8 * GLYPH, height=8 * GLYPH)
+    picture = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    left, top, right, bottom = picture.getbbox()
+    half = max(right - left, bottom - top) / 2 * GLYPH / (GLYPH - 4)  # 2 pixels at each edge
+    x, y = (left + right) / 2, (top + bottom) / 2
+    return picture.crop([round(n) for n in (x - half, y - half, x + half, y + half)])
+
+
 def read_glyph(tar, pattern, codepoint):
-    """The RGBA picture of one codepoint, 64x64, under any of its names in the package."""
+    """The RGBA picture of one codepoint, 64x64, under any of its names; None if it has none."""
     bare = codepoint.removesuffix("-fe0f")
-    for name in (codepoint, bare, bare + "-fe0f"):
+    names = (codepoint, bare, bare + "-fe0f")
+    for name in (*names, *(name.upper() for name in names)):
         try:
             raw = tar.extractfile(pattern.format(name)).read()
         except KeyError:
             continue
-        return Image.open(io.BytesIO(raw)).convert("RGBA").resize((GLYPH, GLYPH), Image.LANCZOS)
-    raise ValueError(f"{codepoint} is not in {tar.name}; remove it from concepts.json")
+        vector = pattern.endswith(".svg")
+        glyph = rasterise(raw) if vector else Image.open(io.BytesIO(raw)).convert("RGBA")
+        return glyph.resize((GLYPH, GLYPH), Image.LANCZOS)
 
 
 def draw_cat():
@@ -74,13 +95,20 @@ def main():
             path = pathlib.Path(args.packages or fetched) / archive_name(package)
             rows = -(-len(concepts) // COLUMNS)
             atlas = Image.new("RGBA", (COLUMNS * GLYPH, rows * GLYPH))
+            lacking = []
             with tarfile.open(path) as tar:
-                for i, concept in enumerate(concepts.values()):
-                    place = (i % COLUMNS * GLYPH, i // COLUMNS * GLYPH)
-                    atlas.paste(read_glyph(tar, pattern, concept["codepoint"]), place)
+                for i, (name, concept) in enumerate(concepts.items()):
+                    glyph = read_glyph(tar, pattern, concept["codepoint"])
+                    if glyph is None or (style, name) in LEFT_OUT:
+                        lacking.append(name)
+                    else:
+                        atlas.paste(glyph, (i % COLUMNS * GLYPH, i // COLUMNS * GLYPH))
+            if lacking and style in COMPLETE:
+                raise ValueError(f"{path} lacks {', '.join(lacking)}; edit concepts.json")
             atlas.save(HERE / f"{style}.webp", lossless=True, quality=100, method=6)
             size = (HERE / f"{style}.webp").stat().st_size
-            print(f"{style}: {len(concepts)} glyphs, {size:,} bytes")
+            without = f" (lacks {', '.join(lacking)})" if lacking else ""
+            print(f"{style}: {len(concepts) - len(lacking)} glyphs, {size:,} bytes{without}")
     draw_cat()
 
 
