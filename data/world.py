@@ -11,7 +11,7 @@ a 2x2 grid. Each object is an emoji from `data/emoji/`, slightly shifted, rotate
 Sample `i` depends on `(seed, split, task, i)` alone, so a data set needs no files. The splits, one
 for training and three for the evaluation:
 
-    train   Noto and Twemoji drawings
+    train   drawings of five styles; two of these lack some concepts
     new     new scenes of the same kind
     pairs   every scene has two concepts that never occur together in training
     style   Fluent 3D drawings, a style never trained on

@@ -6,9 +6,9 @@ The pictures come from six npm packages; OpenMoji's are vector drawings:
     python runs/make/make_atlas.py                 # download them and rebuild data/emoji/*.webp
     python runs/make/make_atlas.py --packages DIR  # the same from .tgz files in DIR
 
-An atlas is a lossless WebP, 12 glyphs a row, in the order of `concepts.json`. Two older
-styles lack some concepts, and one drawing of each shows another thing: these cells stay empty. The
-authors and licences are in data/emoji/ATTRIBUTION.md. cat.jpg at the root is also drawn here.
+An atlas is a lossless WebP, 12 glyphs a row, in the order of `concepts.json`. Two older styles lack
+some concepts, and one drawing of each shows another thing: these cells stay empty. The authors and
+licences are in data/emoji/ATTRIBUTION.md. cat.jpg, dog.jpg and owl.jpg are also drawn here.
 """
 
 import argparse
@@ -69,18 +69,28 @@ def read_glyph(tar, pattern, codepoint):
         return glyph.resize((GLYPH, GLYPH), Image.LANCZOS)
 
 
-def draw_cat():
-    """cat.jpg at the root: a cat, a tree and a book, at 4 times the model's resolution."""
+PICTURES = {  # to try, at the root: (background, style, [(concept, place, box)])
+    "cat": ("blue", "noto", [("tree", "at the top right", (34, 2, 29)),
+                             ("cat", "at the bottom left", (2, 34, 29)),
+                             ("book", "at the bottom right", (34, 34, 29))]),
+    "dog": ("yellow", "twemoji", [("dog", "at the top left", (2, 2, 29)),
+                                  ("bicycle", "at the bottom right", (34, 34, 29))]),
+    "owl": ("green", "noto", [("owl", "at the top left", (3, 2, 28)),
+                              ("guitar", "at the top right", (34, 3, 28)),
+                              ("pizza", "at the bottom left", (2, 34, 29)),
+                              ("umbrella", "at the bottom right", (35, 34, 28))]),
+}  # fmt: skip
+
+
+def draw_pictures():
+    """cat.jpg and the others, at 4 times the model's resolution."""
     sys.path.insert(0, str(ROOT))
     from data.world import Object, Scene, draw
 
-    objects = (
-        Object("tree", "at the top right", (34, 2, 29), 0.0, False),
-        Object("cat", "at the bottom left", (2, 34, 29), 0.0, False),
-        Object("book", "at the bottom right", (34, 34, 29), 0.0, False),
-    )
-    picture = draw(Scene("blue", objects, "noto"), scale=4)
-    picture.save(ROOT / "cat.jpg", quality=92)
+    for name, (background, style, objects) in PICTURES.items():
+        objects = tuple(Object(*each, 0.0, False) for each in objects)
+        picture = draw(Scene(background, objects, style), scale=4)
+        picture.save(ROOT / f"{name}.jpg", quality=92)
 
 
 def main():
@@ -109,7 +119,7 @@ def main():
             size = (HERE / f"{style}.webp").stat().st_size
             without = f" (lacks {', '.join(lacking)})" if lacking else ""
             print(f"{style}: {len(concepts) - len(lacking)} glyphs, {size:,} bytes{without}")
-    draw_cat()
+    draw_pictures()
 
 
 if __name__ == "__main__":
