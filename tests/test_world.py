@@ -89,7 +89,7 @@ def talks(n, split="train"):
         yield scenes, world.conversation(scenes, rng, 4)
 
 
-ORDINAL = re.compile(r"in the (first|second|third) picture|^Describe the (first|second|third) ")
+ORDINAL = re.compile(r"[iI]n the (first|second|third) picture|^Describe the (first|second|third) ")
 
 
 def answer_of(scene, question):
