@@ -8,7 +8,7 @@ the arithmetic. CuMo (arXiv 2405.05949, section 3.2) uses such blocks in CLIP an
        |                                                |
        |      t0 t1 t2 t3        sort by expert         v          un-sort, weighted sum
        +----> 1  0  1  2   -->  [ t1 | t0 t2 | t3 ] --> experts --> y [N, D]
-                                  e0    e1     e2
+     (drawn for K = 1)            e0    e1     e2
 
     probs = softmax(x W)                        one logit per expert, in float32
     y_t   = sum over the top K of  w_te * expert_e(x_t),   w = the top K probs, scaled to sum to 1

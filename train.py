@@ -88,7 +88,7 @@ class RunSettings:
 
 @dataclass
 class StageSettings:
-    """For --stage; with --stage 0 for all three. Their defaults are in data/stages.py."""
+    """For --stage; with --stage 0 for all three. data/stages.py replaces most of these defaults."""
 
     data: str = ""  # LLaVA JSON or JSONL; empty: the emoji world
     image_folder: str = ""  # folder that the image paths of --data are relative to

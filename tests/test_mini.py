@@ -55,7 +55,9 @@ def test_transformers_splits_text_like_our_tokenizer():
 
 
 @pytest.mark.parametrize("split", ["new", "pairs"])
-def test_language_model_answers_scenes_given_as_text(split):
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_language_model_answers_scenes_given_as_text(split, noise):
+    """One scene or several; with noise, every patch of an object may have a wrong name."""
     llm = LLM.from_pretrained(MINI / "llm").eval()
-    answers = text_accuracy(llm, Tokenizer.from_pretrained(MINI / "llm"), split)
+    answers = text_accuracy(llm, Tokenizer.from_pretrained(MINI / "llm"), split, noise)
     assert np.mean([answers[kind] for kind in world.QUESTION_TYPES]) > 0.95, answers
