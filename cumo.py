@@ -201,7 +201,8 @@ class CuMo(nn.Module):
         with torch.device("meta"):
             model = cls(cfg).to(dtype or torch.float32)
         read = lambda h: chain(weights.read_tensors(path, h), weights.read_stage_files(path, h))
-        return weights.fill(model, read, device, source=str(path))
+        unused = lambda name: model.llm.is_unused(name) or name.endswith("position_ids")
+        return weights.fill(model, read, device, unused, str(path))
 
 
 if __name__ == "__main__":  # a worked example: an image in the middle of a sentence

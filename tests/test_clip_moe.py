@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from clip_moe import CLIPVision, CLIPVisionConfig, cut_tiles, merge_tiles
+from data import configs
 from data.weights import write_json, write_tensors
 
 TINY = CLIPVisionConfig(image_size=16, patch_size=4, dim=16, hidden_dim=32, n_layers=3, n_heads=2)
@@ -251,6 +252,48 @@ def test_public_config_without_sizes_is_vit_b():
     """openai/clip-vit-base-patch32 leaves out what equals transformers' defaults."""
     cfg = CLIPVisionConfig.from_hf({"image_size": 224, "patch_size": 32})
     assert (cfg.dim, cfg.hidden_dim, cfg.n_layers, cfg.n_heads) == (768, 3072, 12, 12)
+
+
+SIZES = dict(
+    hidden_size=1024,
+    num_attention_heads=16,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    patch_size=14,
+)
+
+
+@pytest.mark.parametrize("config", [
+    {"model_type": "clip", "vision_config": {"model_type": "clip_vision_model"}},
+    {"model_type": "clip", "vision_config": {"hidden_size": 1200, "patch_size": 14}},
+    {"model_type": "clip", "vision_config": {}, "vision_config_dict": SIZES},
+    {"model_type": "clip", "vision_config": SIZES | {"image_size": 336},
+     "vision_config_dict": SIZES | {"hidden_act": "gelu"}},
+    {"model_type": "clip_vision_model", "num_hidden_layers": 3},
+])  # fmt: skip
+def test_a_silent_config_means_what_transformers_takes_it_for(config):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoConfig.for_model(**config)
+    theirs = getattr(theirs, "vision_config", theirs)
+    ours = configs.clip_fields(config)
+    for name, public in configs.CLIP_NAMES.items():
+        if public not in ("scales", "num_experts", "num_selected"):
+            wanted = getattr(theirs, public)
+            default = CLIPVisionConfig.__dataclass_fields__[name].default
+            assert ours.get(name, default) == wanted, name
+
+
+@pytest.mark.parametrize("config, words", [
+    ({"model_type": "siglip_vision_model", "image_size": 384, "patch_size": 14}, "siglip_vision"),
+    ({"model_type": "siglip", "vision_config": {"image_size": 384, "patch_size": 14,
+                                               "model_type": "siglip_vision_model"}}, "siglip_vis"),
+    ({"model_type": "mistral", "vision_config": 7}, "no CLIP vision config"),
+    ({"model_type": "clip_vision_model", "num_channels": 1}, "num_channels=1 is not supported"),
+    ({"model_type": "clip", "quantization_config": {"quant_method": "gptq"}}, "quantised .*gptq"),
+])  # fmt: skip
+def test_other_encoders_are_refused_by_name(config, words):
+    with pytest.raises(ValueError, match=words):
+        CLIPVisionConfig.from_hf(config)
 
 
 @pytest.mark.parametrize("scales", [(), (1, 1.5), (0,)], ids=str)
