@@ -183,8 +183,9 @@ def clip_fields(config: dict) -> dict:
     sizes = isinstance(vision, dict) and {"image_size", "patch_size"} <= vision.keys()
     if not (kind in ("clip", "clip_vision_model") or config.get("model_type") == "clip"
             or not kind and sizes):  # fmt: skip
-        raise ValueError(f"this is no CLIP vision config but model_type {kind!r:.40}; only CLIP's "
-                         f"encoders are supported: {config!r:.99}")  # fmt: skip
+        what = f"model_type {kind!r:.40}" if kind else "no image_size and patch_size"
+        raise ValueError(f"this is no CLIP vision config: it has {what}; only CLIP's encoders are "
+                         f"supported, not {config!r:.99}")  # fmt: skip
     vision = config.get("vision_config_dict") or vision  # as in transformers, this one decides
     check_whole(config)
     check_supported(vision, {"num_channels": [3]})

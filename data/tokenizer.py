@@ -32,6 +32,7 @@ from itertools import chain
 import tiktoken
 
 from data.hub import local_folder
+from data.weights import check_fetched
 
 # GPT-2's pattern: words keep their leading space, numbers and punctuation stay apart.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -192,6 +193,7 @@ def pieces_between(pattern, text):
 
 
 def read_json(file):
+    check_fetched(file)
     try:
         return json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
@@ -398,6 +400,7 @@ def protobuf(message):
 
 def read_sentencepiece(file):
     """The arguments of `Tokenizer` from a SentencePiece model like Mistral's and Llama 2's."""
+    check_fetched(file)
     model = list(protobuf(file.read_bytes()))
     trainer, normalizer = (dict(protobuf(dict(model)[number])) for number in (2, 3))
     changes_text = normalizer.get(2) or normalizer.get(4, 1) or not normalizer.get(3, 1)
