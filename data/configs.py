@@ -12,6 +12,7 @@ import math
 import torch
 
 from data.hub import local_folder
+from data.images import MEAN, STD
 from data.weights import read_config
 
 LLM_NAMES = {  # our name of a field -> its public name
@@ -82,11 +83,11 @@ def check_fields(config: object) -> None:
             raise ValueError(f"config: {name}={value!r:.80} must be {wanted}")
 
 
-def check_supported(config: dict, only: dict) -> None:
+def check_supported(config: dict, only: dict, file: str = "config.json") -> None:
     """ValueError, with what is supported, for a field with another value than those in `only`."""
     for field, values in only.items():
         if config.get(field, values[0]) not in values:
-            raise ValueError(f"config.json: {field}={config[field]!r:.80} is not supported, only "
+            raise ValueError(f"{file}: {field}={config[field]!r:.80} is not supported, only "
                              f"{' and '.join(map(repr, values))}")  # fmt: skip
 
 
@@ -196,6 +197,40 @@ def to_public_clip(fields: dict) -> dict:
     """CLIPVisionConfig's fields as a config.json that transformers reads."""
     public = {name: fields[ours] for ours, name in CLIP_NAMES.items()}
     return {"model_type": "clip_vision_model", "num_channels": 3} | public
+
+
+PROCESSOR = {  # how data/images.py makes pixels, in the words of preprocessor_config.json
+    "do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True,
+    "do_convert_rgb": True, "resample": 3, "rescale_factor": 1 / 255,
+    "image_mean": MEAN.tolist(), "image_std": STD.tolist()}  # fmt: skip
+
+
+def to_public_processor(size: int) -> dict:
+    """The preprocessor_config.json of our pixels for pictures of this size."""
+    kind = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": size}}
+    return PROCESSOR | kind | {"crop_size": {"height": size, "width": size}}
+
+
+def pixel_statistics(folder, size: int) -> tuple[list, list]:
+    """The mean and std of pixels [3] that the CLIP in `folder` has learned from.
+
+    ValueError if its preprocessor_config.json makes pixels in another way than data/images.py does.
+    """
+    config = read_config(folder, "preprocessor_config.json", {})
+    sizes = {"size": [size, {"shortest_edge": size}],
+             "crop_size": [size, {"height": size, "width": size}]}  # fmt: skip
+    fixed = {field: [value] for field, value in PROCESSOR.items() if "image_" not in field}
+    fixed |= sizes | {"do_normalize": [True, False], "do_convert_rgb": [True, False]}
+    check_supported(config, fixed, "preprocessor_config.json")
+    if not config.get("do_normalize", True):
+        return [0.0] * 3, [1.0] * 3
+    found = [config.get(field, PROCESSOR[field]) for field in ("image_mean", "image_std")]
+    for field, value in zip(("image_mean", "image_std"), found):
+        if not (isinstance(value, list) and len(value) == 3
+                and all(type(x) in (int, float) and 0 <= x < 1e3 for x in value)
+                and (field == "image_mean" or min(value) > 0)):  # fmt: skip
+            raise ValueError(f"preprocessor_config.json: {field}={value!r:.80} must be 3 numbers")
+    return found
 
 
 def cumo_fields(config: dict, path) -> tuple[dict, dict, dict]:

@@ -31,7 +31,7 @@ from itertools import chain
 
 import tiktoken
 
-from data.hub import local_folder
+from data.hub import NEAR_TOKENIZERS, TOKENIZERS, local_folder
 from data.weights import check_fetched
 
 # GPT-2's pattern: words keep their leading space, numbers and punctuation stay apart.
@@ -169,18 +169,16 @@ class Tokenizer:
             found |= sort_added(file, added, config, found["special"], late)
             if file.name == "tokenizer.model":
                 found["again"] = config.get("legacy") is True
-            files = [file, *(path / name for name in FILES if name != file.name)]
+            files = [
+                file,
+                *(path / name for name in (*TOKENIZERS, *NEAR_TOKENIZERS) if name != file.name),
+            ]
             return cls(**found, names=names, files=[file for file in files if file.is_file()],
                        chat_template=read_chat_template(path, config))  # fmt: skip
         except (LookupError, TypeError, AttributeError, struct.error, ValueError) as error:
             if str(error).startswith(f"{file}: "):  # raised by `read`, already clear
                 raise
             raise ValueError(f"{file}: is damaged or not a {file.name} ({error!r:.80})") from None
-
-
-# The files of a tokenizer: transformers and others look for all of them.
-FILES = ("tokenizer.model", "tokenizer.json", "tekken.json", "tokenizer_config.json",
-         "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")  # fmt: skip
 
 
 def pieces_between(pattern, text):

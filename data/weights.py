@@ -54,10 +54,13 @@ HEADER_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16
 MAPPED_AT_ONCE = 2**24  # bytes of a file that are read before it is mapped again
 
 
-def read_config(path: str | Path) -> dict:
-    """The config.json of a model directory, or of the directory of a weight file."""
+def read_config(path: str | Path, name: str = "config.json", default: dict | None = None) -> dict:
+    """The config.json of a model directory, or of the directory of a weight file; or another JSON
+    file of it, with the `default` if it is not there."""
     folder = _existing(path)
-    file = (folder if folder.is_dir() else folder.parent) / "config.json"
+    file = (folder if folder.is_dir() else folder.parent) / name
+    if default is not None and not file.is_file():
+        return default
     if not file.is_file():
         raise ValueError(f"no config.json in {file.parent}: is this a model directory?")
     return _read_json(file)

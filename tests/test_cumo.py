@@ -6,9 +6,10 @@ import pytest
 import torch
 from tiny import question, tiny_cumo
 
+from clip_moe import CLIPVision
 from cumo import IGNORE, CuMo
 from data.packing import assemble
-from data.weights import read_config, write_json, write_tensors
+from data.weights import read_config, read_tensors, write_json, write_tensors
 from upcycle import upcycle
 
 IMAGES = torch.randn(4, 3, 24, 24, generator=torch.Generator().manual_seed(1))
@@ -312,3 +313,27 @@ def test_what_old_files_store_besides_is_passed_over(tmp_path):
     write_tensors(tmp_path, model.public_state_dict() | more)
     loaded = CuMo.from_pretrained(tmp_path)
     assert torch.equal(loaded.encode_images(IMAGES), model.encode_images(IMAGES))
+
+
+def test_a_checkpoint_of_ours_says_how_its_pixels_are_made(tmp_path):
+    model, clip = tiny_cumo(), tmp_path / "clip"
+    write_tensors(clip, model.vision.public_state_dict())
+    write_json(clip / "config.json", model.cfg.vision.to_hf())
+    write_json(clip / "preprocessor_config.json", {"image_mean": [0.5] * 3, "size": 24})
+    vision = CLIPVision.from_pretrained(clip)  # LAION's CLIP, its mean folded into the weights
+    assert not torch.equal(vision(IMAGES)[0], model.vision(IMAGES)[0])
+    model.vision = vision
+    model.save_pretrained(tmp_path / "ours")
+    written = read_config(tmp_path / "ours", "preprocessor_config.json")
+    assert written["crop_size"] == {"height": 24, "width": 24} and written["resample"] == 3
+    assert written["image_mean"] == pytest.approx([0.48145466, 0.4578275, 0.40821073])
+    again = CuMo.from_pretrained(tmp_path / "ours")
+    assert torch.equal(again.vision(IMAGES)[0], vision(IMAGES)[0])  # and not folded in twice
+    config = read_config(tmp_path / "ours")  # the original's: the processor is its CLIP's
+    del config["vision_config"]
+    write_json(tmp_path / "ours" / "config.json", config | {"mm_vision_tower": str(clip)})
+    tensors = dict(read_tensors(tmp_path / "ours"))
+    plain = {f"model.vision_tower.{k}": v for k, v in read_tensors(clip)}
+    write_tensors(tmp_path / "ours", tensors | plain)
+    again = CuMo.from_pretrained(tmp_path / "ours")
+    assert torch.equal(again.vision(IMAGES)[0], vision(IMAGES)[0])
