@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from data import configs
 from data.hub import local_folder
+from data.images import MEAN, STD
 from data.weights import fill, load_into, read_config, read_tensors
 from mlp_moe import ACTIVATIONS, Aux, SparseMoE, checkpointed
 
@@ -218,6 +219,24 @@ class CLIPVision(nn.Module):
             auxes.append(layer_auxes)
         return torch.cat(features, dim=-1), mean_aux(auxes)
 
+    @torch.no_grad()
+    def take_pixels_of(self, folder: str | Path) -> None:
+        """Make pixels with OpenAI's mean m and std s right for a CLIP whose
+        preprocessor_config.json has others, m' and s', as LAION's: fold the change into the weights
+
+            W (u - m') / s' with u = x s + m   =   (W s / s') x + W (m - m') / s'
+        """
+        other = configs.pixel_statistics(folder, self.cfg.image_size)
+        (mean, std), (own_mean, own_std) = torch.tensor(other), torch.tensor([*zip(MEAN, STD)]).T
+        if torch.equal(mean, own_mean) and torch.equal(std, own_std):
+            return
+        weight = self.embeddings.patch_embedding.weight
+        per_channel = lambda x: x.view(3, 1, 1).to(weight.device)
+        W_D3ss = weight.float() / per_channel(std)
+        bias_D = (W_D3ss * per_channel(own_mean - mean)).sum((1, 2, 3))
+        weight.copy_(W_D3ss * per_channel(own_std))
+        self.embeddings.position_embedding.weight[1:] += bias_D
+
     def public_state_dict(self, keep_vars: bool = False) -> dict[str, Tensor]:
         """Views of all weights under the names of public checkpoints; with `keep_vars`, as in
         `state_dict`, dense weights are the parameters themselves."""
@@ -250,7 +269,9 @@ class CLIPVision(nn.Module):
         with torch.device("meta"):
             model = cls(cfg).to(dtype or torch.float32)
         read = lambda headers: public_names(read_tensors(path, headers))
-        return fill(model, read, skip=is_unused, source=str(path))
+        model = fill(model, read, skip=is_unused, source=str(path))
+        model.take_pixels_of(path)
+        return model
 
 
 def mean_aux(auxes: list[list[Aux]]) -> Aux | None:

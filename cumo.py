@@ -188,6 +188,8 @@ class CuMo(nn.Module):
         views = self.public_state_dict()
         weights.write_tensors(path, {k: v.to(dtype) for k, v in views.items()} if dtype else views)
         weights.write_json(Path(path) / "config.json", self.cfg.to_original())
+        pixels = configs.to_public_processor(self.cfg.vision.image_size)
+        weights.write_json(Path(path) / "preprocessor_config.json", pixels)
 
     @classmethod
     def from_pretrained(cls, path, device=None, dtype=None):
@@ -197,11 +199,16 @@ class CuMo(nn.Module):
         ValueError names every missing, unexpected or wrongly shaped weight.
         """
         path = local_folder(path)
-        cfg = CuMoConfig.from_original(weights.read_config(path), path)
+        config = weights.read_config(path)
+        cfg = CuMoConfig.from_original(config, path)
         with torch.device("meta"):
             model = cls(cfg).to(dtype or torch.float32)
         read = lambda h: chain(weights.read_tensors(path, h), weights.read_stage_files(path, h))
-        return weights.fill(model, read, device, source=str(path))
+        unused = lambda name: model.llm.is_unused(name) or name.endswith("position_ids")
+        model = weights.fill(model, read, device, unused, str(path))
+        tower = "vision_config" not in config and config["mm_vision_tower"]  # it has the processor
+        model.vision.take_pixels_of(local_folder(tower, "config") if tower else path)
+        return model
 
 
 if __name__ == "__main__":  # a worked example: an image in the middle of a sentence

@@ -37,7 +37,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from clip_moe import attend
 from data import configs, weights
 from data.chat import IGNORE
-from data.flags import OPTIONS
+from data.flags import check_options
 from data.hub import local_folder
 from mlp_moe import Aux, SparseMoE, checkpointed
 
@@ -53,6 +53,7 @@ class LLMConfig:
     head_dim: int | None = None  # A; None: dim // n_heads
     rms_norm_eps: float = 1e-5
     rope_theta: float = 1e4  # RoPE's base: the slowest pair turns once in about 2 pi theta tokens
+    rope_scaling: dict | None = None  # for longer contexts (Llama 3.1), see data/configs.py
     max_positions: int = 32768  # longest context of a chat; RoPE itself has no limit
     sliding_window: int | None = None  # tokens seen, the query's own included; None: all
     tie_embeddings: bool = False  # the head is the embedding, transposed
@@ -114,10 +115,11 @@ def flex_attend(q_BHTA: Tensor, k_BGUA: Tensor, v_BGUA: Tensor, mask: BlockMask)
     return flex(q_BHTA, k_BGUA, v_BGUA, block_mask=mask, enable_gqa=True)
 
 
-def rope_tables(pos_BT, head_dim, theta):
+def rope_tables(pos_BT, cfg):
     """cos and sin [B, 1, T, A / 2] of the angles at these positions, in float32."""
-    pair = torch.arange(0, head_dim, 2, dtype=torch.float32, device=pos_BT.device)
-    angle = pos_BT[:, None, :, None] * (1 / theta ** (pair / head_dim))
+    pair = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device=pos_BT.device)
+    turn = configs.rescaled(1 / cfg.rope_theta ** (pair / cfg.head_dim), cfg.rope_scaling)
+    angle = pos_BT[:, None, :, None] * turn
     return angle.cos(), angle.sin()
 
 
@@ -344,7 +346,7 @@ class LLM(nn.Module):
         flex = x.is_cuda and cache is None and self.cfg.head_dim >= 16  # its kernel's minimum
         mask_dtype = None if flex else product_dtype(x)
         mask = attention_mask(q_B2T, k_B2U, self.cfg.sliding_window, mask_dtype)
-        rope = rope_tables(pos, self.cfg.head_dim, self.cfg.rope_theta)
+        rope = rope_tables(pos, self.cfg)
         run, auxes = checkpointed if self.recompute and self.training else run, []
         for layer, block in enumerate(self.model.layers):
             memory = () if cache is None else (cache, cache.keys[layer], cache.values[layer])
@@ -382,12 +384,8 @@ class LLM(nn.Module):
         x = self.embed(tokens) if embeds is None else embeds
         if not x.shape[1]:
             raise ValueError("the prompt is empty; it needs at least one token")
-        given = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-                     top_k=top_k)  # fmt: skip
-        for name, value in given.items():
-            valid, wanted = OPTIONS[name]
-            if not valid(value):
-                raise ValueError(f"{name}={value} must be {wanted}")
+        check_options("{}={}", max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+                      top_k=top_k)  # fmt: skip
         if segments is not None and ((segments.diff() < 0).any() or (segments[:, -1] != 1).any()):
             raise ValueError("segments of prompts are zeros (padding on the left), then ones")
         size = x.shape[1] + max_new_tokens

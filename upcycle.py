@@ -27,7 +27,7 @@ import torch
 
 from cumo import CuMo
 from data.flags import READ, Parser, run
-from data.hub import TOKENIZERS, local_folder
+from data.hub import NEAR_TOKENIZERS, TOKENIZERS, local_folder
 from mlp_moe import Experts, Router
 
 PARTS = ("clip", "mlp", "llm")
@@ -130,7 +130,7 @@ def main():
     sparse = upcycle(dense, parts, args.experts, args.top_k, args.seed, scratch)
     try:
         sparse.save_pretrained(dst)
-        for name in (*TOKENIZERS, "tokenizer_config.json"):
+        for name in (*TOKENIZERS, *NEAR_TOKENIZERS):
             if (src / name).is_file():
                 shutil.copy(src / name, dst)
     except BaseException:  # a full disk or Ctrl-C: leave nothing half-written

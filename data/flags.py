@@ -197,12 +197,13 @@ OPTIONS = {  # option of an answer -> (whether a value is valid, which values ar
 }
 
 
-def check_options(**options):
-    """ValueError, with its flag, for an invalid value of `OPTIONS`."""
+def check_options(named="--{} {}", **options):
+    """ValueError, with its flag or `named`, for an invalid value of `OPTIONS`."""
     for name, value in options.items():
         valid, wanted = OPTIONS.get(name, (lambda value: True, ""))
         if not valid(value):
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be {wanted}")
+            name = name.replace("_", "-") if named.startswith("--") else name
+            raise ValueError(f"{named.format(name, value)} must be {wanted}")
 
 
 def check_device(name):

@@ -31,13 +31,15 @@ from data.weights import STAGE_FILES, WEIGHT_FILES, shards_of
 
 ROOT = Path(__file__).resolve().parents[1]  # the checkout, with the shipped data/mini
 TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tekken.json")
+NEAR_TOKENIZERS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "chat_template.jinja")  # fmt: skip
+CONFIGS = ("config.json", "preprocessor_config.json")
 SAFETENSORS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")
 DOWNLOADED = {  # `want` -> the files to download, and more of them if these have no weights
-    "model": (("config.json", "tokenizer_config.json", *TOKENIZERS, *SAFETENSORS, *STAGE_FILES),
-              PICKLES),
-    "config": (("config.json",), ()),
-    "tokenizer": (("tokenizer_config.json", *TOKENIZERS), ()),
+    "model": ((*CONFIGS, *TOKENIZERS, *NEAR_TOKENIZERS, *SAFETENSORS, *STAGE_FILES), PICKLES),
+    "config": (CONFIGS, ()),
+    "tokenizer": ((*TOKENIZERS, *NEAR_TOKENIZERS), ()),
 }  # fmt: skip
 
 

@@ -18,18 +18,21 @@ Three kinds of files are translated into such a table; a second table maps ranks
                        tokens have the first ids, so a piece's id is its rank plus their number.
 
 Special tokens (`<s>`, `</s>`, `[INST]`) are never recognised in text, only looked up by name. A
-user who types `</s>` gets ordinary letters, not a control token.
+user who types `</s>` gets ordinary letters, not a control token. Added tokens that are not special
+(`<think>`) are words: text is cut at them first.
 """
 
 import base64
 import functools
 import json
+import re
 import struct
 from itertools import chain
 
 import tiktoken
 
-from data.hub import local_folder
+from data.hub import NEAR_TOKENIZERS, TOKENIZERS, local_folder
+from data.weights import check_fetched
 
 # GPT-2's pattern: words keep their leading space, numbers and punctuation stay apart.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -54,13 +57,20 @@ class Tokenizer:
     """`encode(text) -> ids`, `decode(ids) -> text`; `special["</s>"]` is a special token's id.
 
     pieces: {bytes: tuple of ids}, in the order in which they are joined. fallback: the ids of the
-    256 bytes, for SentencePiece only. names: the special tokens at the beginning and end of a text.
-    files: the files it was read from, copied into every checkpoint.
+    256 bytes, for SentencePiece only. prefix: whether SentencePiece's space comes before a text
+    ("always"), before one that has none ("missing") or "never"; again: after an added token, too;
+    strips: `decode` removes it.
+    words: ({added token: id}, {those that are searched after the space was put there: id}).
+    names: the special tokens at the beginning and end of a text. files: the files that belong to
+    it, copied into every checkpoint. chat_template: how its model wants to be asked (data/chat.py).
     """
 
-    def __init__(self, pieces, special, pattern, fallback=(), names=("<s>", "</s>"), files=()):
+    def __init__(self, pieces, special, pattern, fallback=(), prefix="always", again=False,
+                 strips=True, words=({}, {}), names=("<s>", "</s>"), files=(),
+                 chat_template=""):  # fmt: skip
         self.special, self.files, self.mark = special, tuple(files), MARK if fallback else ""
-        self.pattern = pattern
+        self.pattern, self.prefix, self.again, self.strips = pattern, prefix, again, strips
+        self.chat_template = chat_template
         missing = [name for name in names if name not in special]
         if missing:
             source = self.files[0] if self.files else "the tokenizer"
@@ -68,12 +78,19 @@ class Tokenizer:
                              '"bos_token" and "eos_token" in tokenizer_config.json')  # fmt: skip
         self.bos, self.eos = (special[name] for name in names)
         self.ids = list(pieces.values())  # rank -> ids
-        for i in chain(special.values(), *self.ids):
+        self.words = words[0] | words[1]
+        for i in chain(special.values(), self.words.values(), *self.ids):
             if type(i) is not int or not 0 <= i < 2**31:
                 raise TypeError(f"{i!r:.40} is no token id")
         self.bytes_of = {i: bytes([b]) for b, i in enumerate(fallback)}
         self.bytes_of |= {ids[0]: piece for piece, ids in pieces.items() if len(ids) == 1}
-        self.vocab_size = max(*(max(ids, default=0) for ids in self.ids), *special.values()) + 1
+        byte_of = {} if fallback else {c: b for b, c in byte_alphabet().items()}
+        for word, i in self.words.items():  # as in `tokenizers`, "é" stands for a byte here, too
+            raw = [byte_of.get(c) for c in word]
+            self.bytes_of[i] = word.encode() if None in raw else bytes(raw)
+        longest_first = (sorted(some, key=len, reverse=True) for some in words)
+        self.cut, self.cut_again = ("|".join(map(re.escape, some)) for some in longest_first)
+        self.vocab_size = max(0, *self.bytes_of, *special.values(), *chain(*self.ids)) + 1
         self.gone = bytes(b for b in range(256) if pieces[bytes([b])] == ())  # without a token
         ranks = {piece: rank for rank, piece in enumerate(pieces)}
         self.bpe = tiktoken.Encoding(
@@ -83,8 +100,21 @@ class Tokenizer:
     def encode(self, text, start=True):
         """Token ids of `text`, without special tokens. `start=False`: the text continues another
         one, so SentencePiece puts no space before it."""
-        if self.mark and text:
-            text = (self.mark if start else "") + text.replace(" ", self.mark)
+        ids = []
+        for part, word in pieces_between(self.cut, text):
+            if self.mark and part:
+                part = part.replace(" ", MARK)
+                bare = self.prefix == "always" or not part.startswith(MARK)
+                part = MARK * (start and bare and self.prefix != "never") + part
+            for rest, known in pieces_between(self.cut_again, part):
+                ids += self.join(rest)
+                ids += [self.words[known]] if known else []
+            ids += [self.words[word]] if word else []
+            start = self.again
+        return ids
+
+    def join(self, text):
+        """The ids of a text without added tokens, each space written as SentencePiece's."""
         raw = text.encode(errors="replace") if self.gone else b""
         whole = len(raw.translate(None, self.gone)) == len(raw)
         try:
@@ -114,37 +144,118 @@ class Tokenizer:
     def decode(self, ids):
         """The text of `ids` without special tokens. Bytes that are not UTF-8 become U+FFFD."""
         text = b"".join(self.bytes_of.get(int(i), b"") for i in ids).decode(errors="replace")
-        return text.removeprefix(self.mark).replace(self.mark, " ") if self.mark else text
+        text = text.removeprefix(self.mark * self.strips)
+        return text.replace(self.mark, " ") if self.mark else text
 
     @classmethod
     def from_pretrained(cls, path):
         """Read the first of `tokenizer.model`, `tekken.json` and `tokenizer.json` that a model
-        directory has, and the names of bos and eos from `tokenizer_config.json`. ValueError for a
-        damaged file or an unknown kind."""
+        directory has; the files near it name bos, eos and added tokens. ValueError for a damaged
+        file or an unknown kind."""
         path = local_folder(path, "tokenizer")
         read = {"tokenizer.model": read_sentencepiece, "tekken.json": read_tekken,
                 "tokenizer.json": read_tokenizer_json}  # fmt: skip
         file = next((path / name for name in read if (path / name).is_file()), None)
         if file is None:
             raise ValueError(f"{path} holds no {', '.join(read)}; copy the model's there")
-        config = path / "tokenizer_config.json"
-        files = [file, config] if config.is_file() else [file]
-        named = read_json(config) if config.is_file() else {}
+        config = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            config |= read_near(path, name)
         try:
-            names = [named.get("bos_token") or "<s>", named.get("eos_token") or "</s>"]
-            names = [name["content"] if isinstance(name, dict) else name for name in names]
-            return cls(*read[file.name](file), names=names, files=files)
+            names = [text_of(config.get(key)) or usual
+                     for key, usual in (("bos_token", "<s>"), ("eos_token", "</s>"))]  # fmt: skip
+            found = {"added": [], "normalizes": False} | read[file.name](file)
+            added, late = found.pop("added") + listed(path, config), found.pop("normalizes")
+            found |= sort_added(file, added, config, found["special"], late)
+            if file.name == "tokenizer.model":
+                found["again"] = config.get("legacy") is True
+            files = [
+                file,
+                *(path / name for name in (*TOKENIZERS, *NEAR_TOKENIZERS) if name != file.name),
+            ]
+            return cls(**found, names=names, files=[file for file in files if file.is_file()],
+                       chat_template=read_chat_template(path, config))  # fmt: skip
         except (LookupError, TypeError, AttributeError, struct.error, ValueError) as error:
             if str(error).startswith(f"{file}: "):  # raised by `read`, already clear
                 raise
             raise ValueError(f"{file}: is damaged or not a {file.name} ({error!r:.80})") from None
 
 
+def pieces_between(pattern, text):
+    """Cut a text at what the pattern finds: (text before it, what was found) and the rest."""
+    at = 0
+    for found in re.finditer(pattern, text) if pattern else ():
+        yield text[at : found.start()], found[0]
+        at = found.end()
+    yield text[at:], ""
+
+
 def read_json(file):
+    check_fetched(file)
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file}: is not valid JSON ({error}); download it again") from None
+
+
+def read_near(path, name):
+    """The object in a JSON file of the folder; {} if there is none."""
+    content = read_json(path / name) if (path / name).is_file() else {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path / name}: holds no JSON object; download it again")
+    return content
+
+
+def read_chat_template(path, config):
+    """The text of the model's chat template, the one called "default" of several; "" if none."""
+    file, own = path / "chat_template.jinja", config.get("chat_template") or ""
+    if isinstance(own, list):
+        own = {one["name"]: one["template"] for one in own}.get("default", "")
+    return file.read_text(encoding="utf-8") if file.is_file() else str(own)
+
+
+# --------------------------------------------------------------------------------- added tokens
+
+MARKS = ("<|im_start|>", "<|im_end|>")  # control tokens of ChatML, whatever their flag says
+
+
+def text_of(token):
+    return token["content"] if isinstance(token, dict) else token
+
+
+def listed(path, config):
+    """The added tokens that the files near a `tokenizer.model` list."""
+    ids = read_near(path, "added_tokens.json")
+    tokens = [{"content": content, "id": i} for content, i in ids.items()]
+    return tokens + [
+        token | {"id": int(i)} for i, token in config.get("added_tokens_decoder", {}).items()
+    ]
+
+
+def sort_added(file, added, config, special, late):
+    """Which added tokens are special, and which are words -> the arguments of `Tokenizer`.
+
+    Special: those with the flag, those that the config names, and ChatML's. late: words are
+    searched after spaces were replaced. ValueError for words with flags that we do not follow.
+    """
+    named = [v for key, v in config.items() if key.endswith("_token")]
+    named += config.get("additional_special_tokens") or []
+    named, special, words, tokens = {*MARKS, *map(text_of, named)}, dict(special), ({}, {}), {}
+    for token in added:
+        tokens[token["content"]] = tokens.get(token["content"], {}) | token
+    for word, token in tokens.items():
+        if token.get("special") or word in named or word in special:
+            special.setdefault(word, token["id"])
+            continue
+        for flag in ("single_word", "lstrip", "rstrip"):
+            if token.get(flag):
+                raise ValueError(f"{file}: the added token {word!r:.40} has {flag}, which is "
+                                 "known here only for special tokens")  # fmt: skip
+        if late and token.get("normalized", True):
+            words[1][MARK + word.replace(" ", MARK)] = token["id"]
+        else:
+            words[0][word] = token["id"]
+    return {"special": special, "words": words}
 
 
 # ------------------------------------------------------------------------------- tokenizer.json
@@ -165,22 +276,48 @@ def read_tokenizer_json(file):
     vocab = spec["model"]["vocab"]
     merges = [m.split(" ") if isinstance(m, str) else m for m in spec["model"]["merges"]]
     joined = list(dict.fromkeys(a + b for a, b in merges))
-    special = {t["content"]: t["id"] for t in spec["added_tokens"] if t["special"]}
+    added = spec["added_tokens"]
+    special = {t["content"]: t["id"] for t in added if t["special"]}
 
     if spec["model"].get("byte_fallback"):  # converted from SentencePiece
-        steps = str([spec["normalizer"], spec["pre_tokenizer"]])
-        if "Prepend" not in steps and "Metaspace" not in steps:
-            raise ValueError(f"{file}: puts no {MARK} before a text; this kind is not known here")
         characters = [piece for piece in vocab if len(piece) == 1]
         fallback = [vocab[f"<0x{b:02X}>"] for b in range(256)]
         pieces = {piece: vocab[piece] for piece in characters + joined if piece not in special}
-        return sentencepiece_table(file, pieces, fallback), special, MARK_PATTERN, fallback
+        return dict(pieces=sentencepiece_table(file, pieces, fallback), special=special,
+                    pattern=MARK_PATTERN, fallback=fallback, added=added,
+                    **space_before(file, spec))  # fmt: skip
 
     alphabet = byte_alphabet()
     byte_of = {c: b for b, c in alphabet.items()}
     pieces = {bytes([b]): (vocab[c],) if c in vocab else () for b, c in alphabet.items()}
     pieces |= {bytes(byte_of[c] for c in piece): (vocab[piece],) for piece in joined}
-    return pieces, special, split_pattern(file, spec)
+    return dict(pieces=pieces, special=special, pattern=split_pattern(file, spec), added=added)
+
+
+def space_before(file, spec):
+    """How a `tokenizer.json` that was SentencePiece writes spaces: the arguments of `Tokenizer`.
+
+    ValueError for a way that is not known here; it names the field.
+    """
+    normalizer, step, decoder = spec["normalizer"], spec["pre_tokenizer"], spec.get("decoder")
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": MARK}
+    prepend = {"type": "Prepend", "prepend": MARK}
+    if step is None and normalizer == {"type": "Sequence", "normalizers": [prepend, replace]}:
+        return dict(prefix="always", again=True, normalizes=True)
+    if normalizer is not None or not step or step["type"] != "Metaspace":
+        raise ValueError(f"{file}: puts {MARK} into a text in a way not known here (normalizer "
+                         f"{str(normalizer):.200}, pre_tokenizer {str(step):.200})")  # fmt: skip
+    scheme = step.get("prepend_scheme", "always")
+    split, schemes = step.get("split", True), ("always", "first", "never")
+    fields = {"replacement": (step["replacement"], (MARK,)), "split": (split, (False,)),
+              "prepend_scheme": (scheme, schemes)}  # fmt: skip
+    for field, (value, known) in fields.items():
+        if value not in known:
+            raise ValueError(f"{file}: Metaspace with {field} {value!r:.40} is not known here, "
+                             f"only {' and '.join(map(str, known))}")  # fmt: skip
+    plain = not decoder or decoder["type"] == "Metaspace"
+    return dict(prefix="never" if scheme == "never" else "missing", again=scheme == "always",
+                strips=scheme != "never" if plain else "Strip" in str(decoder))  # fmt: skip
 
 
 def split_pattern(file, spec):
@@ -227,7 +364,7 @@ def read_tekken(file):
         raise ValueError(
             f"{file}: its pieces are not in the order of their ranks; download it again"
         )
-    return pieces, special, config["pattern"]
+    return dict(pieces=pieces, special=special, pattern=config["pattern"])
 
 
 # ------------------------------------------------------------------------------ tokenizer.model
@@ -261,6 +398,7 @@ def protobuf(message):
 
 def read_sentencepiece(file):
     """The arguments of `Tokenizer` from a SentencePiece model like Mistral's and Llama 2's."""
+    check_fetched(file)
     model = list(protobuf(file.read_bytes()))
     trainer, normalizer = (dict(protobuf(dict(model)[number])) for number in (2, 3))
     changes_text = normalizer.get(2) or normalizer.get(4, 1) or not normalizer.get(3, 1)
@@ -279,7 +417,8 @@ def read_sentencepiece(file):
             special[text] = i
     pieces = {text: i for _, i, text in sorted(scored)}
     fallback = [fallback[b] for b in range(256)]
-    return sentencepiece_table(file, pieces, fallback), special, MARK_PATTERN, fallback
+    return dict(pieces=sentencepiece_table(file, pieces, fallback), special=special,
+                pattern=MARK_PATTERN, fallback=fallback)  # fmt: skip
 
 
 def sentencepiece_table(file, pieces, fallback):

@@ -26,6 +26,7 @@ as "no weights here", never as a mixture of two models.
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -42,17 +43,24 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")  # LoRA
 STAGE_FILES = {  # file of the original's first two stages -> prefix that its names lack
     "mm_projector.bin": "model.mm_projector.",
     "clip.bin": "model.vision_tower.",
 }
+HEADER_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+                "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
+                "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "I32": torch.int32}  # fmt: skip
 MAPPED_AT_ONCE = 2**24  # bytes of a file that are read before it is mapped again
 
 
-def read_config(path: str | Path) -> dict:
-    """The config.json of a model directory, or of the directory of a weight file."""
+def read_config(path: str | Path, name: str = "config.json", default: dict | None = None) -> dict:
+    """The config.json of a model directory, or of the directory of a weight file; or another JSON
+    file of it, with the `default` if it is not there."""
     folder = _existing(path)
-    file = (folder if folder.is_dir() else folder.parent) / "config.json"
+    file = (folder if folder.is_dir() else folder.parent) / name
+    if default is not None and not file.is_file():
+        return default
     if not file.is_file():
         raise ValueError(f"no config.json in {file.parent}: is this a model directory?")
     return _read_json(file)
@@ -75,6 +83,11 @@ def read_tensors(path: str | Path, headers: bool = False) -> Iterator[tuple[str,
     """
     path = _existing(path)
     if path.is_dir():
+        adapters = [name for name in ADAPTERS if (path / name).is_file()]
+        if adapters:
+            raise ValueError(f"{path} holds {adapters[0]}, which would be ignored: merge the "
+                             "adapter into the weights (peft: merge_and_unload), or remove "
+                             "it")  # fmt: skip
         found = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
         if not found:
             raise ValueError(f"no weights in {path}: expected one of {', '.join(WEIGHT_FILES)}")
@@ -218,6 +231,11 @@ def load_into(
     for name, tensor in tensors.items() if isinstance(tensors, dict) else tensors:
         if name in targets:
             missing.pop(name, None)
+            if not tensor.is_floating_point() or tensor.element_size() == 1:
+                kind = str(tensor.dtype).removeprefix("torch.")
+                raise ValueError(f"{source}: {name} is {kind}, and so quantised; only float32, "
+                                 "float16 and bfloat16 are read, so take the model that it was "
+                                 "made from")  # fmt: skip
             if tensor.shape == targets[name].shape:
                 if mapped and _can_take(targets[name], tensor, taken):
                     targets[name].data = tensor
@@ -269,9 +287,22 @@ def _existing(path: str | Path) -> Path:
     return path
 
 
+def check_fetched(file: Path) -> None:
+    """ValueError for a Git LFS pointer or a web page in place of a file."""
+    with open(file, "rb") as opened:
+        start = opened.read(64).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{file}: is a Git LFS pointer, not the file itself; `git lfs pull` "
+                         "fetches it")  # fmt: skip
+    if start.startswith((b"<!doctype", b"<html")):
+        raise ValueError(f"{file}: is a web page, not the file itself; download it again, as with "
+                         "`hf download`")  # fmt: skip
+
+
 def _read_json(file: Path) -> dict:
+    check_fetched(file)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
@@ -288,13 +319,16 @@ def _read_file(file: Path, headers: bool = False) -> Iterator[tuple[str, Tensor]
 
 def _map_file(file: Path, start: int, headers: bool) -> dict[str, Tensor]:
     """The next MAPPED_AT_ONCE bytes of tensors, from the `start`-th; none is read before use."""
+    check_fetched(file)
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
                 names = list(opened.keys())[start:]
                 if headers:
-                    shapes = {name: opened.get_slice(name).get_shape() for name in names}
-                    return {name: torch.empty(s, device="meta") for name, s in shapes.items()}
+                    slices = {name: opened.get_slice(name) for name in names}
+                    return {name: torch.empty(view.get_shape(), device="meta",
+                                              dtype=HEADER_TYPES.get(view.get_dtype(), torch.uint8))
+                            for name, view in slices.items()}  # fmt: skip
                 return _first_of((name, opened.get_tensor(name)) for name in names)
         # files older than torch 1.6 are no zip archives and cannot be mapped
         mapped = zipfile.is_zipfile(file)
@@ -303,6 +337,8 @@ def _map_file(file: Path, start: int, headers: bool) -> dict[str, Tensor]:
         raise ValueError(f"{file} is damaged or incomplete ({error}); fetch it again") from None
     except Exception as error:  # a damaged pickle can raise anything
         reason = str(error).split("\n")[0] or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # PyTorch's advice would let it run code
+            reason = "it is damaged, or holds more than tensors; take safetensors instead"
         raise ValueError(f"{file} cannot be read as weights ({reason})") from None
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided

@@ -35,6 +35,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data.configs import rescaled
 from llm import LLM, Block, compiled
 
 SOURCE = Path(__file__).with_name("decode.cpp")
@@ -182,6 +183,7 @@ class Step:
         self.cache, self.kept = cache, []  # owners of the memory that the pointers below refer to
         self.step = compile_step(TYPES[llm.head.weight.dtype], TYPES[cache.keys.dtype])
         pair = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32)
+        turn = rescaled(1 / cfg.rope_theta ** (pair / cfg.head_dim), cfg.rope_scaling)
         layers = []
         for block, keys, values in zip(llm.model.layers, cache.keys, cache.values):
             norms = block.input_layernorm, block.post_attention_layernorm
@@ -199,7 +201,7 @@ class Step:
         self.arguments = Arguments(
             C=C, D=cfg.dim, H=H, G=cfg.n_kv_heads, A=A, F=cfg.hidden_dim, V=cfg.vocab_size, U=U,
             stride=stride, layers=len(layers), threads=threads, window=cfg.sliding_window or 0,
-            eps=cfg.rms_norm_eps, frequency=self.at(1 / cfg.rope_theta ** (pair / A)),
+            eps=cfg.rms_norm_eps, frequency=self.at(turn),
             norm=self.at(llm.model.norm.weight), places=cache.places.data_ptr(),
             layer=(Layer * len(layers))(*layers), x=x, cos=cos, sin=sin,
             q=self.at(torch.zeros(B, H, A)), logits=self.logits.data_ptr(), mask=mask, score=score,

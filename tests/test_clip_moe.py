@@ -1,14 +1,19 @@
 """CLIP's vision tower: against transformers, against itself dense, tile by tile, and on disk."""
 
 import json
+import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import reference
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from clip_moe import CLIPVision, CLIPVisionConfig, cut_tiles, merge_tiles
+from data import configs
+from data.images import MEAN, STD, preprocess
 from data.weights import write_json, write_tensors
 
 TINY = CLIPVisionConfig(image_size=16, patch_size=4, dim=16, hidden_dim=32, n_layers=3, n_heads=2)
@@ -251,6 +256,89 @@ def test_public_config_without_sizes_is_vit_b():
     """openai/clip-vit-base-patch32 leaves out what equals transformers' defaults."""
     cfg = CLIPVisionConfig.from_hf({"image_size": 224, "patch_size": 32})
     assert (cfg.dim, cfg.hidden_dim, cfg.n_layers, cfg.n_heads) == (768, 3072, 12, 12)
+
+
+SIZES = dict(
+    hidden_size=1024,
+    num_attention_heads=16,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    patch_size=14,
+)
+
+
+@pytest.mark.parametrize("config", [
+    {"model_type": "clip", "vision_config": {"model_type": "clip_vision_model"}},
+    {"model_type": "clip", "vision_config": {"hidden_size": 1200, "patch_size": 14}},
+    {"model_type": "clip", "vision_config": {}, "vision_config_dict": SIZES},
+    {"model_type": "clip", "vision_config": SIZES | {"image_size": 336},
+     "vision_config_dict": SIZES | {"hidden_act": "gelu"}},
+    {"model_type": "clip_vision_model", "num_hidden_layers": 3},
+])  # fmt: skip
+def test_a_silent_config_means_what_transformers_takes_it_for(config):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoConfig.for_model(**config)
+    theirs = getattr(theirs, "vision_config", theirs)
+    ours = configs.clip_fields(config)
+    for name, public in configs.CLIP_NAMES.items():
+        if public not in ("scales", "num_experts", "num_selected"):
+            wanted = getattr(theirs, public)
+            default = CLIPVisionConfig.__dataclass_fields__[name].default
+            assert ours.get(name, default) == wanted, name
+
+
+LAION = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.6, 0.7], "size": 16,
+         "crop_size": {"height": 16, "width": 16}, "resample": 3, "do_resize": True}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("processor", [LAION, {"do_normalize": False}, {}], ids=str)
+@torch.no_grad()
+def test_a_clip_with_another_mean_and_std_gets_pixels_that_are_right_for_it(
+    processor, dtype, tolerance, tmp_path
+):
+    theirs = hf_twin(TINY)
+    theirs.save_pretrained(tmp_path)
+    write_json(tmp_path / "preprocessor_config.json", processor)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
+    pixels = torch.from_numpy(np.asarray(picture)).permute(2, 0, 1)[None] / 255
+    usual = dict(image_mean=MEAN.tolist(), image_std=STD.tolist(), do_normalize=True) | processor
+    mean, std = (torch.tensor(usual[f"image_{x}"]).view(3, 1, 1) for x in ("mean", "std"))
+    given = (pixels - mean) / std if usual["do_normalize"] else pixels
+    wanted = theirs(given.float(), output_hidden_states=True).hidden_states[-2][:, 1:]
+    ours = CLIPVision.from_pretrained(tmp_path, dtype=dtype)
+    features, _ = ours(preprocess(picture, 16)[None].to(dtype))
+    torch.testing.assert_close(features.float(), wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"resample": 2}, "resample=2 is not supported, only 3"),
+    ({"size": {"shortest_edge": 224}}, "size={'shortest_edge': 224}"),
+    ({"size": {"height": 16, "width": 16}}, "size={'height': 16"),
+    ({"crop_size": 20}, "crop_size=20"),
+    ({"do_center_crop": False}, "do_center_crop=False"),
+    ({"rescale_factor": 0.5}, "rescale_factor=0.5"),
+    ({"image_mean": [0.5]}, "must be 3 numbers"),
+    ({"image_std": [0.5, 0, 1]}, "must be 3 numbers"),
+])  # fmt: skip
+def test_another_way_to_make_pixels_is_refused_by_name(change, words, tmp_path):
+    save(tmp_path, build(TINY))
+    write_json(tmp_path / "preprocessor_config.json", LAION | change)
+    with pytest.raises(ValueError, match="preprocessor_config.json: .*" + re.escape(words)):
+        CLIPVision.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("config, words", [
+    ({"model_type": "siglip_vision_model", "image_size": 384, "patch_size": 14}, "siglip_vision"),
+    ({"model_type": "siglip", "vision_config": {"image_size": 384, "patch_size": 14,
+                                               "model_type": "siglip_vision_model"}}, "siglip_vis"),
+    ({"model_type": "mistral", "vision_config": 7}, "no CLIP vision config"),
+    ({"model_type": "clip_vision_model", "num_channels": 1}, "num_channels=1 is not supported"),
+    ({"model_type": "clip", "quantization_config": {"quant_method": "gptq"}}, "quantised .*gptq"),
+])  # fmt: skip
+def test_other_encoders_are_refused_by_name(config, words):
+    with pytest.raises(ValueError, match=words):
+        CLIPVisionConfig.from_hf(config)
 
 
 @pytest.mark.parametrize("scales", [(), (1, 1.5), (0,)], ids=str)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from tiny import question, tiny_cumo
 
+from clip_moe import CLIPVision
 from cumo import IGNORE, CuMo
 from data.packing import assemble
-from data.weights import write_json, write_tensors
+from data.weights import read_config, read_tensors, write_json, write_tensors
 from upcycle import upcycle
 
 IMAGES = torch.randn(4, 3, 24, 24, generator=torch.Generator().manual_seed(1))
@@ -259,3 +260,80 @@ def test_transformers_answers_the_same_from_our_checkpoint(tmp_path, llm):
     x = torch.cat([x[:, :2], image, x[:, 2:]], dim=1)
     ours = model(torch.tensor([question(1, 5, "i", 6, 7, 8, 9, 2)]), IMAGES[:1]).logits
     torch.testing.assert_close(theirs(inputs_embeds=x).logits, ours, rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------- configs from afar
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"mm_vision_select_feature": "cls_patch"}, "feature='cls_patch' .*only 'patch'"),
+    ({"mm_vision_select_layer": -1}, "mm_vision_select_layer=-1 .*only -2"),
+    ({"mm_use_im_start_end": True}, "mm_use_im_start_end=True"),
+    ({"image_aspect_ratio": "anyres"}, "'anyres' is not supported, only 'pad' and 'square'"),
+    ({"image_aspect_ratio": None}, "image_aspect_ratio=None"),
+    ({"mm_patch_merge_type": "spatial_unpad"}, "'spatial_unpad' .*only 'flat'"),
+    ({"mm_projector_type": "linear"}, "'linear' .*only 'smoe_mlp' and 'mlp2x_gelu'"),
+    ({"model_type": "llava_llama"}, "'llava_llama' .*only 'llava_mistral' and 'llava_mixtral'"),
+    ({"model_type": "llava"}, "model_type='llava'"),
+    ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised .*bitsandbytes"),
+])  # fmt: skip
+def test_what_a_config_asks_for_and_we_do_not_do_is_refused_by_name(change, words, tmp_path):
+    tiny_cumo().save_pretrained(tmp_path)
+    config = read_config(tmp_path)
+    write_json(tmp_path / "config.json", config | change)
+    with pytest.raises(ValueError, match=words) as error:
+        CuMo.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("scales", [(1,), (1, 3)])
+def test_fields_at_the_top_complete_a_plain_vision_config(scales, tmp_path):
+    """The released config made complete in itself: CLIP's own vision_config was added."""
+    model = tiny_cumo(experts=4, scales=scales)
+    model.save_pretrained(tmp_path)
+    config = read_config(tmp_path)
+    ours = ("scales", "num_experts", "num_selected")
+    for name in ours:
+        config["vision_config"].pop(name)
+    config = {k: v for k, v in config.items() if not k.startswith("nanocumo")}
+    write_json(tmp_path / "config.json", config)
+    loaded = CuMo.from_pretrained(tmp_path)
+    assert loaded.cfg.vision == model.cfg.vision and loaded.cfg.mlp_experts == 4
+    assert torch.equal(loaded.encode_images(IMAGES), model.encode_images(IMAGES))
+
+
+def test_what_old_files_store_besides_is_passed_over(tmp_path):
+    model = tiny_cumo()
+    model.llm.cfg.tie_embeddings = True
+    del model.llm.lm_head
+    model.save_pretrained(tmp_path)
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+            "model.vision_tower.vision_model.embeddings.position_ids": torch.arange(10)[None],
+            "lm_head.weight": model.llm.model.embed_tokens.weight.detach().clone()}  # fmt: skip
+    write_tensors(tmp_path, model.public_state_dict() | more)
+    loaded = CuMo.from_pretrained(tmp_path)
+    assert torch.equal(loaded.encode_images(IMAGES), model.encode_images(IMAGES))
+
+
+def test_a_checkpoint_of_ours_says_how_its_pixels_are_made(tmp_path):
+    model, clip = tiny_cumo(), tmp_path / "clip"
+    write_tensors(clip, model.vision.public_state_dict())
+    write_json(clip / "config.json", model.cfg.vision.to_hf())
+    write_json(clip / "preprocessor_config.json", {"image_mean": [0.5] * 3, "size": 24})
+    vision = CLIPVision.from_pretrained(clip)  # LAION's CLIP, its mean folded into the weights
+    assert not torch.equal(vision(IMAGES)[0], model.vision(IMAGES)[0])
+    model.vision = vision
+    model.save_pretrained(tmp_path / "ours")
+    written = read_config(tmp_path / "ours", "preprocessor_config.json")
+    assert written["crop_size"] == {"height": 24, "width": 24} and written["resample"] == 3
+    assert written["image_mean"] == pytest.approx([0.48145466, 0.4578275, 0.40821073])
+    again = CuMo.from_pretrained(tmp_path / "ours")
+    assert torch.equal(again.vision(IMAGES)[0], vision(IMAGES)[0])  # and not folded in twice
+    config = read_config(tmp_path / "ours")  # the original's: the processor is its CLIP's
+    del config["vision_config"]
+    write_json(tmp_path / "ours" / "config.json", config | {"mm_vision_tower": str(clip)})
+    tensors = dict(read_tensors(tmp_path / "ours"))
+    plain = {f"model.vision_tower.{k}": v for k, v in read_tensors(clip)}
+    write_tensors(tmp_path / "ours", tensors | plain)
+    again = CuMo.from_pretrained(tmp_path / "ours")
+    assert torch.equal(again.vision(IMAGES)[0], vision(IMAGES)[0])

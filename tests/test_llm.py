@@ -29,10 +29,23 @@ SMALL = dict(
     num_key_value_heads=2,
     initializer_range=0.15,
 )
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 CASES = {  # transformers' class, and the fields that differ from SMALL
     "mistral, window 7": ("Mistral", dict(sliding_window=7)),
     "mistral, no window": ("Mistral", dict(sliding_window=None, rope_theta=1e6)),
     "llama, tied head": ("Llama", dict(tie_word_embeddings=True, num_key_value_heads=6)),
+    "llama 3.1": ("Llama", dict(rope_parameters=LLAMA3, head_dim=16)),
+    "llama, linear": (
+        "Llama",
+        dict(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}),
+    ),
     "mixtral": ("Mixtral", dict(num_local_experts=4, num_experts_per_tok=2)),
     "mixtral, window 5, top 1": (
         "Mixtral",
@@ -66,9 +79,13 @@ def peer(family, folder=None, **options):
     if folder:
         return cls.from_pretrained(folder, attn_implementation="eager").eval()
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**SMALL | options)
+    config = peer_config(family, **options)
     config._attn_implementation = "eager"
     return cls(config).eval()
+
+
+def peer_config(family, **options):
+    return getattr(pytest.importorskip("transformers"), f"{family}Config")(**SMALL | options)
 
 
 def build(seed=0, scale=5.0, **options):
@@ -451,6 +468,38 @@ def test_prompts_padded_on_the_right_are_refused():
 # ------------------------------------------------------------------------------- configs and files
 
 MISTRAL = build(sliding_window=6).cfg.to_hf()
+MIXED = ["full_attention", "sliding_attention", "sliding_attention"]
+
+
+@pytest.mark.parametrize("kind, written", [
+    ("mistral", dict(layer_types=["full_attention"] * 3)),
+    ("mistral", dict(sliding_window=None, layer_types=["full_attention"] * 3)),
+    ("llama", dict()),
+    ("llama", dict(layer_types=MIXED)),
+])  # fmt: skip
+def test_a_window_that_no_layer_has_is_none(kind, written):
+    config = MISTRAL | {"model_type": kind} | written
+    assert LLMConfig.from_hf(config).sliding_window is None
+    every = MISTRAL | {"layer_types": ["sliding_attention"] * 3}
+    assert LLMConfig.from_hf(every).sliding_window == 6
+
+
+def test_rescaled_frequencies_are_those_of_transformers_at_llama_3_2s_sizes():
+    pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+    written = MISTRAL | {"model_type": "llama", "head_dim": 64, "rope_scaling": rope}
+    config = peer_config("Llama", head_dim=64, rope_parameters=rope)
+    wanted, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    cfg = LLMConfig.from_hf(written)
+    pair = torch.arange(0, 64, 2, dtype=torch.float32)
+    torch.testing.assert_close(
+        configs.rescaled(1 / cfg.rope_theta ** (pair / 64), cfg.rope_scaling), wanted
+    )
+    again = LLMConfig.from_hf(json.loads(json.dumps(cfg.to_hf())))
+    assert again == cfg
 
 
 @pytest.mark.parametrize(
@@ -459,7 +508,12 @@ MISTRAL = build(sliding_window=6).cfg.to_hf()
         (dict(model_type="gpt2"), "'gpt2' is not one of llama, mistral, mixtral"),
         (dict(hidden_act="gelu"), "hidden_act='gelu' is not supported, only 'silu'"),
         (dict(attention_bias=True), "attention_bias=True"),
-        (dict(rope_scaling={"type": "linear", "factor": 2.0}), "rope_type='linear'"),
+        (dict(rope_scaling={"type": "dynamic", "factor": 2.0}), "rope_type='dynamic'.*'llama3'"),
+        (dict(rope_scaling={"type": "linear"}), "'linear' needs a positive factor, not None"),
+        (dict(rope_scaling=LLAMA3 | {"factor": "8"}), "'llama3' needs a positive factor, not '8'"),
+        (dict(layer_types=MIXED), "layer_types has full_attention and sliding_attention; supp"),
+        (dict(layer_types=["chunked_attention"]), "layer_types has chunked_attention; supported"),
+        (dict(quantization_config={"quant_method": "awq"}), "are quantised .*awq.*--quant int8"),
         (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "rope_type='yarn'"),
         (dict(num_attention_heads=5), "n_heads=5 is not a multiple of"),
     ],
@@ -476,7 +530,8 @@ def test_an_incomplete_config_is_refused_by_name():
 
 
 def test_configs_survive_the_round_trip_and_both_ways_of_writing_rope_theta():
-    for options in KINDS.values():
+    scaled = dict(rope_scaling={"rope_type": "linear", "factor": 2.0})
+    for options in (*KINDS.values(), scaled):
         cfg = build(rope_theta=5e5, **options).cfg
         assert LLMConfig.from_hf(cfg.to_hf()) == cfg
     new = MISTRAL | {"rope_parameters": {"rope_type": "default", "rope_theta": 7e5}}
@@ -498,7 +553,7 @@ def test_a_silent_config_means_what_transformers_takes_it_for(family):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoConfig.for_model(**written)
     for ours, name in configs.LLM_NAMES.items():
-        if name in ("rope_theta", "head_dim", "max_position_embeddings"):
+        if name in ("rope_theta", "rope_scaling", "head_dim", "max_position_embeddings"):
             continue
         wanted = getattr(theirs, name, LLMConfig.__dataclass_fields__[ours].default)
         assert getattr(cfg, ours) == wanted, name
@@ -534,9 +589,10 @@ def test_a_tied_head_stored_twice_is_no_error(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experts, window", [(0, None), (4, 5)])
-def test_compiled_steps_say_the_same(experts, window):
+@pytest.mark.parametrize("experts, window, rope", [(0, None, None), (4, 5, None), (0, 5, LLAMA3)])
+def test_compiled_steps_say_the_same(experts, window, rope):
     llm = tiny_cumo(llm_experts=experts, window=window).llm.double().eval()
+    llm.cfg.rope_scaling = rope
     tokens, how = torch.randint(97, (2, 7)), dict(max_new_tokens=300)
     assert torch.equal(llm.generate(tokens, **how, step=fast_step), llm.generate(tokens, **how))
     alone = llm.generate(tokens[:1], **how, step=fast_step)

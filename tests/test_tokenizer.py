@@ -259,6 +259,136 @@ def test_sentencepiece_in_a_tokenizer_json_gives_the_same_ids(mistral, sp, tmp_p
         assert ours.encode(text, start=False) == mistral.encode(text, start=False)
 
 
+STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+WRITTEN_BACK = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"}, {"type": "Fuse"}]  # fmt: skip
+
+
+def spaces_by(sp, scheme):
+    """Mistral's tokenizer.json as transformers 5 saves it, or transformers 4 (Prepend)."""
+    spec = sentencepiece_json(sp)
+    steps = WRITTEN_BACK + [STRIP] * (scheme != "never")
+    spec["decoder"] = {"type": "Sequence", "decoders": steps}
+    if scheme != "Prepend":
+        spec["normalizer"] = None
+        spec["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "split": False,
+                                 "prepend_scheme": scheme}  # fmt: skip
+    return spec
+
+
+SCHEMES = pytest.mark.parametrize("scheme", ["Prepend", "always", "first", "never"])
+
+
+@SCHEMES
+def test_space_before_a_text_is_as_in_tokenizers(scheme, sp, tmp_path):
+    spec = spaces_by(sp, scheme)
+    ours, theirs = Tokenizer.from_pretrained(write(tmp_path, spec)), reference_of(spec)
+    decode = tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": []})).decode
+    for text in [" x", "▁x", "  x", "▁", " ", "x", *some_texts(1500, seed=6)]:
+        ids = ours.encode(text)
+        assert ids == theirs(text), text
+        assert ours.decode(ids) == decode(ids), text
+
+
+def test_metaspace_of_transformers_itself(sp, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = sentencepiece_json(sp)["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    for prefix in (True, False):
+        theirs = transformers.LlamaTokenizer(model["vocab"], merges, add_prefix_space=prefix)
+        theirs.save_pretrained(tmp_path)
+        ours = Tokenizer.from_pretrained(tmp_path)
+        for text in [" x", "▁x", "x", *some_texts(300, seed=7)]:
+            if not any(mark in text for mark in ("<s>", "</s>", "<unk>")):
+                ids = theirs.encode(text, add_special_tokens=False)
+                assert ours.encode(text) == ids and ours.decode(ids) == theirs.decode(ids), text
+
+
+@pytest.mark.parametrize("change, complaint", [
+    (dict(split=True), "Metaspace with split True is not known here"),
+    (dict(replacement="_"), "Metaspace with replacement '_' is not known"),
+    (dict(prepend_scheme="last"), "prepend_scheme 'last' is not known here, only always and first"),
+    (dict(type="Whitespace"), "in a way not known here .*Whitespace"),
+])  # fmt: skip
+def test_other_ways_to_write_spaces_are_refused_by_name(change, complaint, sp, tmp_path):
+    spec = spaces_by(sp, "first")
+    spec["pre_tokenizer"] |= change
+    with pytest.raises(ValueError, match=complaint):
+        Tokenizer.from_pretrained(write(tmp_path, spec))
+    spec = spaces_by(sp, "Prepend")
+    spec["normalizer"]["normalizers"].insert(0, {"type": "NFKC"})
+    with pytest.raises(ValueError, match="in a way not known here .*NFKC"):
+        Tokenizer.from_pretrained(write(tmp_path, spec))
+
+
+# ----------------------------------------------------------------------------------- added tokens
+
+
+def added(content, i, **flags):
+    usual = dict(special=False, normalized=True, single_word=False, lstrip=False, rstrip=False)
+    return {"id": i, "content": content} | usual | flags
+
+
+def with_words(spec, **flags):
+    """Non-special added tokens, one of which begins like another."""
+    n, texts = len(spec["model"]["vocab"]), ["<think>", "<think>!", "éë¿", "a b", "</think>"]
+    words = [added(text, n + k, **flags) for k, text in enumerate(texts)]
+    return spec | {"added_tokens": words}, texts
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("kind", ["bytes", "Prepend", "always", "first", "never"])
+def test_added_tokens_are_words_as_in_tokenizers(kind, normalized, sp, tmp_path):
+    spec = copy.deepcopy(MINI_JSON) if kind == "bytes" else spaces_by(sp, kind)
+    spec, words = with_words(spec, normalized=normalized)
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    names = [added(name, i, special=True) for i, name in enumerate(("<unk>", "<s>", "</s>"))]
+    ours = Tokenizer.from_pretrained(
+        write(tmp_path, spec | {"added_tokens": names + spec["added_tokens"]})
+    )
+    rng, found = random.Random(8), set()
+    for _ in range(800):
+        text = "".join(rng.choices([*words, *words, " ", "▁", "a", "b ", "č", "\n"], k=9))
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text, add_special_tokens=False).ids, text
+        assert ours.decode(ids) == theirs.decode(ids), text
+        found.update(ids)
+    assert {token["id"] for token in spec["added_tokens"]} <= found
+
+
+def test_added_tokens_near_a_tokenizer_model_are_read(tmp_path, sp):
+    """OpenHermes and Hermes-2 bring tokenizer.model and added_tokens.json."""
+    shutil.copy(MISTRAL / "tokenizer.model.v1", tmp_path / "tokenizer.model")
+    names = {"<|im_end|>": 32000, "<|im_start|>": 32001, "<think>": 32002}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(names))
+    flags = {str(i): {"content": name, "special": False} for name, i in names.items()}
+    config = dict(eos_token="<|im_end|>", added_tokens_decoder=flags)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = Tokenizer.from_pretrained(tmp_path)
+    assert (ours.bos, ours.eos, ours.special["<|im_start|>"]) == (1, 32000, 32001)
+    assert ours.encode("a<think>b c") == [*sp.encode("a"), 32002, *ours.encode("b c", start=False)]
+    assert ours.decode(ours.encode("a<think>b c")) == "a<think>b c"
+    assert not {32000, 32001} & set(ours.encode("<|im_start|>user<|im_end|>"))
+    assert [file.name for file in ours.files] == ["tokenizer.model", "tokenizer_config.json",
+                                                  "added_tokens.json"]  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"legacy": True}))
+    ours = Tokenizer.from_pretrained(tmp_path)
+    assert ours.encode("a<think>b c") == [*sp.encode("a"), 32002, *sp.encode("b c")]
+
+
+@pytest.mark.parametrize("flag", ["single_word", "lstrip", "rstrip"])
+def test_flags_of_words_that_we_do_not_follow_are_refused(flag, tmp_path):
+    spec = MINI_JSON | {"added_tokens": MINI_JSON["added_tokens"] + [added("<x>", 9, **{flag: 1})]}
+    with pytest.raises(ValueError, match=f"the added token '<x>' has {flag}, .* special tokens"):
+        Tokenizer.from_pretrained(write(tmp_path, spec))
+
+
+def test_a_byte_order_mark_is_no_reason_to_refuse(tmp_path, mini):
+    text = (MINI / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8-sig")
+    assert Tokenizer.from_pretrained(tmp_path).encode("a cat") == mini.encode("a cat")
+
+
 # ----------------------------------------------------------------------------------------- tekken
 
 

@@ -1,6 +1,7 @@
 """Weights on disk: every form is read, every damage is named, and no reader sees half a save."""
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from cumo import CuMo
 from data import weights
+from data.tokenizer import Tokenizer
 from data.weights import load_into, read_config, read_tensors, write_json, write_tensors
 
 
@@ -249,3 +251,66 @@ def test_a_full_disk_leaves_no_shard_behind(tmp_path, tensors, monkeypatch):
     with pytest.raises(OSError, match="is the disk full"):
         write_tensors(tmp_path, tensors, 800)
     assert not [*tmp_path.iterdir()]
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 9976576152\n"
+PAGE = b"\n<!DOCTYPE html><html><head><title>model.safetensors</title></head></html>"
+
+
+@pytest.mark.parametrize("content, words", [(POINTER, "is a Git LFS pointer.*`git lfs pull`"),
+                                            (PAGE, "is a web page, .* download it again"),
+                                            (PAGE.lower(), "is a web page")])  # fmt: skip
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json",
+                                  "model.safetensors.index.json", "tokenizer.json",
+                                  "tokenizer.model", "tekken.json"])  # fmt: skip
+def test_what_is_not_the_file_itself_is_said_so(name, content, words, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: {words}") as error:
+        if name == "config.json":
+            read_config(tmp_path)
+        elif name.startswith("t"):
+            Tokenizer.from_pretrained(tmp_path)
+        else:
+            dict(read_tensors(tmp_path))
+    assert "\n" not in str(error.value) and "weights_only" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"nonsense", b"\x80\x02garbage", pickle.dumps(Evil())])
+def test_no_error_advises_to_let_a_pickle_run_code(content, tmp_path, tensors):
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    torch.save({"weight": Evil()}, tmp_path / "other.bin")
+    for file in (tmp_path, tmp_path / "other.bin"):
+        with pytest.raises(
+            ValueError, match="cannot be read as weights .*(safetensors|Error)"
+        ) as e:
+            dict(read_tensors(file))
+        assert "weights_only" not in str(e.value) and "torch.load" not in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_is_not_passed_over(name, tmp_path, tensors):
+    write_tensors(tmp_path, tensors)
+    save_file(tensors, tmp_path / name)
+    with pytest.raises(ValueError, match=f"holds {name}, .* merge the adapter"):
+        read_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["int8", "uint8", "int32", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_quantised_weights_without_their_scales_are_refused(kind, name, tmp_path):
+    model = tiny_cumo()
+    model.save_pretrained(tmp_path)
+    found = {k: v.contiguous() for k, v in model.public_state_dict().items()}
+    wrong = "model.layers.1.mlp.up_proj.weight"
+    found[wrong] = torch.ones(found[wrong].shape).to(getattr(torch, kind))
+    (tmp_path / "model.safetensors").unlink()
+    save = save_file if name.startswith("model") else torch.save
+    save({k: v.clone() for k, v in found.items()}, tmp_path / name)
+    with pytest.raises(ValueError, match=f"{wrong} is {kind}, and so quantised") as error:
+        CuMo.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_byte_order_mark_in_config_json_is_no_error(tmp_path):
+    (tmp_path / "config.json").write_text('{"dim": 4}', encoding="utf-8-sig")
+    assert read_config(tmp_path) == {"dim": 4}
