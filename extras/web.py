@@ -45,7 +45,7 @@ from data.flags import check_choice, check_device, check_options, parse, run
 from data.hub import find_model
 from data.images import open_image
 from data.tokenizer import Tokenizer
-from data.world import DESCRIBE, World
+from data.world import DESCRIBE
 from engine.conversation import Conversation
 from extras.plots import draw_routing, pyplot
 from llm import LLM
@@ -228,25 +228,26 @@ def has_maps(model):
 # ---------------------------------------------------------------------------- the page
 
 
-def examples(model, folder):
+PICTURES = cat, dog, owl = [str(ROOT / f"{name}.jpg") for name in ("cat", "dog", "owl")]
+
+
+def examples(model):
     """[(question, files)] to click on, and a line on what this model can be asked."""
     if isinstance(model, LLM):
         return [("What is a cat?", [])], "It is a language model without vision."
-    cat, scene = str(ROOT / "cat.jpg"), Path(folder) / "scene.png"
-    if not scene.is_file():
-        World("new", "describe", 7)[6]["images"][0].resize((256, 256)).save(scene)
     miniature = model.cfg.vision.image_size <= 64
     knows = ("This miniature knows drawings of 100 objects, one to four in a picture: ask what is "
              "there, where, how many, which color the background has, or for a list of all objects."
              if miniature else "Ask anything about a picture.")  # fmt: skip
-    asked = [("Where is the cat?", [cat]), ("List all objects.", [str(scene)])]
-    return asked, f"{knows} Later questions need no new picture; a new picture starts over."
+    asked = [("Where is the cat?", [cat]), (DESCRIBE, [owl]),
+             ("Which picture has the dog?", [cat, dog])]  # fmt: skip
+    return asked, f"{knows} A question means the last picture, unless it says which."
 
 
-def page(gr, model, visitors, name, folder):
+def page(gr, model, visitors, name):
     """gradio's Blocks: a chat, and next to it the map of a sparse model, once there is one."""
     sees, maps = not isinstance(model, LLM), has_maps(model)
-    asked, about = examples(model, folder)
+    asked, about = examples(model)
     with gr.Blocks(title=f"CuMo: {name}", delete_cache=(600, 3600), fill_width=True) as blocks:
         gr.Markdown(f"## Ask CuMo about a picture\nThe model is `{name}`. {about}")
         with gr.Row():
@@ -327,7 +328,7 @@ def serve(cfg, folder):
                                temperature=cfg.temperature)  # fmt: skip
     # A first token before the page opens: a wrong flag fails here and not at a visitor's question.
     new().ask("Hi", write=lambda piece: None, interrupted=lambda: True)
-    blocks = page(gr, model, Visitors(new, cfg.keep), Path(cfg.model or path).name, folder)
+    blocks = page(gr, model, Visitors(new, cfg.keep), Path(cfg.model or path).name)
     blocks.queue(max_size=cfg.waiting, default_concurrency_limit=1, api_open=False)
     print(f"http://{cfg.host}:{cfg.port} serves {path}; Ctrl-C ends it", flush=True)
     blocks.launch(
@@ -335,7 +336,7 @@ def serve(cfg, folder):
         mcp_server=False, enable_monitoring=False, footer_links=[], pwa=False, run_history=False,
         state_session_capacity=cfg.keep + cfg.waiting,  # gradio's own limit of tabs
         max_file_size=cfg.upload_mb * 2**20,
-        allowed_paths=[str(ROOT / "cat.jpg"), str(Path(folder, "scene.png"))],
+        allowed_paths=PICTURES,
         css=CSS, theme=gr.themes.Default(font=["system-ui", "sans-serif"],
                                 font_mono=["ui-monospace", "monospace"]))  # fmt: skip
 

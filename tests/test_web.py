@@ -242,9 +242,9 @@ class Recorder:
 class Page:
     """The page of a model, and what its visitor's clicks call."""
 
-    def __init__(self, model, folder):
+    def __init__(self, model):
         self.gr, self.visitors = Recorder(), visitors(model)
-        web.page(self.gr, model, self.visitors, "tiny", folder)
+        web.page(self.gr, model, self.visitors, "tiny")
         (self.box,) = [box for box in self.gr.parts["MultimodalTextbox"] if box.parts]
         (self.asking,), (self.stop,) = self.box.parts["submit"], self.box.parts["stop"]
         agent = {"user-agent": PHONE}
@@ -255,9 +255,9 @@ class Page:
         return part.value if part.name == "Image" else None
 
 
-def test_stop_while_the_map_is_drawn_does_not_lose_it(sparse, tmp_path, monkeypatch):
+def test_stop_while_the_map_is_drawn_does_not_lose_it(sparse, monkeypatch):
     pytest.importorskip("matplotlib")
-    page = Page(sparse, tmp_path)
+    page = Page(sparse)
     ask, (late,) = page.asking.args[0], page.stop.parts["then"]
     drawn = []
     draw_map = web.draw_map
@@ -279,9 +279,9 @@ def test_stop_while_the_map_is_drawn_does_not_lose_it(sparse, tmp_path, monkeypa
     assert page.shown(chart) is None, "the map of the last picture stays"
 
 
-def test_there_is_no_empty_box_before_the_first_map_and_after_starting_over(sparse, tmp_path):
+def test_there_is_no_empty_box_before_the_first_map_and_after_starting_over(sparse):
     pytest.importorskip("matplotlib")
-    page = Page(sparse, tmp_path)
+    page = Page(sparse)
     (chart,) = page.gr.parts["Image"]
     assert chart.options["visible"] is False and "which part" in chart.options["label"]
     (clear,) = page.gr.parts["on"]
@@ -289,13 +289,14 @@ def test_there_is_no_empty_box_before_the_first_map_and_after_starting_over(spar
     assert gone.options == {"value": None, "visible": False}
 
 
-def test_the_page_has_two_examples_and_says_what_can_be_asked(sparse, tmp_path):
-    page = Page(sparse, tmp_path)
+def test_the_page_has_three_pictures_to_try_and_says_what_can_be_asked(sparse):
+    page = Page(sparse)
     (examples,), (title,) = page.gr.parts["Examples"], page.gr.parts["Markdown"]
-    files = {row["files"][0] for row in examples.args[0]}
-    assert len(files) == 2 and all(web.open_image(file).width for file in files)
+    files = {file for row in examples.args[0] for file in row["files"]}
+    assert len(files) == 3 and max(len(row["files"]) for row in examples.args[0]) == 2
+    assert all(web.open_image(file).width for file in files)
     assert "knows drawings of 100 objects" in title.args[0]
-    assert "language model" in web.examples(tiny_cumo().llm, tmp_path)[1]
+    assert "language model" in web.examples(tiny_cumo().llm)[1]
 
 
 def test_missing_gradio_is_one_line_that_names_the_install(monkeypatch, capsys):
