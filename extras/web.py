@@ -228,7 +228,7 @@ def has_maps(model):
 # ---------------------------------------------------------------------------- the page
 
 
-PICTURES = cat, dog, owl = [str(ROOT / f"{name}.jpg") for name in ("cat", "dog", "owl")]
+TO_TRY = cat, dog, owl = [str(ROOT / f"{name}.jpg") for name in ("cat", "dog", "owl")]
 
 
 def examples(model):
@@ -336,7 +336,7 @@ def serve(cfg, folder):
         mcp_server=False, enable_monitoring=False, footer_links=[], pwa=False, run_history=False,
         state_session_capacity=cfg.keep + cfg.waiting,  # gradio's own limit of tabs
         max_file_size=cfg.upload_mb * 2**20,
-        allowed_paths=PICTURES,
+        allowed_paths=TO_TRY,
         css=CSS, theme=gr.themes.Default(font=["system-ui", "sans-serif"],
                                 font_mono=["ui-monospace", "monospace"]))  # fmt: skip
 
