@@ -89,9 +89,9 @@ def native_template(tokenizer):
     know it; the way out is to name one."""
     found = recognise(tokenizer)
     if found is None:
-        what = tokenizer.chat_template
-        why = f"its chat_template is not known here ({what!r:.60})" if what else (
+        own, names = tokenizer.chat_template, ", ".join(TEMPLATES[1:])
+        why = f"its chat_template is not known here ({own!r:.60})" if own else (
             "it has no chat_template and may be a base model")  # fmt: skip
-        raise ValueError(f"how this language model wants to be asked is not known: {why}; name "
-                         f"the nearest with sample.py --template: {', '.join(TEMPLATES[1:])}")  # fmt: skip
+        raise ValueError(f"how this language model wants to be asked is unclear: {why}; name the "
+                         f"nearest with sample.py --template: {names}")  # fmt: skip
     return found

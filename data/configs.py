@@ -22,7 +22,8 @@ LLM_NAMES = {  # our name of a field -> its public name
     "rope_theta": "rope_theta", "rope_scaling": "rope_scaling",
     "max_positions": "max_position_embeddings", "sliding_window": "sliding_window",
     "tie_embeddings": "tie_word_embeddings",
-    "num_experts": "num_local_experts", "top_k": "num_experts_per_tok"}  # fmt: skip
+    "num_experts": "num_local_experts", "top_k": "num_experts_per_tok",
+    "bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id"}  # fmt: skip
 LLM_DEFAULTS = {  # model_type -> the defaults of transformers where they are not LLMConfig's
     "llama": {"rms_norm_eps": 1e-6, "num_key_value_heads": None},
     "mistral": {"rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096},
@@ -74,7 +75,8 @@ def check_fields(config: object) -> None:
             good = whole or isinstance(value, float)
             good, wanted = good and 0 <= value < float("inf"), "a number from 0 up"
         elif field.type is int or field.type == int | None and value is not None:
-            least, most = int("experts" not in name), LARGEST.get(name, 2**20)
+            may_be_0 = "experts" in name or name == "bos_token_id"
+            least, most = int(not may_be_0), LARGEST.get(name, 2**20)
             good = whole and least <= value <= most
             wanted = f"an integer from {least} to {most}"
         else:
@@ -283,3 +285,12 @@ def to_public_cumo(fields: dict) -> dict:
         "nanocumo_mlp_top_k": fields["mlp_top_k"],
         "vision_config": to_public_clip(vision),
     }
+
+
+def public_files(fields: dict) -> dict[str, dict]:
+    """{name: content} of the JSON files of a checkpoint, from CuMoConfig's fields."""
+    config = to_public_cumo(fields)
+    ends = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
+    pixels = to_public_processor(fields["vision"]["image_size"])
+    return {"config.json": config, "preprocessor_config.json": pixels,
+            "generation_config.json": {"_from_model_config": True} | ends}  # fmt: skip

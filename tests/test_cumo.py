@@ -337,3 +337,13 @@ def test_a_checkpoint_of_ours_says_how_its_pixels_are_made(tmp_path):
     write_tensors(tmp_path / "ours", tensors | plain)
     again = CuMo.from_pretrained(tmp_path / "ours")
     assert torch.equal(again.vision(IMAGES)[0], vision(IMAGES)[0])
+
+
+def test_a_checkpoint_of_ours_says_where_texts_begin_and_end(tmp_path):
+    model = tiny_cumo()
+    model.cfg.llm.bos_token_id, model.cfg.llm.eos_token_id = 0, [5, 6]
+    model.save_pretrained(tmp_path)
+    for name in ("config.json", "generation_config.json"):
+        written = read_config(tmp_path, name)
+        assert (written["bos_token_id"], written["eos_token_id"]) == (0, [5, 6])
+    assert CuMo.from_pretrained(tmp_path).cfg == model.cfg
