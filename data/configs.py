@@ -249,7 +249,13 @@ def cumo_fields(config: dict, path) -> tuple[dict, dict, dict]:
     else:
         raise ValueError(f"{path} is no CuMo but a language model without vision: its "
                          "config.json has no vision_config or mm_vision_tower")  # fmt: skip
-    check_supported(config, {"model_type": ["llava_mistral", "llava_mixtral"]} | CUMO_ONLY)
+    if config.get("model_type", "llava_mistral") not in ("llava_mistral", "llava_mixtral"):
+        raise ValueError(
+            f"config.json: model_type={config['model_type']!r:.40} is no CuMo "
+            "(llava_mistral or llava_mixtral, in the original's layout); of LLaVA-1.5, "
+            "llava-hf and others take CLIP and the language model: --clip, --llm"
+        )
+    check_supported(config, CUMO_ONLY)
     mlp_experts = config.get("nanocumo_mlp_experts", experts) if config.get("mlp_smoe") else 0
     return vision, llm_fields(config), {
         "mlp_experts": mlp_experts,
