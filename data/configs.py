@@ -38,7 +38,7 @@ VIT_B = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_
 CLIP_DEFAULTS = VIT_B | {"image_size": 224, "patch_size": 32}
 # field -> the values that we compute; a field that is missing has the first
 LLM_ONLY = {"hidden_act": ["silu"], "attention_bias": [False], "mlp_bias": [False],
-            "rope_type": ["default", "linear", "llama3"]}  # fmt: skip
+            "rope_type": ["default", "linear", "llama3"], "partial_rotary_factor": [1]}  # fmt: skip
 CUMO_ONLY = {"mm_vision_select_layer": [-2], "mm_vision_select_feature": ["patch"],
              "mm_use_im_start_end": [False], "mm_patch_merge_type": ["flat"],
              "mm_resampler_type": [None], "mm_projector_type": ["smoe_mlp", "mlp2x_gelu"],
@@ -112,7 +112,8 @@ def llm_fields(config: dict) -> dict:
     if family not in LLM_DEFAULTS:
         raise ValueError(f"model_type {family!r} is not one of {', '.join(LLM_DEFAULTS)}")
     check_whole(config)
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # new name, old name
+    # The new and the old name. As in transformers, the old one decides if both are there.
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"rope_parameters={rope!r:.80} must be an object")
     rope = {"rope_type": rope.get("type", "default")} | rope
