@@ -184,12 +184,11 @@ class CuMo(nn.Module):
         }
 
     def save_pretrained(self, path, dtype=None):
-        """Write config.json and safetensors under the original's names, cast to `dtype`."""
+        """Write safetensors under the original's names, cast to `dtype`, and the config files."""
         views = self.public_state_dict()
         weights.write_tensors(path, {k: v.to(dtype) for k, v in views.items()} if dtype else views)
-        weights.write_json(Path(path) / "config.json", self.cfg.to_original())
-        pixels = configs.to_public_processor(self.cfg.vision.image_size)
-        weights.write_json(Path(path) / "preprocessor_config.json", pixels)
+        for name, content in configs.public_files(asdict(self.cfg)).items():
+            weights.write_json(Path(path) / name, content)
 
     @classmethod
     def from_pretrained(cls, path, device=None, dtype=None):

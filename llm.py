@@ -59,6 +59,8 @@ class LLMConfig:
     tie_embeddings: bool = False  # the head is the embedding, transposed
     num_experts: int = 0  # E in every layer; 0: dense
     top_k: int = 2  # experts a token
+    bos_token_id: int | None = 1  # these two are for other programs: ours ask the tokenizer
+    eos_token_id: int | list | None = 2
 
     def __post_init__(self):
         configs.check_fields(self)

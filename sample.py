@@ -21,6 +21,7 @@ from functools import partial
 import torch
 
 from cumo import CuMo
+from data.chat_template import TEMPLATES
 from data.flags import check_choice, check_device, check_options, parse, run, unescape
 from data.hub import find_model
 from data.images import open_image
@@ -41,6 +42,7 @@ class SampleConfig:
     chat: bool = False  # a conversation: type questions, read answers
     json: bool = False  # print each answer as JSON, with its tokens and seconds
     model: str = ""  # a checkpoint or a folder of stages; empty: the last finished stage in out/
+    template: str = ""  # how to ask; empty: as the model has learned, see data/chat_template.py
     temperature: float = 0.0  # 0: always the most probable token
     top_p: float = 1.0  # sample from the most probable tokens that together reach this probability
     top_k: int = 0  # sample from this many most probable tokens; 0: from all
@@ -110,6 +112,7 @@ def check(cfg, given):
                              "takes the most probable token; add --temperature 0.7")  # fmt: skip
     check_choice("dtype", cfg.dtype, DTYPES)
     check_choice("quant", cfg.quant, ("", "int8"))
+    check_choice("template", cfg.template, ("", *TEMPLATES[1:]))
 
 
 def main():
@@ -129,7 +132,13 @@ def main():
         from extras.plots import draw_routing
 
         draw_routing(model, images[0], cfg.experts)
-    talk = Conversation(model, Tokenizer.from_pretrained(path), compile=cfg.compile, **options)
+    tokenizer = Tokenizer.from_pretrained(path)
+    if cfg.template:  # in place of what the checkpoint says
+        if isinstance(model, LLM):
+            tokenizer.chat_template = cfg.template
+        else:
+            model.cfg.template = cfg.template
+    talk = Conversation(model, tokenizer, compile=cfg.compile, **options)
     answer = partial(print_answer, talk, cfg, path)
     if cfg.chat:
         return chat(talk, answer, images)

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from clip_moe import CLIPVision
 from cumo import CuMo, CuMoConfig
 from data import loader
-from data.chat import template_of
+from data.chat import end_tokens, template_of
 from data.checkpoint import start_from
 from data.flags import check_device, parse, run
 from data.hub import local_folder
@@ -228,6 +228,9 @@ class Trainer:
             self.model, source = build(cfg)
             fsdp.shard(self.model, cfg.device, cfg.bf16)
         self.tokenizer = Tokenizer.from_pretrained(source)
+        ends = end_tokens(self.tokenizer, self.model.cfg.template)
+        self.model.cfg.llm.bos_token_id = self.tokenizer.bos
+        self.model.cfg.llm.eos_token_id = ends if len(ends) > 1 else ends[0]
         check_row(cfg.row_tokens, self.tokenizer, cfg.template, self.model.image_tokens)
         self.optimizer = optim.make_optimizer(self.model, cfg)
         samples = cfg.samples or max(1, cfg.epochs) * len(self.data)

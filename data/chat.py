@@ -6,8 +6,9 @@
                        <|im_start|>user\\n<image>\\nQUESTION<|im_end|>\\n
                        <|im_start|>assistant\\nANSWER<|im_end|>\\n<|im_start|>user\\n ...
 
-`mistral_instruct_system` puts a system prompt before the first question. `chatml` is SmolLM2's
-template, with the system message that SmolLM2 adds by default.
+`mistral_instruct_system` puts a system prompt before the first question. `chatml` has the system
+message that the model's own chat template adds by default, if there is one. Three more are for
+language models alone (data/chat_template.py): mistral_v1, mistral_v3 and llama2.
 
 In a conversation without a picture `<image>` is text ("docker run <image>"). CuMo: a question's
 only tag moves to its front. Several keep their places; the original keeps one of them.
@@ -21,6 +22,10 @@ CuMo: the original makes labels from the finished text, by counting tokens betwe
 from the sample. Here a mark is ordinary text, and a sample with an empty turn is `Rejected`.
 """
 
+from functools import partial
+
+from data.chat_template import TEMPLATES, chatml
+
 IGNORE = -100  # label of a token that is not learned
 IMAGE_TOKEN = -200  # id of every visual token of an image
 IMAGE_TAG = "<image>"
@@ -29,7 +34,7 @@ SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 SMOL_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-TEMPLATES = ("plain", "mistral_instruct", "mistral_instruct_system", "chatml")
+CONTROL = {"chatml": ("<|im_start|>", "<|im_end|>"), "mistral_v3": ("[INST]", "[/INST]")}
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
 
 
@@ -38,7 +43,7 @@ class Rejected(ValueError):
 
 
 def template_of(tokenizer):
-    """The template of a language model without vision, guessed from its special tokens."""
+    """The template with which a CuMo learns to answer, guessed from its special tokens."""
     return "chatml" if "<|im_start|>" in tokenizer.special else "mistral_instruct"
 
 
@@ -53,10 +58,10 @@ def check_template(template, tokenizer):
     """ValueError if the template is unknown or the tokenizer lacks its special tokens."""
     if template not in TEMPLATES:
         raise ValueError(f"template {template!r} is unknown; choose from {', '.join(TEMPLATES)}")
-    for mark in ("<|im_start|>", "<|im_end|>") if template == "chatml" else ():
+    for mark in CONTROL.get(template, ()):
         if mark not in tokenizer.special:
-            raise ValueError(f"template chatml needs the token {mark}, which this tokenizer lacks; "
-                             "take mistral_instruct")  # fmt: skip
+            raise ValueError(f"template {template} needs the token {mark}, which this tokenizer "
+                             "lacks; take mistral_instruct")  # fmt: skip
 
 
 def check_turns(conversation, n_images, where, template=""):
@@ -121,10 +126,10 @@ def with_tags(question, n_images):
     return question if n else f"{IMAGE_TAG}\n" * n_images + question
 
 
-def encode_prompt(text, tokenizer, image_tokens):
+def encode_prompt(text, tokenizer, image_tokens, start=True):
     """The ids of a text, each `<image>` in it as `image_tokens` IMAGE_TOKENs (None: as text)."""
     first, *rest = [text] if image_tokens is None else text.split(IMAGE_TAG)
-    ids = tokenizer.encode(first)
+    ids = tokenizer.encode(first, start)
     for chunk in rest:
         ids += [IMAGE_TOKEN] * image_tokens + tokenizer.encode(chunk)
     return ids
@@ -138,35 +143,57 @@ def write_plain(turns, tokenizer, image_tokens):
         yield tokenizer.encode(turn["value"] + "\n"), True
 
 
-def write_mistral(turns, tokenizer, image_tokens, system):
+def write_mistral(turns, tokenizer, image_tokens, template):
     """Yields (ids, learned). `[INST]` and `[/INST]` are ordinary text here, as in Mistral-7B v0.1
-    and v0.2."""
-    system = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else ""
-    yield [tokenizer.bos] * 2, False  # CuMo: one <s> from the tokenizer, one from the template
+    and v0.2, and in Llama 2."""
+    system = f"<<SYS>>\n{SYSTEM}\n<</SYS>>\n\n" if template.endswith("system") else ""
+    own, llama = not template.startswith("mistral_instruct"), template == "llama2"
+    yield [tokenizer.bos] * (1 if own else 2), False  # CuMo: a second one from the template
     for k, turn in enumerate(turns):
+        said = turn["value"].strip() if llama else turn["value"]
         if k % 2 == 0:
-            text = f"[INST] {'' if k else system}{turn['value']} [/INST]"
+            yield [tokenizer.bos] * (llama and k > 0), False
+            text = f"[INST] {'' if k else system}{said} [/INST]"
             yield encode_prompt(text, tokenizer, image_tokens), False
         else:
-            yield tokenizer.encode(f" {turn['value']} ", start=False) + [tokenizer.eos], True
+            text = f" {said}" if template == "mistral_v1" else f" {said} "
+            yield tokenizer.encode(text, start=False) + [tokenizer.eos], True
+
+
+def write_mistral_v3(turns, tokenizer, image_tokens):
+    """Yields (ids, learned). `[INST]` and `[/INST]` are control tokens, as in `mistral-common`."""
+    begin, end = (tokenizer.special[mark] for mark in CONTROL["mistral_v3"])
+    yield [tokenizer.bos], False
+    for k, turn in enumerate(turns):
+        if k % 2 == 0:
+            yield [begin, *encode_prompt(turn["value"], tokenizer, image_tokens), end], False
+        else:
+            yield tokenizer.encode(turn["value"].rstrip()) + [tokenizer.eos], True
 
 
 def write_chatml(turns, tokenizer, image_tokens):
-    """Yields (ids, learned), the ids that `transformers` makes with SmolLM2's template.
+    """Yields (ids, learned), the ids that `transformers` makes with the model's own ChatML.
 
     One exception: an answer is tokenized alone, as the model generates it. `transformers` may
     merge blanks at the start of an answer with the line break before it.
     """
-    begin, end = (tokenizer.special[mark] for mark in ("<|im_start|>", "<|im_end|>"))
-    line_break = tokenizer.encode("\n")
-    yield [begin, *tokenizer.encode(f"system\n{SMOL_SYSTEM}"), end, *line_break], False
+    begin, end = (tokenizer.special[mark] for mark in CONTROL["chatml"])
+    encode = partial(tokenizer.encode, start=tokenizer.again)  # text after a control token
+    line_break = encode("\n")
+    own, system = chatml(tokenizer), SMOL_SYSTEM  # a CuMo has learned it by default
+    if tokenizer.chat_template:
+        system = own["system"] if own else None
+    yield [tokenizer.bos] * bool(own and own["bos"]), False
+    if system:
+        yield [begin, *encode(f"system\n{system}"), end, *line_break], False
     for k, turn in enumerate(turns):
         if k % 2 == 0:
-            text = encode_prompt(f"user\n{turn['value']}", tokenizer, image_tokens)
+            text = f"user\n{turn['value']}"
+            text = encode_prompt(text, tokenizer, image_tokens, tokenizer.again)
             yield [begin, *text, end, *line_break], False
-            yield [begin, *tokenizer.encode("assistant\n")], False
+            yield [begin, *encode("assistant\n")], False
         else:
-            yield [*tokenizer.encode(turn["value"]), end], True
+            yield [*tokenizer.encode(turn["value"], start=False), end], True
             yield line_break, False
 
 
@@ -179,9 +206,10 @@ def write(turns, tokenizer, template, image_tokens):
         pieces = write_plain(turns, tokenizer, image_tokens)
     elif template == "chatml":
         pieces = write_chatml(turns, tokenizer, image_tokens)
+    elif template == "mistral_v3":
+        pieces = write_mistral_v3(turns, tokenizer, image_tokens)
     else:
-        system = SYSTEM if template.endswith("system") else ""
-        pieces = write_mistral(turns, tokenizer, image_tokens, system)
+        pieces = write_mistral(turns, tokenizer, image_tokens, template)
     ids, labels = [], []
     for piece, learned in pieces:
         ids += piece

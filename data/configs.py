@@ -22,7 +22,8 @@ LLM_NAMES = {  # our name of a field -> its public name
     "rope_theta": "rope_theta", "rope_scaling": "rope_scaling",
     "max_positions": "max_position_embeddings", "sliding_window": "sliding_window",
     "tie_embeddings": "tie_word_embeddings",
-    "num_experts": "num_local_experts", "top_k": "num_experts_per_tok"}  # fmt: skip
+    "num_experts": "num_local_experts", "top_k": "num_experts_per_tok",
+    "bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id"}  # fmt: skip
 LLM_DEFAULTS = {  # model_type -> the defaults of transformers where they are not LLMConfig's
     "llama": {"rms_norm_eps": 1e-6, "num_key_value_heads": None},
     "mistral": {"rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096},
@@ -37,7 +38,7 @@ VIT_B = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_
 CLIP_DEFAULTS = VIT_B | {"image_size": 224, "patch_size": 32}
 # field -> the values that we compute; a field that is missing has the first
 LLM_ONLY = {"hidden_act": ["silu"], "attention_bias": [False], "mlp_bias": [False],
-            "rope_type": ["default", "linear", "llama3"]}  # fmt: skip
+            "rope_type": ["default", "linear", "llama3"], "partial_rotary_factor": [1]}  # fmt: skip
 CUMO_ONLY = {"mm_vision_select_layer": [-2], "mm_vision_select_feature": ["patch"],
              "mm_use_im_start_end": [False], "mm_patch_merge_type": ["flat"],
              "mm_resampler_type": [None], "mm_projector_type": ["smoe_mlp", "mlp2x_gelu"],
@@ -74,7 +75,8 @@ def check_fields(config: object) -> None:
             good = whole or isinstance(value, float)
             good, wanted = good and 0 <= value < float("inf"), "a number from 0 up"
         elif field.type is int or field.type == int | None and value is not None:
-            least, most = int("experts" not in name), LARGEST.get(name, 2**20)
+            may_be_0 = "experts" in name or name == "bos_token_id"
+            least, most = int(not may_be_0), LARGEST.get(name, 2**20)
             good = whole and least <= value <= most
             wanted = f"an integer from {least} to {most}"
         else:
@@ -110,7 +112,8 @@ def llm_fields(config: dict) -> dict:
     if family not in LLM_DEFAULTS:
         raise ValueError(f"model_type {family!r} is not one of {', '.join(LLM_DEFAULTS)}")
     check_whole(config)
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # new name, old name
+    # The new and the old name. As in transformers, the old one decides if both are there.
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"rope_parameters={rope!r:.80} must be an object")
     rope = {"rope_type": rope.get("type", "default")} | rope
@@ -247,7 +250,13 @@ def cumo_fields(config: dict, path) -> tuple[dict, dict, dict]:
     else:
         raise ValueError(f"{path} is no CuMo but a language model without vision: its "
                          "config.json has no vision_config or mm_vision_tower")  # fmt: skip
-    check_supported(config, {"model_type": ["llava_mistral", "llava_mixtral"]} | CUMO_ONLY)
+    if config.get("model_type", "llava_mistral") not in ("llava_mistral", "llava_mixtral"):
+        raise ValueError(
+            f"config.json: model_type={config['model_type']!r:.40} is no CuMo "
+            "(llava_mistral or llava_mixtral, in the original's layout); of LLaVA-1.5, "
+            "llava-hf and others take CLIP and the language model: --clip, --llm"
+        )
+    check_supported(config, CUMO_ONLY)
     mlp_experts = config.get("nanocumo_mlp_experts", experts) if config.get("mlp_smoe") else 0
     return vision, llm_fields(config), {
         "mlp_experts": mlp_experts,
@@ -283,3 +292,12 @@ def to_public_cumo(fields: dict) -> dict:
         "nanocumo_mlp_top_k": fields["mlp_top_k"],
         "vision_config": to_public_clip(vision),
     }
+
+
+def public_files(fields: dict) -> dict[str, dict]:
+    """{name: content} of the JSON files of a checkpoint, from CuMoConfig's fields."""
+    config = to_public_cumo(fields)
+    ends = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
+    pixels = to_public_processor(fields["vision"]["image_size"])
+    return {"config.json": config, "preprocessor_config.json": pixels,
+            "generation_config.json": {"_from_model_config": True} | ends}  # fmt: skip

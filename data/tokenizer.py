@@ -91,6 +91,9 @@ class Tokenizer:
         longest_first = (sorted(some, key=len, reverse=True) for some in words)
         self.cut, self.cut_again = ("|".join(map(re.escape, some)) for some in longest_first)
         self.vocab_size = max(0, *self.bytes_of, *special.values(), *chain(*self.ids)) + 1
+        control = (special[mark] for mark in (*names, *MARKS) if mark in special)
+        # Ids below this one are written. Others, such as a padding token's, need no row in a model.
+        self.written = max(0, *self.bytes_of, *chain(*self.ids), *control) + 1
         self.gone = bytes(b for b in range(256) if pieces[bytes([b])] == ())  # without a token
         ranks = {piece: rank for rank, piece in enumerate(pieces)}
         self.bpe = tiktoken.Encoding(
@@ -169,16 +172,21 @@ class Tokenizer:
             found |= sort_added(file, added, config, found["special"], late)
             if file.name == "tokenizer.model":
                 found["again"] = config.get("legacy") is True
-            files = [
-                file,
-                *(path / name for name in (*TOKENIZERS, *NEAR_TOKENIZERS) if name != file.name),
-            ]
-            return cls(**found, names=names, files=[file for file in files if file.is_file()],
-                       chat_template=read_chat_template(path, config))  # fmt: skip
+            near = [path / name for name in (*TOKENIZERS, *NEAR_TOKENIZERS) if name != file.name]
+            files = [file, *(other for other in near if other.is_file())]
+            template = read_chat_template(path, config)
+            tokenizer = cls(**found, names=names, files=files, chat_template=template)
         except (LookupError, TypeError, AttributeError, struct.error, ValueError) as error:
             if str(error).startswith(f"{file}: "):  # raised by `read`, already clear
                 raise
             raise ValueError(f"{file}: is damaged or not a {file.name} ({error!r:.80})") from None
+        rows = read_near(path, "config.json").get("vocab_size")
+        if type(rows) is int and tokenizer.written > rows:
+            last = tokenizer.written - 1
+            raise ValueError(f"{file}: writes ids up to {last}, and the model has rows for {rows} "
+                             "(vocab_size in config.json): take the tokenizer that belongs to "
+                             "it")  # fmt: skip
+        return tokenizer
 
 
 def pieces_between(pattern, text):

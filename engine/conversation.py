@@ -28,7 +28,8 @@ from dataclasses import dataclass
 
 import torch
 
-from data.chat import IMAGE_TAG, end_tokens, render, render_next, template_of, with_tags
+from data.chat import IMAGE_TAG, end_tokens, render, render_next, with_tags
+from data.chat_template import native_template
 from data.flags import check_options
 from data.images import open_image, preprocess
 from engine.decode import fast_step
@@ -36,8 +37,8 @@ from llm import LLM, Cache
 
 
 def template_for(model, tokenizer):
-    """How conversations with a model are written: a CuMo knows it, an LLM's is guessed."""
-    return template_of(tokenizer) if isinstance(model, LLM) else model.cfg.template
+    """How conversations with a model are written: a CuMo knows it, an LLM's tokenizer says it."""
+    return native_template(tokenizer) if isinstance(model, LLM) else model.cfg.template
 
 
 def prompt(model, tokenizer, question, images=(), first=True):
@@ -66,8 +67,7 @@ def prompt(model, tokenizer, question, images=(), first=True):
     if len(ids) > cfg.max_positions and not cfg.sliding_window:
         raise ValueError(f"the question takes {len(ids)} tokens, and the model has "
                          f"{cfg.max_positions} positions: ask less")  # fmt: skip
-    second = alone and template == "mistral_instruct"  # CuMo's second <s>, unknown to a Mistral
-    return ids[second:], pixels
+    return ids, pixels
 
 
 class Printer:

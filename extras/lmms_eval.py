@@ -38,7 +38,7 @@ from sample import DTYPES
 
 try:
     from lmms_eval.api.model import lmms
-except ImportError:
+except (ImportError, RuntimeError):  # RuntimeError: see check_torchvision
     lmms = object
 
 
@@ -141,8 +141,22 @@ class Examinee(lmms):
         return results
 
 
+def check_torchvision():
+    """ValueError if torchvision, which lmms-eval needs, was built for another torch."""
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        pass
+    except RuntimeError as error:  # operator torchvision::nms does not exist
+        raise ValueError(
+            f"torchvision does not fit torch {torch.__version__} ({error}): install "
+            "both together, for the same kind of machine (CPU or CUDA)"
+        ) from None
+
+
 def main():
     cfg, _ = parse(LmmsConfig, description=__doc__.split("\n")[0])
+    check_torchvision()
     if lmms is object:
         raise ValueError('this needs lmms-eval: pip install ".[eval]"')
     check_choice("dtype", cfg.dtype, DTYPES)

@@ -282,6 +282,7 @@ BLOCKS = {  # page -> {block: the function that writes it}
         "load": tables.load_block,
         "smol": tables.smol_block,
         "tokenizers": tables.tokenizers_block,
+        "families": tables.families_block,
         "faults": tables.faults_block,
         "inputs": tables.inputs_block,
         "endurance": tables.endurance_block,

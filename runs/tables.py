@@ -170,6 +170,14 @@ def tokenizers_block():
     return table(("tokenizer", "reference", *texts, "texts that differ"), *lines)
 
 
+def families_block():
+    """Each public model that was tried: equal to the reference, or the line that refuses it."""
+    short = lambda text: text if len(text) < 130 else text[:127] + "..."
+    rows = read("families")["rows"]
+    return table(("kind", "model", "found"), *((row["kind"], row["name"],
+                 short(row["found"]).replace("|", "\\|")) for row in rows))  # fmt: skip
+
+
 def load_block():
     head = ("files", "type of the files", "type of the model", "model, MB", "peak / model")
     rows = [(row["form"], row["file_dtype"], row["dtype"], f"{row['model_mb']:.0f}",

@@ -213,6 +213,7 @@ def smol(tmp_path_factory):
     folder = tmp_path_factory.mktemp("smol")
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     names = {"bos_token": SMOL_SPECIAL[1], "eos_token": SMOL_SPECIAL[2]}
+    names["chat_template"] = SMOL_TEMPLATE
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
     transformers = pytest.importorskip("transformers")
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
@@ -320,7 +321,7 @@ def split_at_images(ids, image_tokens):
     return runs
 
 
-@pytest.mark.parametrize("template", TEMPLATES[1:])
+@pytest.mark.parametrize("template", [t for t in TEMPLATES[1:] if t != "mistral_v3"])
 def test_tag_in_a_conversation_without_a_picture_is_text(template, mini, smol):
     """Tokens between the two tags keep their places: nothing is cut out or moved."""
     tokenizer = smol[0] if template == "chatml" else mini

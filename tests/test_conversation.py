@@ -77,7 +77,7 @@ def test_to_a_language_model_alone_a_tag_is_text():
     assert prompt(llm, MINI, "<image>")[0] == [1, *MINI.encode("[INST] <image> [/INST]")]
 
 
-@pytest.mark.parametrize("template", [t for t in TEMPLATES if t.startswith("mistral")])
+@pytest.mark.parametrize("template", [t for t in TEMPLATES if t.startswith("mistral_instruct")])
 def test_one_more_question_goes_on_as_in_the_whole_conversation(template):
     texts = ["<image>\nOne?", "a b", "  Two <image> ", "c", "Three?", "d"]
     turns = [{"from": w, "value": text} for w, text in zip(["human", "gpt"] * 3, texts)]
@@ -199,7 +199,7 @@ def test_an_answer_ends_where_its_template_teaches_and_at_the_end_of_text(
 ):
     tokenizer = with_chatml(tmp_path)
     model = tiny_cumo(vocab=1024).eval()
-    model.cfg.template = "chatml"
+    model.cfg.template = tokenizer.chat_template = "chatml"
     assert end_tokens(tokenizer, "chatml") == [tokenizer.special["<|im_end|>"], tokenizer.eos]
     assert end_tokens(tokenizer, "mistral_instruct") == [tokenizer.eos]
     llm, script = model.llm, iter([*MINI.encode(" yes"), tokenizer.special[end], 5, 6, 7])

@@ -1,6 +1,10 @@
 """The exam is fair: balanced, seeded, scored by exact answers; blind guessing scores little."""
 
 import collections
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,3 +109,18 @@ def test_expert_load_is_a_share_and_counts_every_sparse_block():
     load = plots.expert_load(model, pictures, batch=3)
     assert list(load) == ["vision.layers.0.moe", "vision.layers.1.moe", "connector.moe"]
     assert all(sum(shares) == pytest.approx(1) and len(shares) == 4 for shares in load.values())
+
+
+def test_a_torchvision_of_another_torch_is_one_line(tmp_path):
+    """`pip install ".[eval]"` takes one for CUDA, also next to a torch for the CPU."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(
+        'raise RuntimeError("operator torchvision::nms does not exist")\n'
+    )
+    root = Path(__file__).parents[1]
+    command = [sys.executable, str(root / "extras" / "lmms_eval.py"), "--tasks", "pope"]
+    ended = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+                           capture_output=True, text=True)  # fmt: skip
+    (line,) = ended.stderr.strip().splitlines()
+    assert ended.returncode == 1 and line.startswith("error: torchvision does not fit torch 2.")
+    assert "torchvision::nms does not exist" in line and "install both together" in line

@@ -468,6 +468,7 @@ def test_prompts_padded_on_the_right_are_refused():
 # ------------------------------------------------------------------------------- configs and files
 
 MISTRAL = build(sliding_window=6).cfg.to_hf()
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 MIXED = ["full_attention", "sliding_attention", "sliding_attention"]
 
 
@@ -509,6 +510,12 @@ def test_rescaled_frequencies_are_those_of_transformers_at_llama_3_2s_sizes():
         (dict(hidden_act="gelu"), "hidden_act='gelu' is not supported, only 'silu'"),
         (dict(attention_bias=True), "attention_bias=True"),
         (dict(rope_scaling={"type": "dynamic", "factor": 2.0}), "rope_type='dynamic'.*'llama3'"),
+        (
+            dict(rope_scaling={"type": "dynamic", "factor": 2.0}, rope_parameters=PLAIN),
+            "rope_type='dynamic'",
+        ),
+        (dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5 is not supported"),
+        (dict(rope_parameters=PLAIN | {"partial_rotary_factor": 0.5}), "partial_rotary_factor=0.5"),
         (dict(rope_scaling={"type": "linear"}), "'linear' needs a positive factor, not None"),
         (dict(rope_scaling=LLAMA3 | {"factor": "8"}), "'llama3' needs a positive factor, not '8'"),
         (dict(layer_types=MIXED), "layer_types has full_attention and sliding_attention; supp"),

@@ -61,6 +61,12 @@ def test_answers_about_a_picture_and_without_one(model_dir, ask):
 def test_language_model_alone_answers_without_a_picture(tmp_path, ask):
     tiny_cumo(vocab=1024).llm.save_pretrained(tmp_path)
     shutil.copy(MINI / "tokenizer.json", tmp_path)
+    with pytest.raises(ValueError, match="no chat_template and may be a base model.*--template"):
+        ask("--model", tmp_path, "--ask", "What is a cat?")
+    assert ask("--model", tmp_path, "--ask", "What?", "--template", "llama2").endswith("\n")
+    with pytest.raises(ValueError, match="needs the token .INST., which this tokenizer lacks"):
+        ask("--model", tmp_path, "--ask", "What is a cat?", "--template", "mistral_v3")
+    shutil.copy(MINI / "tokenizer_config.json", tmp_path)
     flags = ["--model", tmp_path, "--max-new-tokens", 4]
     assert ask(*flags, "--ask", "What is a cat?").endswith("\n")
     with pytest.raises(ValueError, match="without vision; ask without a picture"):
@@ -298,7 +304,8 @@ def test_a_picture_that_cannot_be_seen_is_refused_at_once_and_forgotten(
 
 def test_a_language_model_alone_refuses_pictures_in_a_chat(tmp_path, monkeypatch, capsys):
     tiny_cumo(vocab=1024).llm.save_pretrained(tmp_path)
-    shutil.copy(MINI / "tokenizer.json", tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MINI / name, tmp_path)
     lines = [f"/image {ROOT / 'cat.jpg'}", "What?"]
     answers, refused = chatted(tmp_path, lines, monkeypatch, capsys)
     assert len(answers) == 1

@@ -376,6 +376,29 @@ def test_added_tokens_near_a_tokenizer_model_are_read(tmp_path, sp):
     assert ours.encode("a<think>b c") == [*sp.encode("a"), 32002, *sp.encode("b c")]
 
 
+@pytest.mark.parametrize("content, special, fits", [
+    ("<think>", False, False), ("<pad>", True, True), ("[PAD]", True, True),
+    ("<|im_end|>", True, False), ("</s>2", True, False)])  # fmt: skip
+def test_more_pieces_than_the_model_has_rows_are_refused_but_a_lone_padding_token_is_not(
+    content, special, fits, tmp_path
+):
+    rows = len(MINI_JSON["model"]["vocab"])
+    tokens = MINI_JSON["added_tokens"] + [added(content, rows, special=special)]
+    eos = content if content == "</s>2" else "</s>"
+    write(tmp_path, MINI_JSON | {"added_tokens": tokens}, eos_token=eos)
+    for more in (0, 1):
+        (tmp_path / "config.json").write_text(json.dumps({"vocab_size": rows + more}))
+        if fits or more:
+            Tokenizer.from_pretrained(tmp_path)
+            continue
+        with pytest.raises(ValueError, match=f"tokenizer.json: writes ids up to {rows}, and the "
+                           f"model has rows for {rows} .* take the tokenizer"):  # fmt: skip
+            Tokenizer.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 500}))
+    with pytest.raises(ValueError, match="the model has rows for 500"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("flag", ["single_word", "lstrip", "rstrip"])
 def test_flags_of_words_that_we_do_not_follow_are_refused(flag, tmp_path):
     spec = MINI_JSON | {"added_tokens": MINI_JSON["added_tokens"] + [added("<x>", 9, **{flag: 1})]}
