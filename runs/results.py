@@ -72,7 +72,8 @@ def count_lines(name):
 def demos():
     """The measured demos: {precision: content of bench/mini*.json}."""
     files = (ROOT / "bench" / name for name in ("mini.json", "mini_float32.json"))
-    return {run["precision"]: run for run in (json.loads(file.read_text()) for file in files)}
+    runs = (json.loads(file.read_text()) for file in files if file.is_file())
+    return {run["precision"]: run for run in runs}
 
 
 def demo_block():
@@ -84,7 +85,7 @@ def demo_block():
         rows.append((precision, " + ".join(f"{s:.0f}" for s in seconds), f"{sum(seconds) / 60:.1f}",
                      f"{run['peak_memory_gb']:.1f}", *shares))  # fmt: skip
     head = ("precision", "seconds of the stages", "minutes", "peak GB", *SPLITS)
-    return table(head, *rows) + f"\n\nBoth on {run['machine']}."
+    return table(head, *rows) + f"\n\nOn {run['machine']}."
 
 
 def results_block():
