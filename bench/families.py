@@ -8,6 +8,7 @@ compared with `tokenizers`, sentencepiece and `mistral-common`. Needs the packag
 `test`, and nothing from the network.
 """
 
+import argparse
 import itertools
 import json
 import pathlib
@@ -223,6 +224,7 @@ def templates(folder):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     rows = list(models())
     for kind, measure in (("tokenizer", tokens), ("chat template", templates)):
         with tempfile.TemporaryDirectory() as folder:

@@ -155,8 +155,8 @@ def test_a_question_without_room_is_refused_and_changes_nothing():
 
 @pytest.mark.parametrize("context, positions, limit", [
     (200, 32768, r"there is room for 200: ask less, .* or raise --context \(here up to 32768\)"),
-    (4096, 750, r"the model has 750 positions: ask less, or lower --max-new-tokens$"),
-    (200, 750, r"the model has 750 positions: ask less, or lower --max-new-tokens$"),
+    (4096, 1000, r"the model has 1000 positions: ask less, or lower --max-new-tokens$"),
+    (200, 1000, r"the model has 1000 positions: ask less, or lower --max-new-tokens$"),
     (4096, 200, r"the question takes \d+ tokens, and the model has 200 positions: ask less$"),
 ])  # fmt: skip
 def test_a_question_that_is_too_long_names_the_limit_that_it_meets(context, positions, limit):
