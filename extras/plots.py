@@ -214,7 +214,7 @@ def draw_experts(picture, choices, load, file, scales=1, width=None):
         bars.tick_params(length=0, labelsize=7, pad=1)
         bars.spines[["top", "right", "bottom"]].set_visible(False)
     dotted = plt.Line2D([], [], color="black", linewidth=0.8, linestyle=":", label="an even share")
-    expert_legend(figure, n_experts, dotted, columns=width and max(1, int(width / 1.3)))
+    expert_legend(figure, n_experts, dotted, columns=width and max(1, int(width / 1.9)))
     note = ("Map: the expert that a patch goes to first. Bars: each expert's share of all choices, "
             "not only the first.")  # fmt: skip
     if scales > 1:

@@ -12,9 +12,9 @@ so visitors never disturb each other:
     reply() yields the growing answer <--- the pieces that it writes
 
 A visitor who leaves during an answer closes the generator `reply`. That stops the model before its
-next token, and the next question starts. Stop does the same; the map of the experts that was to
-come after the answer is then drawn on its own. `--keep` limits the conversations in memory, each
-with a cache of `--context` tokens; the one idle for longest is dropped first.
+next token, and the next question starts. Stop ends the answer in the same place, and then the page
+goes on as after a whole one: it asks for the map of the experts. `--keep` limits the conversations
+in memory, each with a cache of `--context` tokens; the one idle for longest is dropped first.
 
 Visitors are strangers: their input is limited in size, and a mistake is one line in the chat. They
 can fetch two kinds of files from this machine: the example picture, and their own uploads. Uploads
@@ -51,7 +51,7 @@ from extras.plots import draw_routing, pyplot
 from llm import LLM
 from sample import DTYPES, load_model
 
-CSS = ".message img { max-height: 110px } .message-buttons { display: none }"
+CSS = "#map { gap: 4px } .message img { max-height: 110px } .message-buttons { display: none }"
 DESKTOP, PHONE = None, 3.9  # inches of the map: as many as it takes, and those of a phone
 CHARACTERS, PICTURES = 4000, 4  # limits of one question; gradio itself has none
 MESSAGES = 100  # limit of the history on the page; each update sends all of it to the browser
@@ -76,7 +76,8 @@ class Visitor:
     """A browser tab: its conversation with the model, and the messages on its page."""
 
     def __init__(self, conversation):
-        self.conversation, self.messages, self.left = conversation, [], False
+        self.conversation, self.messages = conversation, []
+        self.left = self.stopped = False  # has closed the page; has pressed Stop
         self.undrawn = None  # the picture (PIL) whose map is not on the page yet
 
 
@@ -161,33 +162,33 @@ def open_pictures(model, text, files):
     return images
 
 
-def reply(model, visitor, text, files, maps, width=DESKTOP):
-    """Answer a message: yields (messages to show, None) as the answer grows, then once more with
-    the expert map (PIL) of the last picture instead of None, if `maps`. width: of it, in inches."""
+def reply(model, visitor, text, files):
+    """Answer a message: yields the messages to show, as the answer grows."""
     text = text.strip().encode("utf-8", "replace").decode()  # replaces lone surrogates
-    answer, chart, messages = {"role": "assistant", "content": ""}, None, visitor.messages
+    answer, messages = {"role": "assistant", "content": ""}, visitor.messages
+    visitor.stopped = False
     try:
         del messages[:-MESSAGES]
         if text:
             messages.append({"role": "user", "content": text})
         images = submit(lambda: open_pictures(model, text, files)).result()
         messages += [{"role": "user", "content": {"path": str(file)}} for file in files]
-        if images and maps:
-            visitor.undrawn = images[-1]
+        visitor.undrawn = images[-1] if images else visitor.undrawn
         if not (images or visitor.conversation.turns or isinstance(model, LLM)):
             messages.append({"role": "assistant", "content": "(no picture in this conversation)"})
         messages.append(answer)
-        yield messages, chart
+        yield messages
 
         def ask(write, interrupted):
-            gone = lambda: visitor.left or interrupted()
-            gone() or visitor.conversation.ask(text or DESCRIBE, images, write, gone)
+            gone = lambda: visitor.left or visitor.stopped or interrupted()
+            if not gone():
+                said = visitor.conversation.ask(text or DESCRIBE, images, write, gone)
+                write(cut_note(said))
 
         with contextlib.closing(pieces(ask)) as written:
             for piece in written:
                 answer["content"] += piece
-                yield messages, chart
-        chart = owed_map(model, visitor, width)
+                yield messages
     except Exception as error:
         if not isinstance(error, ValueError):  # the state of the conversation is unknown
             traceback.print_exc()
@@ -196,15 +197,13 @@ def reply(model, visitor, text, files, maps, width=DESKTOP):
         answer["content"] = f"error: {error}"
         if not any(message is answer for message in messages):
             messages.append(answer)
-    yield messages, chart
-    if chart is not None:  # nobody has stopped this generator, so the page has it
-        visitor.undrawn = None
+    yield messages
 
 
-def owed_map(model, visitor, width):
-    """The map (PIL) of the last picture, unless the page has it: then None."""
-    image = visitor.undrawn
-    return None if image is None else submit(lambda: draw_map(model, image, width)).result()
+def cut_note(answer):
+    """What stands after an answer (engine.conversation.Answer) that had no room for its end."""
+    cut = f"\n\n(cut: --max-new-tokens {answer.tokens} allows no more)"
+    return cut if answer.finish_reason == "length" else ""
 
 
 def draw_map(model, image, width=DESKTOP):
@@ -252,54 +251,55 @@ def page(gr, model, visitors, name):
         gr.Markdown(f"## Ask CuMo about a picture\nThe model is `{name}`. {about}")
         with gr.Row():
             with gr.Column(scale=3):
-                chat = gr.Chatbot(show_label=False, height=400, buttons=[], feedback_options=None,
-                                  placeholder="No question yet.")  # fmt: skip
+                chat = gr.Chatbot(
+                    show_label=False,
+                    height="min(400px, 45vh)",
+                    buttons=[],
+                    feedback_options=None,
+                    placeholder="No question yet.",
+                )
                 box = gr.MultimodalTextbox(
                     show_label=False, autofocus=True, file_count="multiple",
                     file_types=["image"], sources=["upload"] if sees else [],
                     placeholder="Where is the cat?")  # fmt: skip
                 gr.Examples([{"text": text, "files": files} for text, files in asked], box)
                 clear = gr.Button("Start over", size="sm")
-            with gr.Column(scale=4):  # empty until there is a map
-                chart = gr.Image(label="Which expert sees which part of the last picture",
-                                 format="png", interactive=False, visible=False,
+            with gr.Column(scale=4), gr.Column(visible=False, elem_id="map") as side:
+                gr.Markdown("Which expert sees which part of the last picture:")
+                chart = gr.Image(show_label=False, format="png", interactive=False,
                                  buttons=["download", "fullscreen"])  # fmt: skip
-    shown = [chat, box, chart] if maps else [chat, box]
-    ready = gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
-
-    def with_map(drawn):
-        return gr.skip() if drawn is None else gr.Image(value=drawn, visible=True)
 
     def ask(message, request: gr.Request):
         message, visitor = message or {"text": "", "files": []}, visitors.find(request.session_hash)
         state = gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True)
-        width = width_for(request.headers)
-        answers = reply(model, visitor, message["text"], message["files"], maps, width)
-        for messages, drawn in answers:
-            yield (messages, state, with_map(drawn))[: len(shown)]
+        for messages in reply(model, visitor, message["text"], message["files"]):
+            yield messages, state
             state = gr.skip()  # keeps what the visitor is typing
 
-    def late_map(request: gr.Request):
+    def expert_map(request: gr.Request):
         visitor = visitors.find(request.session_hash)
-        drawn, visitor.undrawn = owed_map(model, visitor, width_for(request.headers)), None
-        return with_map(drawn)
+        image, visitor.undrawn = visitor.undrawn, None
+        if image is None:
+            return gr.skip(), gr.skip()
+        width = width_for(request.headers)
+        return gr.Column(visible=True), submit(lambda: draw_map(model, image, width)).result()
 
-    def start_over(request: gr.Request):
-        visitors.forget(request.session_hash)
-        return ([], ready, gr.Image(value=None, visible=False))[: len(shown)]
+    def stop(request: gr.Request):
+        visitors.find(request.session_hash).stopped = True
 
     def leave(request: gr.Request):
         visitors.forget(request.session_hash)
 
-    private = dict(queue=False, api_visibility="private")
+    ready = gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
     with blocks:
-        asking = box.submit(ask, box, shown, api_name="ask", show_progress="minimal")
-        asking.then(lambda: ready, None, box, **private)
-        stopped = box.stop(lambda: ready, None, box, cancels=asking, **private)
-        if maps:
-            stopped.then(late_map, None, chart, **private)
-        gr.on([clear.click, chat.clear], start_over, None, shown, cancels=asking, queue=False,
-              api_name="start_over")  # fmt: skip
+        asking = box.submit(ask, box, [chat, box], api_name="ask", show_progress="minimal")
+        asking.then(lambda: ready, None, box, queue=False, api_visibility="private")
+        if maps:  # an event of its own: the next question can be typed meanwhile
+            asking.then(expert_map, None, [side, chart], queue=False, trigger_mode="multiple",
+                        api_name="map", show_progress="minimal")  # fmt: skip
+        # Not gradio's own `cancels`: it sometimes covers the chat with the word "Error".
+        box.stop(stop, None, None, queue=False, api_visibility="private")
+        gr.on([clear.click, chat.clear], None, js="() => location.reload()")
         blocks.unload(leave)
     return blocks
 

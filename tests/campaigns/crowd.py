@@ -40,6 +40,7 @@ from tiny import tiny_cumo
 
 from data.images import open_image
 from data.weights import write_json
+from extras.web import cut_note
 from runs.results import commit, machine
 
 TOKENS, UPLOAD_MB = 40, 1  # longest answer; largest upload
@@ -210,8 +211,9 @@ def main():
         expected = []
         for questions in CONVERSATIONS:
             alone = talk(model, TOKENS)
-            expected.append([alone.ask(text, [*map(open_image, files)], lambda _: None).answer
-                             for text, files in questions])  # fmt: skip
+            answers = [alone.ask(text, [*map(open_image, files)], lambda _: None)
+                       for text, files in questions]  # fmt: skip
+            expected.append([answer.answer + cut_note(answer) for answer in answers])
         server = served(place / "model", "--max-new-tokens", TOKENS, "--context", 32000,
                         "--upload-mb", UPLOAD_MB)  # fmt: skip
         url, pid = next(server)
