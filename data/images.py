@@ -18,10 +18,6 @@ from PIL import Image, UnidentifiedImageError
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
-PUBLIC = {  # how pictures become pixels, in the words of preprocessor_config.json
-    "do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True,
-    "do_convert_rgb": True, "resample": 3, "rescale_factor": 1 / 255,
-    "image_mean": MEAN.tolist(), "image_std": STD.tolist()}  # fmt: skip
 PAD_COLOR = tuple(int(m * 255) for m in (0.48145466, 0.4578275, 0.40821073))
 MODES = ("pad", "square")
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 179 million; above, Pillow refuses to open a picture

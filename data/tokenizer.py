@@ -62,7 +62,7 @@ class Tokenizer:
     strips: `decode` removes it.
     words: ({added token: id}, {those that are searched after the space was put there: id}).
     names: the special tokens at the beginning and end of a text. files: the files that belong to
-    it, copied into every checkpoint. chat_template: how its model wants to be asked (data/chat.py).
+    it, copied into every checkpoint. chat_template: the model's own (data/chat_template.py).
     """
 
     def __init__(self, pieces, special, pattern, fallback=(), prefix="always", again=False,
