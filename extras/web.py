@@ -17,7 +17,7 @@ goes on as after a whole one: it asks for the map of the experts. `--keep` limit
 in memory, each with a cache of `--context` tokens; the one idle for longest is dropped first.
 
 Visitors are strangers: their input is limited in size, and a mistake is one line in the chat. They
-can fetch two kinds of files from this machine: the example picture, and their own uploads. Uploads
+can fetch two kinds of files from this machine: the pictures to try, and their own uploads. Uploads
 are deleted after an hour and when the page is closed.
 """
 
@@ -252,12 +252,8 @@ def page(gr, model, visitors, name):
         with gr.Row():
             with gr.Column(scale=3):
                 chat = gr.Chatbot(
-                    show_label=False,
-                    height="min(400px, 45vh)",
-                    buttons=[],
-                    feedback_options=None,
-                    placeholder="No question yet.",
-                )
+                    show_label=False, height="min(400px, 45vh)", buttons=[],
+                    feedback_options=None, placeholder="No question yet.")  # fmt: skip
                 box = gr.MultimodalTextbox(
                     show_label=False, autofocus=True, file_count="multiple",
                     file_types=["image"], sources=["upload"] if sees else [],
@@ -291,14 +287,15 @@ def page(gr, model, visitors, name):
         visitors.forget(request.session_hash)
 
     ready = gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
+    private = dict(queue=False, api_visibility="private")
     with blocks:
         asking = box.submit(ask, box, [chat, box], api_name="ask", show_progress="minimal")
-        asking.then(lambda: ready, None, box, queue=False, api_visibility="private")
+        asking.then(lambda: ready, None, box, **private)
         if maps:  # an event of its own: the next question can be typed meanwhile
-            asking.then(expert_map, None, [side, chart], queue=False, trigger_mode="multiple",
-                        api_name="map", show_progress="minimal")  # fmt: skip
+            asking.then(expert_map, None, [side, chart], trigger_mode="multiple",
+                        show_progress="minimal", **private)  # fmt: skip
         # Not gradio's own `cancels`: it sometimes covers the chat with the word "Error".
-        box.stop(stop, None, None, queue=False, api_visibility="private")
+        box.stop(stop, None, None, **private)
         gr.on([clear.click, chat.clear], None, js="() => location.reload()")
         blocks.unload(leave)
     return blocks

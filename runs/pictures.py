@@ -1,14 +1,21 @@
-"""Pictures that need no model: the architecture, the races of bench/speed.py, the ablations.
+"""Pictures: the architecture, the web page, the races of bench/speed.py, the ablations.
 
     python runs/pictures.py architecture     # draw bench/architecture.png
+    python runs/pictures.py web              # bench/web.png: the page of the last stage in out/
 
-The other two show the rows of a table in docs/RESULTS.md; runs/results.py writes these tables and
-redraws all pictures.
+The page is photographed in a browser, which needs `pip install ".[web]" selenium`, and Debian's
+packages chromium, chromium-driver and fonts-dejavu-core. The last two pictures show the rows of a
+table in docs/RESULTS.md; runs/results.py writes these tables and redraws their pictures.
 """
 
 import argparse
 import pathlib
+import shutil
+import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -119,6 +126,62 @@ def draw_architecture(file):
     arrow(axis, (5, 1.47), (5, 0.98))
     box(axis, 5, 0.6, 4.2, 0.72, "at the bottom left", TEXT, size=23)
     save_figure(figure, file)
+
+
+# ---------------------------------------------------------------------------- the web page
+
+
+def until(ready, seconds=120):
+    """Wait until `ready()` returns something, and return it."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := ready():
+            return found
+        time.sleep(0.2)
+    raise SystemExit(f"error: the page has not become ready within {seconds} seconds")
+
+
+def photograph_page(file, port=7869, width=1280, height=740):
+    """Ask the page two questions about cat.jpg as a visitor would, and save what it shows."""
+    try:
+        from selenium import webdriver
+    except ImportError:
+        raise SystemExit('error: needs selenium: pip install ".[web]" selenium') from None
+    driver = shutil.which("chromedriver")
+    if not driver:
+        raise SystemExit("error: needs a browser: apt-get install chromium chromium-driver")
+    url, options = f"http://127.0.0.1:{port}", webdriver.ChromeOptions()
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "no-proxy-server", "hide-scrollbars"):
+        options.add_argument(f"--{flag}")
+    command = [sys.executable, "extras/web.py", "--port", str(port)]
+    server = subprocess.Popen(command, cwd=ROOT)
+
+    def serves():
+        if server.poll() is not None:
+            raise SystemExit("error: extras/web.py has ended")
+        try:
+            return urllib.request.urlopen(url)
+        except urllib.error.URLError:
+            return None
+
+    try:
+        until(serves)
+        with webdriver.Chrome(options, webdriver.ChromeService(driver)) as browser:
+            screen = dict(width=width, height=height, deviceScaleFactor=1, mobile=False)
+            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+            find = lambda css: browser.find_elements("css selector", css)
+            browser.get(url)
+            until(lambda: find(".gallery-item"))[0].click()  # the first picture to try
+            until(lambda: find(".thumbnail-item img, .thumbnail-image"))
+            find("textarea")[0].send_keys("\n")
+            until(lambda: find("#map img"))
+            find("textarea")[0].send_keys("List all objects.\n")
+            until(lambda: len(find(".message.bot")) == 2 and find("button.submit-button"))
+            time.sleep(2)  # scrolls to the end of the chat
+            browser.save_screenshot(str(file))
+    finally:
+        server.terminate()
+        server.wait()
 
 
 # ------------------------------------------------------------------------- bench/speed.py's races
@@ -262,9 +325,11 @@ def draw_ablations(groups, file, reach=6):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("picture", choices=["architecture"], help="the picture to draw")
-    parser.parse_args()
-    draw_architecture(ROOT / "bench" / "architecture.png")
+    parser.add_argument("picture", choices=["architecture", "web"], help="the picture to draw")
+    parser.add_argument("--out", help="a file; by default the one in bench/")
+    args = parser.parse_args()
+    file = args.out or ROOT / "bench" / f"{args.picture}.png"
+    {"architecture": draw_architecture, "web": photograph_page}[args.picture](file)
 
 
 if __name__ == "__main__":
