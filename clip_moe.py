@@ -39,6 +39,9 @@ from data.images import MEAN, STD
 from data.weights import fill, load_into, read_config, read_tensors
 from mlp_moe import ACTIVATIONS, Aux, SparseMoE, checkpointed
 
+# cuDNN plans every shape it meets, and gives NaN gradients with some masks (pytorch #196678)
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 @dataclass
 class CLIPVisionConfig:

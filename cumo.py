@@ -73,14 +73,13 @@ class Output(NamedTuple):
     entropy: dict  # {"clip": [L], "mlp": scalar, "llm": [L]} of the routers, in nats
 
     def metrics(self):
-        """The numbers that a training logs; loads and entropies are lists over the layers."""
-        found = {"loss": self.loss.item(), "lm_loss": self.lm_loss.item()}
+        """What a training logs, as tensors (data.packing.step_metrics reads them once a step)."""
+        found = {"loss": self.loss, "lm_loss": self.lm_loss}
         for part, losses in self.aux.items():
             if losses:
-                found |= {f"{part}_balance": losses[0].item(), f"{part}_z": losses[1].item()}
-                found[f"{part}_load"] = self.load[part].tolist()
-                found[f"{part}_entropy"] = self.entropy[part].tolist()
-        return found
+                found |= {f"{part}_balance": losses[0], f"{part}_z": losses[1]}
+                found |= {f"{part}_load": self.load[part], f"{part}_entropy": self.entropy[part]}
+        return {name: tensor.detach() for name, tensor in found.items()}
 
 
 class CuMo(nn.Module):

@@ -13,14 +13,13 @@ The splits (data/world.py): `new` (fresh scenes), `pairs` (objects that never me
 
 A model that uses the picture is far above both. Writes `out/eval.json`, some answers as
 `out/answers.png`, and each expert's share of the tokens as `out/experts.png`; with --data the two
-numbers and all answers as `out/own_data.json` (engine/held_out.py), and experts.png.
+numbers and all answers as `out/own_data.json` (extras/own_data.py), and experts.png.
 """
 
 import data  # noqa: F401  isort: skip  before torch: sets OpenMP's waiting
 import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,11 +31,9 @@ from data.chat import end_tokens
 from data.exam import SPLITS, exam, fixed_answers, question_form
 from data.flags import check_choice, check_device, check_numbers, parse, run
 from data.hub import find_model
-from data.llava import LlavaData
 from data.tokenizer import Tokenizer
 from data.weights import check_folder, make_folder, write_json
 from data.world import QUESTION_TYPES
-from engine import held_out
 from engine.conversation import prompt
 from engine.memory import has_fast_bf16
 from sample import DTYPES
@@ -127,40 +124,18 @@ def open_model(cfg):
     return path, model, partial(answer_batch, model, Tokenizer.from_pretrained(path))
 
 
-def evaluate_own(cfg, limit):
-    """--data: loss and exact answers of the first `limit` records (0: all), and experts' load."""
-    from extras import plots
-
-    records = LlavaData(cfg.data, cfg.image_folder, limit)
-    path, model, _ = open_model(cfg)
-    cast = partial(torch.autocast, model.device.type, torch.bfloat16, has_fast_bf16(model.device))
-    load = plots.own_load(model, records)
-    if cfg.experts:
-        plots.draw_load(load, cfg.experts)
-    found = held_out.judge(model, Tokenizer.from_pretrained(path), records, cfg.batch, cast)
-    print(held_out.report(cfg.data, found))
-    rows = [one._asdict() for one in found.pop("answers")]
-    about = {"model": str(path), "data": cfg.data, "expert_load": load} | found
-    write_json(Path(cfg.out, "own_data.json"), about | {"answers": rows})
-    print(f"wrote {Path(cfg.out, 'own_data.json')}", file=sys.stderr)
-    if load and not cfg.experts:
-        plots.draw_load(load, Path(cfg.out, "experts.png"))
-
-
 def main():
     cfg, given = parse(EvalConfig, description=__doc__)
     check_flags(cfg, given)
+    from extras import benchmarks, own_data, plots
+
     limit = cfg.n if "n" in given else 0  # for --benchmark and --data; 0: none
     if cfg.benchmark:
-        from extras.benchmarks import evaluate
-
-        return evaluate(cfg, limit, open_model)
-    from extras import plots
-
+        return benchmarks.evaluate(cfg, limit, open_model)
     plots.check_target(cfg.experts)
     check_folder(cfg.out)
     if cfg.data:
-        return evaluate_own(cfg, limit)
+        return own_data.evaluate(cfg, limit, open_model)
     path, model, ask = open_model(cfg)
     load = plots.expert_load(model, [picture for *_, picture in exam("new", 400, cfg.seed + 1)])
     results = evaluate_scenes(ask, cfg)

@@ -102,8 +102,8 @@ def attention_mask(q_B2T, k_B2U, window, dtype=None):
     """`sees` for every query and key, each given as (position, segment): a mask of 0 and -inf to
     add to the scores. Without a dtype: FlexAttention's BlockMask instead."""
     if dtype is None:
-        see = lambda b, head, q, k: sees(q_B2T[b, 0, q], k_B2U[b, 0, k],
-                                         q_B2T[b, 1, q], k_B2U[b, 1, k], window)  # fmt: skip
+        (q_pos, q_seg), (k_pos, k_seg) = q_B2T.unbind(1), k_B2U.unbind(1)
+        see = lambda b, _, q, k: sees(q_pos[b, q], k_pos[b, k], q_seg[b, q], k_seg[b, k], window)
         sizes = len(q_B2T), None, q_B2T.shape[2], k_B2U.shape[2]
         return compiled(create_block_mask)(see, *sizes, device=q_B2T.device)
     (q_pos, q_seg), (k_pos, k_seg) = q_B2T[..., None].unbind(1), k_B2U[:, :, None].unbind(1)
@@ -114,7 +114,8 @@ def attention_mask(q_B2T, k_B2U, window, dtype=None):
 def flex_attend(q_BHTA: Tensor, k_BGUA: Tensor, v_BGUA: Tensor, mask: BlockMask) -> Tensor:
     """`attend` on a GPU; blocks in which nothing is seen are skipped."""
     flex = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
-    return flex(q_BHTA, k_BGUA, v_BGUA, block_mask=mask, enable_gqa=True)
+    options = {"BACKEND": "TRITON"}  # the default for short rows fails at some sizes
+    return flex(q_BHTA, k_BGUA, v_BGUA, block_mask=mask, enable_gqa=True, kernel_options=options)
 
 
 def rope_tables(pos_BT, cfg):

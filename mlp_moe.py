@@ -130,7 +130,7 @@ def routing_losses(logits_BTE: Tensor, probs_BTE: Tensor, choice_BTK: Tensor, re
     count = tokens_B.sum().clamp(min=1)
     z = (real_BT * logits_BTE.logsumexp(-1) ** 2).sum() / count
     load_E = chosen_BTKE.flatten(0, -2).sum(0) / (count * K)
-    entropy_BT = torch.special.entr(probs_BTE.detach()).sum(-1)  # entr(p) = -p log p
+    entropy_BT = -(probs_BTE * logits_BTE.log_softmax(-1)).detach().sum(-1)
     entropy = (real_BT * entropy_BT).sum() / count
     return Aux(balance, z, load_E, choice_BTK, prob_BE, share_BE, entropy)
 
@@ -185,13 +185,12 @@ class Experts(nn.Module):
             x_MD = x_MD.to(torch.get_autocast_dtype(x_MD.device.type))
         experts_E = torch.arange(len(ends_E), device=x_MD.device)
         row_M = torch.arange(len(x_MD), device=x_MD.device)
-        onehot_ME = torch.searchsorted(ends_E, row_M, right=True)[:, None] == experts_E
-        onehot_ME = onehot_ME.to(x_MD.dtype)
+        expert_M = torch.searchsorted(ends_E, row_M, right=True)
+        onehot_ME = (expert_M[:, None] == experts_E).to(x_MD.dtype)
 
         def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
             y = grouped_matmul(x, w.to(x.dtype), ends_E, onehot_ME)
-            # the one-hot picks each row's bias; the gradient is one product, summed in float32
-            return y if b is None else torch.addmm(y, onehot_ME, b.to(x.dtype))
+            return y if b is None else y + Bias.apply(b.to(x.dtype), expert_M, onehot_ME)
 
         hidden_MF = ACTIVATIONS[self.act](linear(x_MD, self.w1, self.b1))
         if self.w3 is not None:
@@ -211,6 +210,20 @@ class Experts(nn.Module):
                 if b_EF is not None:
                     views[f"{prefix}{e}.{name}.bias"] = b_EF.detach()[e]
         return views
+
+
+class Bias(torch.autograd.Function):
+    """b [E, F] -> the bias of each row's expert [M, F]. Its gradient is one product, which adds up
+    in float32, instead of one addition a row."""
+
+    @staticmethod
+    def forward(ctx, b_EF, expert_M, onehot_ME):
+        ctx.save_for_backward(onehot_ME)
+        return b_EF.index_select(0, expert_M)
+
+    @staticmethod
+    def backward(ctx, g_MF):
+        return ctx.saved_tensors[0].T @ g_MF, None, None
 
 
 class Permuted(torch.autograd.Function):
@@ -246,10 +259,11 @@ class SparseMoE(nn.Module):
         num_experts, K = len(self.gate.weight), self.gate.top_k
         # 2) sort the assignments by expert; padding (choice E) comes last, is computed by the last
         #    expert and gets weight 0
-        sorted_M, order_M = aux.choice.flatten().sort(stable=True)
-        experts_E = torch.arange(num_experts, device=x.device)
+        key_M = aux.choice.flatten().to(torch.int16)  # a GPU sorts two bytes faster than eight
+        sorted_M, order_M = key_M.sort(stable=True)
+        experts_E = torch.arange(num_experts, dtype=key_M.dtype, device=x.device)
         ends_E = torch.searchsorted(sorted_M, experts_E, right=True, out_int32=True)
-        ends_E[-1] = len(sorted_M)
+        ends_E[-1:] = len(sorted_M)
         inverse_M = torch.empty_like(order_M)
         inverse_M[order_M] = torch.arange(len(order_M), device=x.device)
         # 3) run all experts

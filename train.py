@@ -26,7 +26,6 @@ import time
 from contextlib import closing
 from dataclasses import dataclass, fields
 from functools import partial
-from itertools import islice
 
 import torch
 from tqdm import tqdm
@@ -39,10 +38,10 @@ from data.checkpoint import start_from
 from data.flags import check_device, parse, run
 from data.hub import local_folder
 from data.llava import check_row, encode
-from data.packing import check_rows, collate, pack, step_metrics, step_shares
+from data.packing import check_rows, collate, pack, step_metrics, step_shares, to_device
 from data.stages import WORLD_TASK, table_of
 from data.tokenizer import Tokenizer
-from engine import fsdp, held_out, memory, optim, resume, settings
+from engine import compiling, fsdp, held_out, memory, optim, resume, settings
 from engine.resume import stage_dir
 from llm import LLM
 from mlp_moe import Connector
@@ -243,16 +242,14 @@ class Trainer:
             image_tokens=self.model.image_tokens, image_size=self.model.cfg.vision.image_size,
             image_mode=cfg.image_mode)  # fmt: skip
         self.validation = held_out.open_file(cfg, self.code)
-        if cfg.compile:  # rows have one length; the number of images differs from batch to batch
-            for block in self.model.llm.model.layers:
-                block.compile(dynamic=False)
-            for block in self.model.vision.layers:
-                block.compile(dynamic=True)
+        if cfg.compile:
+            compiling.compile_blocks(self.model)
 
     def batches(self):
         """Packed batches from where the last one ended."""
         cfg, log = self.cfg, self.folder / "skipped.jsonl" if fsdp.is_main() else None
-        stream = loader.Loader(self.data, self.order, self.code, cfg.workers, self.counts, log)
+        self.read = dict(self.counts)  # may be a step ahead
+        stream = loader.Loader(self.data, self.order, self.code, cfg.workers, self.read, log)
         return pack(stream.samples(self.used), cfg.rows, cfg.row_tokens)
 
     def train_step(self, batches, start=None):
@@ -262,7 +259,7 @@ class Trainer:
         for batch, share in zip(batches, shares):
             mine = collate(batch, self.model.image_tokens, *fsdp.world())
             with torch.autocast(cfg.device, torch.bfloat16, cfg.bf16 and cfg.weights == "fp32"):
-                out = self.model(**{k: x.to(cfg.device) for k, x in mine.items()}, shares=share)
+                out = self.model(**to_device(mine, cfg.device), shares=share)
             if out.loss.requires_grad:  # not if only the connector learns and there is no image
                 out.loss.backward()
             metrics.append(out.metrics())
@@ -299,12 +296,16 @@ class Trainer:
                    desc=f"stage {self.cfg.stage}", disable=not main)  # fmt: skip
         self.model.train()
         log = open(self.folder / "metrics.jsonl" if main else os.devnull, "a", buffering=1)
-        with log, bar, closing(self.batches()) as batches:  # closing ends the workers
+        steps = loader.in_steps(self.batches(), self.cfg.accumulate, self.read, device != "cpu")
+        with log, bar, closing(steps):  # closing ends the workers
             while not fsdp.any_rank(self.stop, device):
-                start, taken = time.perf_counter(), list(islice(batches, self.cfg.accumulate))
-                if not taken:
+                start = time.perf_counter()
+                batches, counts = next(steps, (None, None))
+                if not batches:
+                    self.counts = self.read
                     return True
-                metrics = self.train_step(taken, start) | held_out.log(self)
+                metrics = self.train_step(batches, start) | held_out.log(self)
+                self.counts = counts
                 log.write(json.dumps(metrics) + "\n")
                 if wandb:
                     wandb.log(metrics, step=self.step)
@@ -338,6 +339,7 @@ def train_stage(cfg):
     resume.check_disk(cfg, plan, steps)
     resume.open_stage(trainer, state)
     with resume.stop_on_signals(trainer), memory.advice(plan, cfg.device):
+        compiling.warm_up(trainer)
         done = trainer.loop(wandb)
         if not done:
             resume.save_point(trainer)

@@ -27,6 +27,9 @@ import os
 import signal
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from itertools import islice
 
 import torch
 from torch.utils.data import DataLoader
@@ -102,6 +105,18 @@ def summary(counts, rejected, row_tokens):
 def too_many(skipped, seen):
     """Whether so many skipped samples of those `seen` end a training."""
     return skipped >= SKIPPED_LEAST and skipped > SKIPPED_SHARE * seen
+
+
+def in_steps(batches, size, counts, ahead):
+    """Yields (the next `size` batches, a copy of `counts` as they are then). With `ahead`, a thread
+    reads the next step's batches while this one's are computed: on a GPU, not on a busy CPU."""
+    take = lambda: (list(islice(batches, size)), dict(counts))
+    with closing(batches), ThreadPoolExecutor(1) as thread:
+        taken = take()  # in the main thread, which starts the workers
+        while taken[0]:
+            following = thread.submit(take) if ahead else None
+            yield taken
+            taken = following.result() if ahead else take()
 
 
 def unchanged(x):  # DataLoader's default would convert every list of token ids

@@ -92,13 +92,28 @@ def step_shares(batches):
     return [{name: n / totals[name] for name, n in count.items()} for count in counts]
 
 
+def to_device(given, device):
+    """The tensors of `collate` on `device`; a GPU copies them while the CPU goes on."""
+    if not device.startswith("cuda"):
+        return {name: tensor.to(device) for name, tensor in given.items()}
+    return {name: tensor.pin_memory().to(device, non_blocking=True)
+            for name, tensor in given.items()}  # fmt: skip
+
+
 def step_metrics(rows, shares):
-    """Each number, or list of numbers, of a step: the sum of its batches' by their shares."""
+    """Each number, or list of numbers, of a step: the sum of its batches' by their shares.
+
+    rows: [{name: tensor}]. All are read at once, because a GPU has to be waited for each time.
+    """
     total = {}
     for row, share in zip(rows, shares):
         for key, value in row.items():  # lm_loss, clip_balance, ...; "loss" has its shares already
-            total[key] = total.get(key, 0) + share.get(key.split("_")[0], 1) * np.array(value)
-    return {key: value.round(6).tolist() for key, value in total.items()}
+            weighed = share.get(key.split("_")[0], 1) * value.double()
+            total[key] = total[key] + weighed if key in total else weighed
+    numbers = torch.cat([value.flatten() for value in total.values()]).cpu()
+    parts = numbers.split([value.numel() for value in total.values()])
+    return {key: part.view(value.shape).numpy().round(6).tolist()
+            for (key, value), part in zip(total.items(), parts)}  # fmt: skip
 
 
 def check_positions(row_tokens, positions, window=None):

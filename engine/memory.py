@@ -340,13 +340,21 @@ def remedies(plan: Plan) -> list[str]:
     return [f"{name} saves {size / GB:.1f} GB" for name, size in ranked if size > 0.05 * GB]
 
 
+def is_out_of_memory(error) -> bool:
+    """Also inside the compiler, which wraps the error in its own."""
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate" in str(error):
+        return True
+    inner = getattr(error, "inner_exception", None) or error.__cause__
+    return inner is not None and is_out_of_memory(inner)
+
+
 @contextlib.contextmanager
 def advice(plan: Plan, device: str):
     """Turn an out-of-memory error into a ValueError that names the flags that help."""
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
+        if not is_out_of_memory(error):
             raise
         saving = "; ".join(remedies(plan)) or "a smaller model"
         raise ValueError(f"out of memory on {device}; the estimate was {breakdown(plan)}. "

@@ -279,7 +279,7 @@ def test_check_says_what_the_training_does(preset, stage, small, tmp_path):
     trainer = train.Trainer(cfg)
     trainer.folder = tmp_path
     learned = sum(int((batch["labels"] != IGNORE).sum()) for batch in trainer.batches())
-    counts, left_out = trainer.counts, len(trainer.data.rejected)
+    counts, left_out = trainer.read, len(trainer.data.rejected)
     assert not report.faults and sum(counts.values()) + left_out == len(records)
     assert counts["cut"] == report.cut and counts["used"] == len(report.lengths) - report.cut
     assert counts["rejected"] + left_out == len(report.left_out)

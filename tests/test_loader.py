@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,7 +23,7 @@ from tiny import command
 import train
 from data.chat import Rejected
 from data.llava import Encoded, LlavaData, Unreadable, encode
-from data.loader import KINDS, Loader, data_order, default_workers, summary
+from data.loader import KINDS, Loader, data_order, default_workers, in_steps, summary
 from data.packing import pack
 from data.tokenizer import Tokenizer
 
@@ -360,6 +361,39 @@ def test_signals_to_the_whole_group_save_and_exit_0_without_orphans(weights, tmp
 
 
 # ---------------------------------------------------------------------------------- in a training
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2")
+@pytest.mark.parametrize("workers", (0, 2))
+def test_step_read_ahead_has_the_batches_and_counts_of_one_that_is_not(workers, folder):
+    def steps(ahead, used=0, counts=None):
+        counts = dict(counts or dict.fromkeys(KINDS, 0))
+        read = loader(folder, workers, counts=counts)
+        return in_steps(pack(read.samples(used), 2, LENGTH), 3, counts, ahead)
+
+    plain, ahead = list(steps(False)), list(steps(True))
+    assert len(plain) == len(ahead) > 3
+    for (some, counts), (same, also) in zip(plain, ahead):
+        assert counts == also and len(some) == len(same) and all(map(alike, some, same))
+    # stopped after any step, the counts are those of the samples used: a resumed training reads on
+    for stop in range(1, len(plain)):
+        with closing(steps(True)) as stream:
+            used = sum(b["samples"] for batches, _ in islice(stream, stop) for b in batches)
+            counts = plain[stop - 1][1]
+        assert used == sum(counts.values())
+        rest = list(steps(True, used, counts))
+        assert [c for _, c in rest] == [c for _, c in plain[stop:]]
+
+
+def test_fault_in_a_step_read_ahead_comes_after_the_step_before():
+    def batches():
+        yield "first"
+        raise ValueError("a fault")
+
+    stream = in_steps(batches(), 1, {}, ahead=True)
+    assert next(stream) == (["first"], {})
+    with pytest.raises(ValueError, match="a fault"):
+        next(stream)
 
 
 def test_training_sees_the_same_batches_with_workers(weights, tmp_path):

@@ -171,9 +171,28 @@ def test_estimate_prints_a_line_for_each_card(monkeypatch, capsys):
     assert "too small" in lines[1] and "--weights bf16-master" in lines[4]
 
 
-def test_out_of_memory_names_the_flags_that_help(monkeypatch, tmp_path):
+def wrapped(kind):
+    """An out-of-memory error as it arrives: bare, from the compiler, or with a cause."""
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    if kind == "compiler":
+
+        def backend(graph, inputs):
+            raise error
+
+        with pytest.raises(RuntimeError) as caught:
+            torch.compile(torch.sin, backend=backend)(torch.ones(2))
+        return caught.value
+    if kind == "cause":
+        other = RuntimeError("a product failed")
+        other.__cause__ = error
+        return other
+    return error if kind == "bare" else RuntimeError("can't allocate memory: 9 bytes")
+
+
+@pytest.mark.parametrize("kind", ("bare", "compiler", "cause", "cpu"))
+def test_out_of_memory_names_the_flags_that_help(kind, monkeypatch, tmp_path):
     def full(self, wandb):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise wrapped(kind)
 
     monkeypatch.setattr(train.Trainer, "loop", full)
     cfg = train.resolve(dict(out=str(tmp_path), rows=64), 3)

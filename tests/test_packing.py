@@ -6,7 +6,7 @@ import torch
 from given import given, settings, st
 
 from data.chat import IGNORE
-from data.packing import PAD, pack
+from data.packing import PAD, pack, step_metrics
 
 
 def samples_of(lengths, images=()):
@@ -113,3 +113,14 @@ def test_too_long_sample_names_the_way_out():
 
 def test_no_samples_give_no_batches():
     assert list(pack([], 2, 8)) == []
+
+
+def test_metrics_of_a_step_are_sums_by_share_at_full_precision():
+    generator = torch.Generator().manual_seed(0)
+    rows = [{"loss": torch.rand((), generator=generator), "clip_load": torch.rand(3, 4)}
+            for _ in range(3)] + [{"loss": torch.tensor(2.0)}]  # fmt: skip
+    shares = [{"clip": 0.25}, {"clip": 0.5}, {"clip": 0.25}, {"clip": 0.0}]
+    said = step_metrics(rows, shares)
+    assert said["loss"] == round(sum(row["loss"].double().item() for row in rows), 6)
+    load = sum(s["clip"] * row["clip_load"].double() for row, s in zip(rows, shares[:3]))
+    assert said["clip_load"] == load.numpy().round(6).tolist()
