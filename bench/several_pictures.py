@@ -6,7 +6,7 @@ Each conversation has three new scenes (the split of eval.py) and the same nine 
 
     alone       each picture has a conversation of its own
     in turn     a picture is shown with the first question about it; then comes the next picture
-    by name     all three are shown at once: "In the second picture, what is at the top left?"
+    by number   all three are shown at once: "In the second picture, what is at the top left?"
 
 At the end of a conversation about three pictures comes "Which picture has the cat?". Writes
 bench/several_pictures.json: the share of right answers by the place of the picture.
@@ -33,37 +33,33 @@ KINDS = ("what", "background", "list")  # guessing does not help with these
 
 
 def scenes(n, seed):
-    """[(scene, picture, [(question, answer)])] of new scenes that allow all questions."""
+    """[(scene, picture, [(type, question, answer)])] of new scenes that allow all questions."""
     found, i = [], 0
     while len(found) < n:
         rng = np.random.default_rng((seed, 7, i))
         scene, i = world.sample_scene(rng, exam.SPLITS[0]), i + 1
-        asked = [world.ASK[kind](scene, rng) for kind in KINDS]
-        if all(asked):
+        asked = [(kind, world.ASK[kind](scene, rng)) for kind in KINDS]
+        if all(pair for _, pair in asked):
+            asked = [(kind, *pair) for kind, pair in asked]
             found.append((scene, world.draw(scene), asked))
     return found
 
 
-def by_name(question, k):
-    """A question about one picture, asked about the picture number k of several."""
-    return f"In the {world.ORDINALS[k]} picture, {question[0].lower()}{question[1:]}"
-
-
-def talk(ask, three):
+def talk(ask, three, rng):
     """Ask about three pictures -> {name: [right answers of a picture] * 3}, and those to "which".
     `ask(question, pictures, first)` -> the answer; `first` begins a conversation."""
-    right = {name: [[], [], []] for name in ("alone", "in turn", "by name")} | {"which": []}
+    right = {name: [[], [], []] for name in ("alone", "in turn", "by number")} | {"which": []}
     pictures = [picture for _, picture, _ in three]
     for name, rows in right.items():
         for k, (_, picture, asked) in enumerate(three if name != "which" else ()):
-            for q, (question, answer) in enumerate(asked):
+            for q, (kind, question, answer) in enumerate(asked):
                 first = q == 0 and (k == 0 or name == "alone")
                 shown = [picture] * (q == 0)
-                if name == "by name":
-                    question, shown = by_name(question, k), pictures * first
+                if name == "by number":
+                    question = world.of_picture(k, kind, question, rng)
+                    shown = pictures * first
                 rows[k].append(ask(question, shown, first) == answer)
-        if name in ("in turn", "by name"):
-            rng = np.random.default_rng(len(three[0][2]))
+        if name in ("in turn", "by number"):
             pair = world.ask_which([scene for scene, _, _ in three], rng)
             right["which"] += [ask(pair[0], [], False) == pair[1]] if pair else []
     return right
@@ -84,9 +80,10 @@ def main():
         return conversation.ask(question, pictures, write=lambda text: None).answer
 
     three = scenes(3 * args.conversations, seed=5)
-    talks = [talk(ask, three[k : k + 3]) for k in tqdm(range(0, len(three), 3), unit="talk")]
+    rng, starts = np.random.default_rng(8), tqdm(range(0, len(three), 3), unit="talk")
+    talks = [talk(ask, three[k : k + 3], rng) for k in starts]
     shares = {name: [round(float(np.mean(sum((one[name][k] for one in talks), []))), 4)
-                     for k in range(3)] for name in ("alone", "in turn", "by name")}  # fmt: skip
+                     for k in range(3)] for name in ("alone", "in turn", "by number")}  # fmt: skip
     shares["which"] = round(float(np.mean(sum((one["which"] for one in talks), []))), 4)
     for name, row in shares.items():
         print(f"{name:10}", row)

@@ -54,7 +54,7 @@ HELD_OUT = frozenset(  # a tenth of all unordered pairs; no training scene conta
 PARTNERS = {  # concept -> the concepts it meets only in the split `pairs`
     c: sorted(d for d in CONCEPTS if frozenset((c, d)) in HELD_OUT) for c in CONCEPTS
 }
-SEVERAL = 0.25  # share of conversations about 2 or 3 pictures
+SEVERAL = 0.3  # share of conversations about 2 or 3 pictures
 QUESTION_TYPES = ("what", "existence", "count", "where", "kind", "background", "side", "list")
 # In training the harder types are asked more often.
 ASKED = (*QUESTION_TYPES, "existence", "existence", "kind", "list")
@@ -172,6 +172,16 @@ def sample_scene(rng, split, n_objects=None):
     return Scene(color, tuple(objects), style)
 
 
+def between_styles(style, k, rng):
+    """Drawing `k` of a style, mixed with that of another training style (if it has the concept)."""
+    glyph, other = (atlas(s)[k].astype(np.float32) for s in (style, pick(rng, *TRAIN_STYLES)))
+    share = min(1, rng.uniform(0.4, 1.3)) if other.any() else 1
+    own_alpha, other_alpha = share * glyph[..., 3:], (1 - share) * other[..., 3:]
+    rgb = own_alpha * glyph[..., :3] + other_alpha * other[..., :3]
+    alpha = own_alpha + other_alpha
+    return np.concatenate([rgb / alpha.clip(1), alpha], -1).round().astype(np.uint8)
+
+
 def recolor(glyph, rng):
     """The glyph in other colours: channels mixed, saturation changed, lit from one side, and with
     the relief of a rounded body."""
@@ -204,11 +214,12 @@ def warp(glyph, angle, rng):
 
 def draw(scene, rng=None, scale=1):
     """The picture of a scene, RGB, 64 pixels wide and high, times `scale`. With `rng`, each glyph
-    is recoloured and warped (augmentation)."""
+    is mixed with another style, recoloured and warped (augmentation)."""
     canvas = Image.new("RGB", (SIDE * scale, SIDE * scale), COLORS[scene.background])
     for o in scene.objects:
-        glyph = atlas(scene.style)[CONCEPTS.index(o.name)]
-        glyph = Image.fromarray(glyph if rng is None else recolor(glyph, rng))
+        k = CONCEPTS.index(o.name)
+        glyph = recolor(between_styles(scene.style, k, rng), rng) if rng else atlas(scene.style)[k]
+        glyph = Image.fromarray(glyph)
         if o.mirrored:
             glyph = glyph.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         x, y, size = (scale * n for n in o.box)
@@ -347,19 +358,24 @@ def ask_which(scenes, rng):
         return q, f"the {ORDINALS[k]}"
 
 
+def of_picture(k, kind, question, rng):
+    """A question about the only picture, asked about picture `k` of several."""
+    picture = f"in the {ORDINALS[k]} picture"
+    if kind == "list" or question == "What is this?":
+        return pick(rng, f"What is {picture}?", f"List all objects {picture}.")
+    if "in the picture" in question:
+        return question.replace("in the picture", picture)
+    ahead = f"In the {ORDINALS[k]} picture, {question[0].lower()}{question[1:]}"
+    return pick(rng, ahead, f"{question[:-1]} {picture}{question[-1]}")
+
+
 def ask_ordinal(scenes, rng):
     """(type, question, answer) about the first, second or third of several pictures."""
     k = int(rng.integers(len(scenes)))
-    picture = f"in the {ORDINALS[k]} picture"
     if rng.random() < 0.1:
         return "describe", f"Describe the {ORDINALS[k]} picture.", caption(scenes[k])
-    kind, q, answer = questions(scenes[k], rng, 1, ASKED)[0]
-    if kind == "list" or q == "What is this?":
-        return kind, pick(rng, f"What is {picture}?", f"List all objects {picture}."), answer
-    if "in the picture" in q:
-        return kind, q.replace("in the picture", picture), answer
-    ahead = f"In the {ORDINALS[k]} picture, {q[0].lower()}{q[1:]}"
-    return kind, pick(rng, ahead, f"{q[:-1]} {picture}{q[-1]}"), answer
+    kind, question, answer = questions(scenes[k], rng, 1, ASKED)[0]
+    return kind, of_picture(k, kind, question, rng), answer
 
 
 def conversation(scenes, rng, n):
@@ -417,8 +433,8 @@ class World:
         rng = np.random.default_rng(key)
         alone = self.task == "name"
         if self.task == "ask" and self.split == "train" and rng.random() < SEVERAL:
-            scenes = sample_scenes(rng, self.split, 2 + int(rng.random() < 0.35))
-            turns = conversation(scenes, rng, 4)
+            scenes = sample_scenes(rng, self.split, int(rng.integers(2, 4)))
+            turns = conversation(scenes, rng, int(rng.integers(3, 10)))
         else:
             scenes = [sample_scene(rng, self.split, n_objects=1 if alone else None)]
             if alone:

@@ -71,9 +71,9 @@ def test_good_data_has_its_sizes_and_lengths_and_status_0(report):
     assert status == 0
     assert "3 records; 3 are used, 0 left out, 0 skipped, 0 would stop" in out
     assert "images: 2; width 20 to 20, median 20; height 10 to 10" in out
-    assert "longer than --row-tokens 288, hence cut: 1 (33.3 %), by 3 questions" in out
-    assert int(re.search(r"tokens a sample: .*most ([\d,]+)", out)[1].replace(",", "")) > 288
-    assert int(re.search(r"of them learned: .*most (\d+)", out)[1]) < 288
+    assert "longer than --row-tokens 400, hence cut: 1 (33.3 %), by 2 questions" in out
+    assert int(re.search(r"tokens a sample: .*most ([\d,]+)", out)[1].replace(",", "")) > 400
+    assert int(re.search(r"of them learned: .*most (\d+)", out)[1]) < 400
     assert "my.json: 2 of 3 records have a picture\n" in out
 
 

@@ -116,7 +116,7 @@ def test_template_and_picture_mode_are_the_checkpoints_and_what_differs_is_print
     config = json.loads((tmp_path / "stage3" / "train.json").read_text())["config"]
     assert (config["template"], config["image_mode"]) == ("mistral_instruct_system", "square")
     assert (config["clip"], config["llm"], config["scales"]) == ("my/clip", "my/llm", [1])
-    assert (config["lr"], config["row_tokens"]) == (2e-4, 288), "stage 2's are not stage 3's"
+    assert (config["lr"], config["row_tokens"]) == (2e-4, 400), "stage 2's are not stage 3's"
     written = read_config(tmp_path / "stage3")
     assert written["nanocumo_template"] == "mistral_instruct_system"
     assert written["image_aspect_ratio"] == "square"
@@ -192,7 +192,7 @@ def test_data_check_checks_for_the_checkpoint_as_training_does(
     monkeypatch.setattr(sys, "argv", ["check", *map(str, flags)])
     check.main()
     said = capsys.readouterr().out
-    assert "--template mistral_instruct_system --image-mode square --row-tokens 288" in said
+    assert "--template mistral_instruct_system --image-mode square --row-tokens 400" in said
 
 
 # ------------------------------------------------------------------------------ data

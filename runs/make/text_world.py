@@ -14,6 +14,7 @@ language model must let all patches of an object vote, where otherwise it would 
 """
 
 import functools
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from data.chat import IGNORE, IMAGE_TOKEN, render
 from data.packing import assemble
 
 PATCH, GRID = 8, 8
-ROWS, LENGTH = 8, 288  # rows of a batch, tokens of a row
+ROWS, LENGTH = 6, 400  # rows of a batch, tokens of a row
 FOUND = ("nothing", *world.PLACES, world.MIDDLE, "several")  # results of looking up a name
 
 
@@ -121,17 +122,16 @@ HARD = world.QUESTION_TYPES + ("existence", "where", "kind", "side", "count", "l
 
 
 def dialogue_sample(tokenizer, rng, split, noise):
-    """(ids, labels, types, place, found): a conversation about one scene that fills LENGTH tokens,
-    or a shorter one about two or three."""
-    if rng.random() < 0.5:
-        scenes = world.sample_scenes(rng, split, 2 + int(rng.random() < 0.35))
-        turns = world.conversation(scenes, rng, 5)
+    """(ids, labels, types, place, found): a conversation about one scene, or about two or three, of
+    at most LENGTH tokens."""
+    if rng.random() < 0.6:
+        scenes = world.sample_scenes(rng, split, int(rng.integers(2, 4)))
+        turns = world.conversation(scenes, rng, int(rng.integers(3, 10)))
         texts = [text_picture(scene, rng, noise) for scene in scenes]
     else:
         scenes = [world.sample_scene(rng, split)]
-        turns = world.questions(
-            scenes[0], rng, 9, HARD if split == "train" else world.QUESTION_TYPES
-        )
+        kinds, n = HARD if split == "train" else world.QUESTION_TYPES, int(rng.integers(2, 10))
+        turns = world.questions(scenes[0], rng, n, kinds)
         described = ("describe", world.DESCRIBE, world.caption(scenes[0]))
         turns.insert(int(rng.integers(len(turns) + 1)), described)
         (kind, question, answer), *rest = turns
@@ -177,16 +177,17 @@ def text_batch(tokenizer, split, seed, step, short=0.0, noise=1.0):
     extra = {name: torch.full((ROWS, LENGTH), IGNORE) for name in ("place", "found")}
     for i in range(ROWS):
         rng = np.random.default_rng((seed, world.SPLITS.index(split), step, i))
+        sample = partial(dialogue_sample, tokenizer, rng, split, noise)
         if rng.random() < short:
-            samples = [telegraph_sample(tokenizer, rng, noise) for _ in range(3)]
-        else:
-            samples = [dialogue_sample(tokenizer, rng, split, noise)]
+            sample = partial(telegraph_sample, tokenizer, rng, noise)
         rows.append([])
-        types.append(samples[0][2])
+        types.append([])
         at = 0
-        for ids, labels, _, *targets in samples:
+        for _ in range(6):  # tries; those that do not fit any more are left out
+            ids, labels, kinds, *targets = sample()
             if at + len(ids) <= LENGTH:
                 rows[-1].append((ids, labels, []))
+                types[-1] += kinds
                 for target, values in zip(extra.values(), targets):
                     target[i, at : at + len(ids)] = torch.tensor(values)
                 at += len(ids)
