@@ -1,6 +1,8 @@
+import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too
 import pytest
 import torch
 

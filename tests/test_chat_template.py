@@ -121,18 +121,39 @@ def messages(said):
     return [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(said)]
 
 
+@functools.cache
+def common(file):
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    return MistralTokenizer.from_file(str(MISTRAL / file))
+
+
 def from_common(file, said):
     """The ids of `mistral-common`, whose requests are checked by its own rules."""
     pytest.importorskip("mistral_common")
     from mistral_common.protocol.instruct.messages import AssistantMessage, UserMessage
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
-    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
     kinds = UserMessage, AssistantMessage
     request = ChatCompletionRequest(
         messages=[kinds[k % 2](content=text) for k, text in enumerate(said)]
     )
-    return MistralTokenizer.from_file(str(MISTRAL / file)).encode_chat_completion(request).tokens
+    return common(file).encode_chat_completion(request).tokens
+
+
+@pytest.fixture(scope="module")
+def mistral_with(tmp_path_factory):
+    """(a file of mistral-common, a template) -> our tokenizer of both, loaded once."""
+
+    @functools.cache
+    def load(file, template):
+        folder = tmp_path_factory.mktemp("mistral")
+        own = "tekken.json" if file.startswith("tekken") else "tokenizer.model"
+        shutil.copy(MISTRAL / file, folder / own)
+        (folder / "chat_template.jinja").write_text(template)
+        return Tokenizer.from_pretrained(folder)
+
+    return load
 
 
 @SENT
@@ -145,30 +166,27 @@ def from_common(file, said):
     ("tekken_240911.json", TEKKEN, "mistral_v3"),
     ("tekken_240911.json", "", "mistral_v3"),
 ])  # fmt: skip
-def test_mistrals_are_asked_as_mistral_common_asks_them(file, template, name, said, tmp_path):
-    own = "tekken.json" if file.startswith("tekken") else "tokenizer.model"
-    shutil.copy(MISTRAL / file, tmp_path / own)
-    (tmp_path / "chat_template.jinja").write_text(template)
-    ours = Tokenizer.from_pretrained(tmp_path)
+def test_mistrals_are_asked_as_mistral_common_asks_them(file, template, name, said, mistral_with):
+    ours = mistral_with(file, template)
     assert native_template(ours) == name
     assert render(turns(said), ours, name)[0] == from_common(file, said)
 
 
-@functools.cache
-def vocab_and_merges(sp):  # noqa: F811
-    model = sentencepiece_json(sp)["model"]
-    return model["vocab"], [tuple(pair) for pair in model["merges"]]
-
-
-def peer(sp, folder, template, **config):  # noqa: F811
-    """transformers' own Llama tokenizer, and the folder with the same in a tokenizer.model."""
+@pytest.fixture(scope="module")
+def peer(sp):  # noqa: F811
+    """transformers' own Llama tokenizer of these settings, built once."""
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.LlamaTokenizer(*vocab_and_merges(sp), **config)
-    theirs.chat_template = template
+    model = sentencepiece_json(sp)["model"]
+    vocab, merges = model["vocab"], [tuple(pair) for pair in model["merges"]]
+    return functools.cache(lambda **config: transformers.LlamaTokenizer(vocab, merges, **config))
+
+
+def with_template(folder, template, **config):
+    """Our tokenizer of the first Mistral's file and this configuration."""
     shutil.copy(MISTRAL / "tokenizer.model.v1", folder / "tokenizer.model")
-    written = {k: v for k, v in config.items() if k != "extra"} | {"chat_template": template}
+    written = config | {"chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(written))
-    return theirs
+    return Tokenizer.from_pretrained(folder)
 
 
 def without_marks(said):
@@ -176,27 +194,30 @@ def without_marks(said):
     return [text.replace("<s>", "").replace("</s>", "").replace("<|im_end|>", "") for text in said]
 
 
-@SENT
-def test_llama_2_is_asked_as_transformers_asks_it(said, sp, tmp_path):  # noqa: F811
-    theirs, said = peer(sp, tmp_path, LLAMA2, legacy=True), without_marks(said)
-    ours = Tokenizer.from_pretrained(tmp_path)
+def test_llama_2_is_asked_as_transformers_asks_it(peer, tmp_path):
+    theirs, ours = peer(legacy=True), with_template(tmp_path, LLAMA2, legacy=True)
     assert native_template(ours) == "llama2"
-    wanted = theirs.apply_chat_template(messages(said))["input_ids"]
-    assert render(turns(said), ours, "llama2")[0] == wanted
+    for said in map(without_marks, TALKS):
+        wanted = theirs.apply_chat_template(messages(said), chat_template=LLAMA2)["input_ids"]
+        assert render(turns(said), ours, "llama2")[0] == wanted
 
 
-@SENT
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize("name", CHATML)
-def test_chatml_on_sentencepiece_is_as_in_transformers(name, legacy, said, sp, tmp_path):  # noqa: F811
-    theirs = peer(sp, tmp_path, CHATML[name], legacy=legacy, eos_token="<|im_end|>")
-    theirs.add_tokens(["<|im_start|>"], special_tokens=True)
+def test_chatml_on_sentencepiece_is_as_in_transformers(name, legacy, peer, tmp_path):
+    config = dict(legacy=legacy, eos_token="<|im_end|>")
+    theirs = peer(**config)
+    theirs.add_tokens(["<|im_start|>"], special_tokens=True)  # the second time it changes nothing
     ids = {mark: theirs.convert_tokens_to_ids(mark) for mark in ("<|im_end|>", "<|im_start|>")}
     (tmp_path / "added_tokens.json").write_text(json.dumps(ids))
-    ours, said = Tokenizer.from_pretrained(tmp_path), [t.strip() for t in without_marks(said)]
+    ours = with_template(tmp_path, CHATML[name], **config)
     assert native_template(ours) == "chatml"
-    wanted = theirs.apply_chat_template(messages(said), add_generation_prompt=True)["input_ids"]
-    assert render(turns(said), ours, "chatml")[0] == wanted
+    for said in map(without_marks, TALKS):
+        said = [text.strip() for text in said]
+        wanted = theirs.apply_chat_template(
+            messages(said), chat_template=CHATML[name], add_generation_prompt=True
+        )
+        assert render(turns(said), ours, "chatml")[0] == wanted["input_ids"], said
 
 
 @pytest.mark.parametrize("name", CHATML)

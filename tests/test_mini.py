@@ -59,5 +59,6 @@ def test_transformers_splits_text_like_our_tokenizer():
 def test_language_model_answers_scenes_given_as_text(split, noise):
     """One scene or several; with noise, every patch of an object may have a wrong name."""
     llm = LLM.from_pretrained(MINI / "llm").eval()
-    answers = text_accuracy(llm, Tokenizer.from_pretrained(MINI / "llm"), split, noise)
+    tokenizer = Tokenizer.from_pretrained(MINI / "llm")
+    answers = text_accuracy(llm, tokenizer, split, noise, batches=6)
     assert np.mean([answers[kind] for kind in world.QUESTION_TYPES]) > 0.95, answers

@@ -3,9 +3,8 @@
 import importlib
 import json
 import math
-import os
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -113,13 +112,16 @@ def test_scripts_benchmarks_and_extras_in_the_pages_exist():
         assert prompt.strip() in RESULTS
 
 
-def test_a_scene_of_the_readme_is_drawn_and_its_questions_are_printed(tmp_path):
-    (words,) = re.findall(r"python (-m data\.world [^#\n]*)", README)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, *words.split()], cwd=tmp_path, text=True,
-                          env=environment, capture_output=True)  # fmt: skip
-    first, *asked = done.stdout.splitlines()
-    assert first.startswith("scene.png: on a ") and len(asked) == 6, done.stderr
+def test_a_scene_of_the_readme_is_drawn_and_its_questions_are_printed(
+    tmp_path, monkeypatch, capsys
+):
+    (words,) = re.findall(r"python -m data\.world ([^#\n]*)", README)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["world.py", *words.split()])
+    monkeypatch.delitem(sys.modules, "data.world")
+    runpy.run_module("data.world", run_name="__main__")
+    first, *asked = capsys.readouterr().out.splitlines()
+    assert first.startswith("scene.png: on a ") and len(asked) == 6
     with Image.open(tmp_path / "scene.png") as picture:
         assert picture.size == (256, 256)
 
@@ -131,9 +133,10 @@ def test_the_architecture_is_drawn(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mlp_moe", "clip_moe", "llm", "cumo"])
-def test_each_component_shows_a_worked_example(name):
-    done = subprocess.run([sys.executable, f"{name}.py"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "->" in done.stdout, done.stderr
+def test_each_component_shows_a_worked_example(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
+    assert "->" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------- code

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ import sample
 import train
 import upcycle
 from data import hub
+from data.flags import run
 from engine.conversation import files_of
 
 ROOT = Path(__file__).parents[1]
@@ -47,10 +48,26 @@ def ask(monkeypatch, capsys):
     return run
 
 
-def test_answers_about_a_picture_and_without_one(model_dir, ask):
+def command(model_dir, *flags):
+    return [
+        sys.executable,
+        ROOT / "sample.py",
+        "--model",
+        model_dir,
+        "--max-new-tokens",
+        "4",
+        *flags,
+    ]
+
+
+def test_answers_about_a_picture_and_without_one_and_leaves_standard_input_alone(model_dir, ask):
+    """In `while read file; do python sample.py --image $file; done` it holds the next files."""
     flags = "--image", ROOT / "cat.jpg"
-    command = [sys.executable, ROOT / "sample.py", "--model", model_dir, "--max-new-tokens", "4"]
-    done = subprocess.run([*command, *flags], capture_output=True, text=True)
+    read, write = os.pipe()
+    os.write(write, b"next.jpg\n")
+    done = subprocess.run(command(model_dir, *flags), stdin=read, capture_output=True, text=True)
+    os.close(write)
+    assert os.read(read, 99) == b"next.jpg\n"
     assert done.returncode == 0 and done.stdout.endswith("\n"), done.stderr
     same = ask("--model", model_dir, "--max-new-tokens", 4, *flags)
     assert same == done.stdout
@@ -105,41 +122,35 @@ def test_the_same_seed_gives_the_same_answer(model_dir, ask):
     assert answers[0] == answers[1] != answers[2]
 
 
-def command(model_dir, *flags):
-    return [
-        sys.executable,
-        ROOT / "sample.py",
-        "--model",
-        model_dir,
-        "--max-new-tokens",
-        "4",
-        *flags,
-    ]
-
-
-def test_a_question_may_be_piped_and_a_slow_pipe_is_waited_for(model_dir, ask):
-    flags = "--image", ROOT / "cat.jpg"
-    given = ["--model", model_dir, "--max-new-tokens", 4, *flags]
-    with subprocess.Popen(
-        command(model_dir, *flags, "--ask", "-"),
-        stdin=subprocess.PIPE,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as slow:
-        assert slow.stderr.readline().startswith("waiting for a question on standard input")
-        assert slow.communicate("Is it red?\n")[0] == ask(*given, "--ask", "Is it red?")
-
-
-def test_standard_input_is_left_alone_without_a_dash(model_dir, ask):
-    """In `while read file; do python sample.py --image $file; done` it holds the next files."""
-    flags = "--image", ROOT / "cat.jpg"
+def test_a_question_may_be_piped_and_a_slow_pipe_is_waited_for(model_dir, ask, monkeypatch):
+    flags = "--model", model_dir, "--max-new-tokens", 4, "--image", ROOT / "cat.jpg"
+    wanted, waiting = ask(*flags, "--ask", "Is it red?"), threading.Event()
     read, write = os.pipe()
-    os.write(write, b"next.jpg\n")
-    done = subprocess.run(command(model_dir, *flags), stdin=read, capture_output=True, text=True)
-    os.close(write)
-    assert done.stdout == ask("--model", model_dir, "--max-new-tokens", 4, *flags)
-    assert os.read(read, 99) == b"next.jpg\n"
+
+    class Told(io.StringIO):
+        def write(self, text):
+            if text.startswith("waiting for a question on standard input"):
+                waiting.set()
+
+    def slow():
+        assert waiting.wait(300)
+        os.write(write, b"Is it red?\n")
+        os.close(write)
+
+    keep = os.dup(0)
+    os.dup2(read, 0)
+    try:
+        monkeypatch.setattr(sys, "stdin", open(0, closefd=False))
+        monkeypatch.setattr(sys, "stderr", Told())
+        typing = threading.Thread(target=slow)
+        typing.start()
+        assert ask(*flags, "--ask", "-") == wanted
+        typing.join()
+    finally:
+        os.dup2(keep, 0)
+        for file in (keep, read):
+            os.close(file)
+    assert waiting.is_set()
 
 
 def test_closed_input_is_no_question(monkeypatch):
@@ -231,16 +242,25 @@ def test_ctrl_c_while_torch_loads_is_one_line(tmp_path, script):
     assert start.returncode in (130, -signal.SIGINT)
 
 
-def test_ctrl_c_keeps_the_answer_so_far_and_says_so_in_json(model_dir):
+def test_ctrl_c_keeps_the_answer_so_far_and_says_so_in_json(model_dir, monkeypatch, capsys):
     flags = "--ask", "What?", "--json", "--max-new-tokens", "30000", "--context", "32000"
-    with subprocess.Popen(command(model_dir, *flags), stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, text=True) as talk:  # fmt: skip
-        assert talk.stderr.readline().startswith("(no picture"), "it is loaded"
-        time.sleep(1)
-        talk.send_signal(signal.SIGINT)
-        shown, errors = talk.communicate()
-    assert json.loads(shown)["finish_reason"] == "interrupted" and talk.returncode == 130
-    assert errors == "\ninterrupted\n"
+    press = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    original = sample.Conversation.ask
+
+    def asked(*args):
+        press.start()
+        return original(*args)
+
+    monkeypatch.setattr(sample.Conversation, "ask", asked)
+    monkeypatch.setattr(sys, "argv", list(map(str, command(model_dir, *flags)[1:])))
+    try:
+        with pytest.raises(SystemExit) as end:
+            run(sample.main)
+    finally:
+        press.cancel()
+    shown, errors = capsys.readouterr()
+    assert json.loads(shown)["finish_reason"] == "interrupted" and end.value.code == 130
+    assert errors.startswith("(no picture") and errors.endswith(")\n\ninterrupted\n")
 
 
 def test_several_pictures_are_seen(model_dir, tmp_path, ask):

@@ -6,6 +6,7 @@ Independent references: Hugging Face's `tokenizers`, `sentencepiece` on Mistral'
 
 import base64
 import copy
+import functools
 import json
 import pathlib
 import random
@@ -227,8 +228,9 @@ def test_later_models_of_mistral_read_too(tmp_path):
             assert ours.encode(text) == reference.encode(text)
 
 
-def sentencepiece_json(sp):
-    """Mistral's tokenizer.json, made from its tokenizer.model as Hugging Face's converter does."""
+@functools.cache
+def pieces_and_merges(sp):
+    """The vocabulary of a tokenizer.model, and the merges that Hugging Face's converter finds."""
     vocab = {sp.id_to_piece(i): i for i in range(len(sp))}
     merges = []
     for piece, i in vocab.items():
@@ -236,10 +238,16 @@ def sentencepiece_json(sp):
         cuts = sorted((vocab[a], vocab[b], a, b) for a, b in cuts if a in vocab and b in vocab)
         merges += [(sp.get_score(i), [a, b]) for _, _, a, b in cuts]
     merges.sort(key=lambda merge: -merge[0])
+    return vocab, [pair for _, pair in merges]
+
+
+def sentencepiece_json(sp):
+    """Mistral's tokenizer.json, made from its tokenizer.model."""
+    vocab, merges = pieces_and_merges(sp)
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     model = {"type": "BPE", "dropout": None, "unk_token": "<unk>", "fuse_unk": True,
              "continuing_subword_prefix": None, "end_of_word_suffix": None, "byte_fallback": True,
-             "vocab": vocab, "merges": [pair for _, pair in merges]}  # fmt: skip
+             "vocab": vocab, "merges": merges}  # fmt: skip
     prepend = {"type": "Prepend", "prepend": "▁"}
     normalizer = {"type": "Sequence", "normalizers": [prepend, replace]}
     return MINI_JSON | {

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import types
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def run_stages(weights, out, *stages, **options):
 @pytest.fixture(scope="module")
 def finished(weights, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
-    run_stages(weights, out, 1, 2, 3)
+    run_stages(weights, out, 1, 2, 3, plot=True)
     return out
 
 
@@ -184,6 +185,8 @@ def test_metrics_and_configuration_are_kept(finished):
     state = json.loads((finished / "stage3" / "train.json").read_text())
     assert state["finished"] and state["config"]["upcycle"] == "clip,mlp"
     assert not (finished / "stage3" / "resume.pt").exists()
+    drawn = [file.name for file in sorted((finished / "stage3").glob("*.png"))]
+    assert drawn == (["experts.png", "loss.png"] if find_spec("matplotlib") else [])
 
 
 def test_a_finished_stage_is_not_trained_again(weights, finished, capsys):
@@ -529,7 +532,7 @@ def test_a_second_ctrl_c_does_not_cut_the_last_save(weights, tmp_path, monkeypat
 def test_stage_3_runs_what_it_needs_and_says_so(weights, tmp_path, monkeypatch, capsys):
     small = {k: stage | dict(samples=6) for k, stage in STAGES["mini"].items()}
     monkeypatch.setitem(STAGES, "mini", small)
-    go = command({k: weights[k] for k in ("clip", "llm")}, tmp_path, "--stage", "3")
+    go = command({k: weights[k] for k in ("clip", "llm", "plot")}, tmp_path, "--stage", "3")
     monkeypatch.setattr(sys, "argv", go[1:])
     train.main()
     said = capsys.readouterr().out

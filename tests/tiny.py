@@ -50,11 +50,13 @@ def tiny_weights(folder):
         write_json(folder / name / "config.json", config.to_hf())
     shutil.copy(TOKENIZER, folder / "llm")
     sizes = dict(samples=40, rows=2, row_tokens=256, accumulate=1, save_every=3)
-    return dict(clip=str(folder / "clip"), llm=str(folder / "llm"), **sizes)
+    folders = dict(clip=str(folder / "clip"), llm=str(folder / "llm"))
+    return folders | sizes | dict(plot=False)  # drawing takes longer than training
 
 
 def command(weights, out, *more):
     """The command of a training: train.py, the flags `weights`, --out, and `more` words."""
     given = weights | {"out": out}
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    flags = [f"--no-{name}" if value is False else f"--{name.replace('_', '-')}={value}"
+             for name, value in given.items()]  # fmt: skip
     return [sys.executable, str(ROOT / "train.py"), *flags, *more]
