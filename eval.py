@@ -38,7 +38,7 @@ from data.weights import check_folder, make_folder, write_json
 from data.world import QUESTION_TYPES
 from engine import held_out
 from engine.conversation import prompt
-from engine.memory import has_fast_bf16
+from engine.rate import has_fast_bf16
 from sample import DTYPES
 
 
