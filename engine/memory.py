@@ -96,9 +96,13 @@ class Plan:
     def images(self) -> int:
         if self.n_images is not None:
             return self.n_images
-        length = self.row_tokens or self.tokens
         text = 16 if self.stage == 1 else 48  # tokens that come with an image, at least
-        return self.tokens // length * (length // (self.patches + text))
+        return self.tokens // self.length * (self.length // (self.patches + text))
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row."""
+        return min(self.row_tokens or self.tokens, self.tokens)
 
     @property
     def casts(self) -> bool:
@@ -137,7 +141,7 @@ def llm_bytes(plan: Plan) -> int:
         return 2 * D * plan.stream + size * (3 * learns * D + 2 * q + 2 * kv) + mlp
     norms = 4 * 2 * D * (2 if learns else 1)  # in float32: x, and x over its root mean square
     inputs = learns * ((5 if plan.casts else 2) * D + q)
-    attention = q + 2 * kv + cfg.n_heads * plan.row_tokens if size == 2 else 4 * q
+    attention = q + 2 * kv + cfg.n_heads * plan.length if size == 2 else 4 * q
     return norms + size * (inputs + attention) + mlp
 
 
@@ -170,9 +174,10 @@ def kept(plan: Plan) -> tuple[int, int, int]:
     connector = plan.size * plan.images * plan.patches * (features + experts)
     text = n_llm * llm.dim * plan.stream + (llm.n_layers - n_llm) * llm_bytes(plan)
     text *= plan.tokens
-    if plan.casts:  # bf16 copies of the weights; recomputed layers keep none
-        frozen = plan.parameters - plan.learning if plan.stage == 1 else 0
-        text += 2 * (plan.learning + frozen * (llm.n_layers - n_llm) // llm.n_layers)
+    if plan.casts and plan.processes == 1:  # bf16 copies of the weights, also of a frozen block's
+        rows = 2 * (llm.n_heads + llm.n_kv_heads) * llm.head_dim
+        rows += 3 * llm.hidden_dim * max(1, llm.num_experts)
+        text += 2 * (plan.learning + (plan.stage == 1) * (llm.n_layers - n_llm) * rows * llm.dim)
     return clip, connector, text
 
 
@@ -344,13 +349,16 @@ def recompute_in_words(plan: Plan) -> str:
 
 
 def table(plan: Plan, **fixed) -> str:
-    """The most exact plan for each card, one line a card."""
+    """The most exact plan for each card, and the one without recomputation, if that fits."""
     lines = []
     for card in CARDS:
         best = first_that_fits(plan, card * GB, **fixed)
         fits = total(best) <= FREE * card * GB
         shown = to_flags(best) if fits else "too small even with " + to_flags(best)
         lines.append(f"{card:4} GB  {shown:55}  {breakdown(best)}")
+        fast = first_that_fits(plan, card * GB, **{"recompute": 0} | fixed)
+        if fits and fast.recompute < best.recompute and total(fast) <= FREE * card * GB:
+            lines.append(f"{'faster':>7}  {to_flags(fast):55}  {breakdown(fast)}")
     return "\n".join(lines)
 
 

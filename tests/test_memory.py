@@ -131,7 +131,8 @@ def test_as_few_layers_are_recomputed_as_the_memory_needs():
     assert (best.weights, clip) == ("bf16-sr", 23) and 0 < llm < 32
     one_less = replace(best, recompute=best.recompute - 1)
     assert memory.total(best) <= memory.FREE * 78 * GB < memory.total(one_less)
-    assert memory.first_that_fits(plan, 139 * GB, weights="bf16-sr").recompute == 0
+    fast = memory.first_that_fits(plan, 139 * GB, weights="bf16-sr", moments="bf16")
+    assert fast.recompute == 0
 
 
 @pytest.mark.parametrize("choice, clip, llm", [
@@ -225,7 +226,7 @@ def test_more_memory_buys_more_exact_training():
     plan = cumo_7b(3)
     chosen = [memory.first_that_fits(plan, gb * GB) for gb in (80, 141, 400, 4000)]
     assert [(p.weights, p.moments) for p in chosen][1:] == [
-        ("bf16-master", "bf16"), ("fp32", "fp32"), ("fp32", "fp32")]  # fmt: skip
+        ("bf16-master", "fp32"), ("fp32", "fp32"), ("fp32", "fp32")]  # fmt: skip
     assert chosen[0].weights == "bf16-sr" and not chosen[3].recompute
     for gb, best in zip((141, 400, 4000), chosen[1:]):
         assert memory.total(best) <= memory.FREE * gb * GB
@@ -241,8 +242,9 @@ def test_estimate_prints_a_line_for_each_card(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
     train.main()
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["24", "48", "80", "141"]
+    assert [line.split()[0] for line in lines[1:]] == ["24", "48", "80", "141", "faster"]
     assert "too small" in lines[1] and "--weights bf16-master" in lines[4]
+    assert "--weights bf16-sr --moments bf16 --recompute none" in lines[5]
 
 
 def test_out_of_memory_names_the_flags_that_help(monkeypatch, tmp_path):
