@@ -192,7 +192,7 @@ class CLIPVision(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.parity = False  # True: as in the original, losses include the unused last layer
-        self.recompute = False  # True: recompute the layers in the backward pass to save memory
+        self.recompute = 0  # so many layers, the first ones, are recomputed in the backward pass
         self.embeddings = Embeddings(cfg)
         self.pre_layrnorm = nn.LayerNorm(cfg.dim, cfg.layer_norm_eps)  # the public name's own typo
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
@@ -200,8 +200,9 @@ class CLIPVision(nn.Module):
     def hidden(self, images: Tensor, layers: int | None = None) -> tuple[Tensor, list[Aux]]:
         """Tokens [n, 1 + P, D] of one scale after `layers` layers (None: all but the last)."""
         x, auxes = self.pre_layrnorm(self.embeddings(images)), []
-        for layer in self.layers[: self.cfg.n_layers - 1 if layers is None else layers]:
-            x, aux = checkpointed(layer, x) if self.recompute and self.training else layer(x)
+        layers = self.cfg.n_layers - 1 if layers is None else layers
+        for i, layer in enumerate(self.layers[:layers]):
+            x, aux = checkpointed(layer, x) if i < self.recompute and self.training else layer(x)
             auxes += [aux] if aux else []
         return x, auxes
 

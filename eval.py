@@ -35,7 +35,7 @@ from data.tokenizer import Tokenizer
 from data.weights import check_folder, make_folder, write_json
 from data.world import QUESTION_TYPES
 from engine.conversation import prompt
-from engine.memory import has_fast_bf16
+from engine.rate import has_fast_bf16
 from sample import DTYPES
 
 

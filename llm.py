@@ -292,7 +292,7 @@ class LLM(nn.Module):
     def __init__(self, cfg: LLMConfig):
         super().__init__()
         self.cfg = cfg
-        self.recompute = False  # True: gradient checkpointing of every block
+        self.recompute = 0  # gradient checkpointing of so many blocks, the first ones
         self.parity = False  # True: padding is routed and counted, as in the original
         self.model = nn.Module()  # every name as in the public weights
         self.model.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.dim)
@@ -349,11 +349,11 @@ class LLM(nn.Module):
         flex = x.is_cuda and cache is None and self.cfg.head_dim >= 16  # its kernel's minimum
         mask_dtype = None if flex else product_dtype(x)
         mask = attention_mask(q_B2T, k_B2U, self.cfg.sliding_window, mask_dtype)
-        rope = rope_tables(pos, self.cfg)
-        run, auxes = checkpointed if self.recompute and self.training else run, []
+        rope, auxes = rope_tables(pos, self.cfg), []
         for layer, block in enumerate(self.model.layers):
             memory = () if cache is None else (cache, cache.keys[layer], cache.values[layer])
-            x, aux = run(block, x, rope, mask, asking > 0, *memory)
+            call = checkpointed if self.training and layer < self.recompute else run
+            x, aux = call(block, x, rope, mask, asking > 0, *memory)
             auxes.append(aux)
         x = self.model.norm(x)
         if not self.cfg.num_experts:

@@ -44,7 +44,8 @@ ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu, "silu": F.silu,
                "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}  # fmt: skip
 
 # checkpointed(block, x) recomputes the block in the backward pass instead of keeping activations.
-# It stores the output of each sort, so that recomputation sends each token to the same experts.
+# It stores the output of each sort, so that recomputation sends each token to the same experts. A
+# block compiled for a GPU sorts in a kernel of its own and repeats it, with the same numbers.
 checkpointed = partial(
     checkpoint,
     use_reentrant=False,

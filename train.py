@@ -41,7 +41,7 @@ from data.llava import check_row, encode
 from data.packing import check_rows, collate, pack, step_metrics, step_shares, to_device
 from data.stages import WORLD_TASK, table_of
 from data.tokenizer import Tokenizer
-from engine import compiling, fsdp, held_out, memory, optim, resume, settings
+from engine import compiling, fsdp, held_out, memory, optim, rate, resume, settings
 from engine.resume import stage_dir
 from llm import LLM
 from mlp_moe import Connector
@@ -76,7 +76,7 @@ class RunSettings:
     out: str = "out"  # folder of the three stages
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to train
     compile: bool | None = None  # torch.compile the blocks; default: on a GPU
-    recompute: bool | None = None  # gradient checkpointing; default: only if needed to fit
+    recompute: str = "auto"  # layers under gradient checkpointing: N, all, none; auto: what fits
     estimate: bool = False  # print the memory of the stage on each size of card, and stop
     plot: bool = True  # draw the loss curves when a stage ends (pip install matplotlib)
     wandb: bool = False  # log to Weights & Biases as well (pip install wandb)
@@ -144,7 +144,7 @@ def resolve(given, stage, target=True):
     cfg = TrainConfig(**(table | given))
     cfg.stage = stage
     if "bf16" not in given:
-        cfg.bf16 = cfg.estimate or memory.has_fast_bf16(cfg.device)
+        cfg.bf16 = cfg.estimate or rate.has_fast_bf16(cfg.device)
     if "compile" not in given:
         cfg.compile = cfg.device.startswith("cuda")
     if "workers" not in given:
@@ -178,8 +178,8 @@ def stage_plan(cfg):
 
 def choose_precision(cfg):
     """Set those flags of precision and memory that were not given -> memory.Plan."""
-    plan = memory.best_plan(stage_plan(cfg), cfg.device, memory.chosen(cfg))
-    cfg.weights, cfg.moments, cfg.recompute = plan.weights, plan.moments, plan.recompute
+    plan = memory.best_plan(cfg, stage_plan(cfg))
+    cfg.weights, cfg.moments, cfg.recompute = plan.weights, plan.moments, str(plan.recompute)
     return plan
 
 
@@ -203,7 +203,7 @@ def build(cfg):
     if cfg.stage == 3 and cfg.upcycle != "none":
         parts, scratch = cfg.upcycle.split(","), settings.split_parts(cfg.scratch)
         model = upcycle(model, parts, cfg.num_experts, cfg.top_k, cfg.seed, scratch)
-    model.vision.recompute = model.llm.recompute = bool(cfg.recompute)
+    model.vision.recompute, model.llm.recompute = memory.recomputed(model.cfg, cfg.recompute)
     for name, module in model.named_children():  # vision, connector, llm
         module.requires_grad_(name in trained_modules(cfg))
     model.cfg.balance_coef, model.cfg.z_coef = cfg.balance_coef, cfg.z_coef
@@ -236,7 +236,7 @@ class Trainer:
         self.order = loader.data_order(len(self.data), samples, cfg.seed)
         self.step, self.used, self.seconds, self.stop = 0, 0, 0.0, False
         self.counts = dict.fromkeys(loader.KINDS, 0)
-        self.rate = memory.product_rate(cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32)
+        self.rates = rate.rates(cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32)
         self.code = partial(
             encode, tokenizer=self.tokenizer, template=cfg.template, max_tokens=cfg.row_tokens,
             image_tokens=self.model.image_tokens, image_size=self.model.cfg.vision.image_size,
@@ -282,11 +282,11 @@ class Trainer:
         self.step += 1
         took = time.perf_counter() - start
         self.seconds += took
-        work = memory.operations(self.model.cfg, cfg.stage, tokens, n_images, cfg.row_tokens)
+        work = rate.operations(self.model.cfg, cfg.stage, tokens, n_images, cfg.row_tokens)
         return {"step": self.step, "samples": self.used, **step_metrics(metrics, shares), "lr": lr,
                 "grad_norm": norm, "tokens_per_s": round(tokens / took),
                 "samples_per_s": round((self.used - before) / took, 2),
-                "mfu": round(work / took / self.rate / fsdp.world()[1], 4),
+                **{k: round(work / took / r / fsdp.world()[1], 4) for k, r in self.rates.items()},
                 "memory_gb": round(memory.peak_memory(cfg.device) / memory.GB, 2)}  # fmt: skip
 
     def loop(self, wandb=None):
@@ -311,8 +311,8 @@ class Trainer:
                     wandb.log(metrics, step=self.step)
                 bar.update(self.used - bar.n)
                 bar.set_postfix(loss=f"{metrics['loss']:.3f}", lr=f"{metrics['lr']:.1e}",
-                                tok_s=metrics["tokens_per_s"], mfu=f"{metrics['mfu']:.0%}",
-                                GB=metrics["memory_gb"])  # fmt: skip
+                                tok_s=metrics["tokens_per_s"], GB=metrics["memory_gb"],
+                                **{k: f"{metrics[k]:.0%}" for k in self.rates})  # fmt: skip
                 if resume.is_due(self):
                     resume.save_point(self)
             return False

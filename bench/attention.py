@@ -19,7 +19,7 @@ import torch.nn.functional as F
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 from clip_moe import attend
-from engine.memory import has_fast_bf16
+from engine.rate import has_fast_bf16
 
 SHAPES = {  # rows, query heads, key/value heads, tokens, head size
     "mini CLIP": (32, 3, 3, 65, 64),

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from engine.memory import has_fast_bf16
+from engine.rate import has_fast_bf16
 from mlp_moe import ACTIVATIONS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -48,9 +48,9 @@ from bench.peers import DEVICE, DTYPE, DenseMLP, LoopMoE, Process
 from data import flags
 from data.hub import find_model
 from data.weights import write_json, write_tensors
-from engine import memory
 from engine.decode import fast_step, huge_pages
 from engine.quant import quantize
+from engine.rate import product_rate
 from llm import LLM, LLMConfig, attention_mask, flex_attend
 from mlp_moe import SparseMoE
 from runs.pictures import draw_ratios
@@ -246,8 +246,8 @@ def miniature(runs):
     for _ in range(runs):
         before = trainer.seconds
         metrics = trainer.train_step([next(batches)])
-        took, rate = trainer.seconds - before, memory.product_rate(DEVICE, dtype)
-        work = metrics["mfu"] * trainer.rate * took
+        took, rate = trainer.seconds - before, product_rate(DEVICE, dtype)
+        work = metrics["mfu"] * trainer.rates["mfu"] * took
         seconds.append(took)
         products.append(work / rate)
         shares.append(work / took / rate)
@@ -288,21 +288,21 @@ def load(runs, layers=12):
 
 
 def peak_memory(runs):
-    """Peak memory of a training in a process of its own, minus the peak after the imports."""
+    """Peak memory of a training in a process of its own: of the card, or in main memory."""
     rows = []
     for name, options in {
         "float32": "",
-        "recomputing": "--recompute",
+        "recomputing": "--recompute all",
         "bf16-sr, bf16 moments": "--weights bf16-sr --moments bf16",
     }.items():
         code = (
             "import sys, torch, train; from bench import speed; from engine import memory;"
             "from data.flags import parse; cfg, given = parse(train.TrainConfig, sys.argv[1:]);"
-            "start = memory.peak_memory('cpu'); given = {k: getattr(cfg, k) for k in given};"
+            "given = {k: getattr(cfg, k) for k in given};"
             "trainer, batches, place = speed.training(**given);"
             "plan = train.choose_precision(trainer.cfg);"
             "[trainer.train_step([next(batches)]) for _ in range(3)];"
-            "print(memory.peak_memory(trainer.cfg.device) - start, memory.total(plan))"
+            "print(memory.peak_memory(trainer.cfg.device), memory.total(plan))"
         )
         words = [sys.executable, "-c", code, "--rows", "16", *options.split()]
         said = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT).stdout

@@ -11,26 +11,23 @@ Three of the four parts follow from the number of parameters alone (engine/optim
 
 For each token, a block of the language model keeps the inputs of its products:
 
-    x, norm(x) | q k v | attention output | x, norm(x) | gate, up, silu(gate), their product
+    x, norm(x) | q k v | attention output | x, norm(x) | gate, up, their product
 
-about 20 D numbers, or 82 GB for the 32 blocks of Mistral-7B and 4 rows of 4,096 tokens. Under
-gradient checkpointing (`recompute`) a block keeps only its input and computes the rest again in the
-backward pass. Then only one block's activations and their gradients exist at a time, for a third
-more arithmetic. CLIP needs as much as the language model: at scales 1,3 it reads 5,770 tokens an
-image.
+about 18 D numbers, or 72 GB for the 32 blocks of Mistral-7B and 4 rows of 4,096 tokens. Under
+gradient checkpointing a block keeps only its input and computes the rest again in the backward
+pass, for a third more arithmetic; `--recompute auto` does that to as few layers as the memory
+needs. CLIP needs more than the language model: at scales 1,3 it reads 5,770 tokens an image.
 
-Fragmentation and library buffers come on top, so an estimate may fill only 90 % of a card.
-tests/test_memory.py compares the activations of small models with what autograd really keeps.
+tests/test_memory.py compares the estimates with PyTorch's own allocator of a card, and with what
+autograd keeps on a CPU.
 Letters as in mlp_moe.py and llm.py. Sizes are bytes; a GB is 2^30 bytes, as cards are sold.
 """
 
 import contextlib
-import math
 import os
 import pathlib
 import re
 import sys
-import time
 from dataclasses import dataclass, replace
 
 import torch
@@ -52,7 +49,8 @@ except ImportError:  # Windows has no such module
 
 GB = 2**30
 CARDS = (24, 48, 80, 141)  # GB: RTX 4090, L40S, A100 or H100, H200
-FREE = 0.9  # share of a card that an estimate may fill
+FREE = 0.95  # share of the memory that an estimate may fill
+PROGRAM = int(0.35 * GB)  # PyTorch and this code in main memory
 
 # (weights, moments) from the most exact to the smallest
 LADDER = (("fp32", "fp32"), ("bf16-master", "fp32"), ("bf16-master", "bf16"), ("bf16-sr", "bf16"))
@@ -81,43 +79,81 @@ class Plan:
     parameters: int  # all of them
     learning: int  # those that this stage trains
     tokens: int  # in a batch of one rank, padding included
+    row_tokens: int = 0  # in a row; 0: all
     weights: str = "fp32"
     moments: str = "fp32"
-    recompute: bool = False
+    recompute: int = 0  # layers under gradient checkpointing, see `recomputed`
     bf16: bool = True  # products in bf16, so activations take 2 bytes
     processes: int = 1  # ranks that weights, gradients and moments are sharded over
-    n_images: int | None = None  # in a batch; None: as many as fit into the tokens
+    n_images: int | None = None  # in a batch; None: as many as fit into the rows
+    cpu: bool = False  # on a CPU, uncompiled, more is kept
+
+    @property
+    def patches(self) -> int:
+        return (self.model.vision.image_size // self.model.vision.patch_size) ** 2
 
     @property
     def images(self) -> int:
-        vision = self.model.vision
-        patches = (vision.image_size // vision.patch_size) ** 2
-        return self.tokens // patches if self.n_images is None else self.n_images
+        if self.n_images is not None:
+            return self.n_images
+        text = 16 if self.stage == 1 else 48  # tokens that come with an image, at least
+        return self.tokens // self.length * (self.length // (self.patches + text))
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row."""
+        return min(self.row_tokens or self.tokens, self.tokens)
+
+    @property
+    def casts(self) -> bool:
+        """Under autocast, products take bf16 copies of float32 weights and activations."""
+        return self.bf16 and self.weights == "fp32"
+
+    @property
+    def size(self) -> int:
+        """Bytes of an activation."""
+        return 2 if self.bf16 else WEIGHTS[self.weights].itemsize
+
+    @property
+    def stream(self) -> int:
+        """Bytes of a number of x, which has the precision of the weights."""
+        return WEIGHTS[self.weights].itemsize
 
 
-def mlp_numbers(dim: int, hidden_dim: int, gated: bool, experts: int, top_k: int) -> int:
-    """Numbers that an MLP, or the chosen experts of a sparse block, keeps for a token."""
-    hidden = hidden_dim * (4 if gated else 2)  # before and after the activation; gated: up, product
-    if not experts:
-        return dim + hidden
-    # each of K experts keeps its input and its output, which the weighted sum needs
-    return dim + top_k * (dim + hidden + dim) + 4 * experts
+def clip_bytes(plan: Plan) -> int:
+    """Bytes that one layer of CLIP keeps for a token."""
+    cfg, D, size = plan.model.vision, plan.model.vision.dim, plan.size
+    x = 2 * D * plan.stream  # before and after attention
+    if not plan.cpu:  # norm(x); q, k, v; output
+        return x + size * 5 * D + mlp_bytes(plan, cfg, True, 2)
+    norms = 4 if plan.casts else 2  # autocast casts for each of q, k, v and the MLP
+    scores = cfg.n_heads * (1 + plan.patches) if size == 2 else D  # float32: a copy of the output
+    return x + size * ((norms + 4) * D + scores) + mlp_bytes(plan, cfg, True, 3)
 
 
-def clip_numbers(cfg) -> int:
-    """Numbers that one layer of CLIP keeps for a token."""
-    attention = 2 * cfg.dim + 3 * cfg.dim + cfg.dim  # x, norm(x); q, k, v; output
-    mlp = mlp_numbers(cfg.dim, cfg.hidden_dim, False, cfg.num_experts, cfg.top_k)
-    return attention + cfg.dim + mlp
-
-
-def llm_numbers(cfg, learns: bool) -> int:
-    """Numbers that one block of the language model keeps for a token. A frozen block does not keep
+def llm_bytes(plan: Plan) -> int:
+    """Bytes that one block of the language model keeps for a token. A frozen block does not keep
     the inputs of its products, because only the gradients of its weights need them."""
+    cfg, D, size, learns = plan.model.llm, plan.model.llm.dim, plan.size, plan.stage > 1
     q, kv = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
-    attention = 2 * cfg.dim + q + 2 * kv + q  # x, norm(x); q, k, v; output
-    mlp = mlp_numbers(cfg.dim, cfg.hidden_dim, True, cfg.num_experts, cfg.top_k)
-    return attention + cfg.dim + mlp - (0 if learns else 2 * cfg.dim + cfg.hidden_dim)
+    mlp = mlp_bytes(plan, cfg, learns, (3 if plan.cpu else 2) + learns)
+    if not plan.cpu:  # x twice; their norms; q, k, v; output
+        return 2 * D * plan.stream + size * (3 * learns * D + 2 * q + 2 * kv) + mlp
+    norms = 4 * 2 * D * (2 if learns else 1)  # in float32: x, and x over its root mean square
+    inputs = learns * ((5 if plan.casts else 2) * D + q)
+    attention = q + 2 * kv + cfg.n_heads * plan.length if size == 2 else 4 * q
+    return norms + size * (inputs + attention) + mlp
+
+
+def mlp_bytes(plan: Plan, cfg, learns: bool, wide: int) -> int:
+    """Bytes that an MLP, or the chosen experts of a sparse block, keeps for a token besides its
+    input. wide: how many numbers of the hidden size, such as before and after the activation."""
+    if not cfg.num_experts:
+        return plan.size * wide * cfg.hidden_dim
+    # each of K experts keeps its input, and its output for the weighted sum; the router's input is
+    # in float32
+    expert = learns * cfg.dim + wide * cfg.hidden_dim + cfg.dim
+    return plan.size * cfg.top_k * expert + 4 * cfg.dim
 
 
 def clip_tokens(cfg: CuMoConfig, images: int) -> list[int]:
@@ -127,27 +163,40 @@ def clip_tokens(cfg: CuMoConfig, images: int) -> list[int]:
     return [images * n * (1 + side**2) for n in tiles]
 
 
-def activations(plan: Plan) -> int:
-    """Bytes that the forward pass of one batch keeps for the backward pass."""
-    cfg, n_tokens = plan.model, plan.tokens
+def kept(plan: Plan) -> tuple[int, int, int]:
+    """Bytes that CLIP, the connector and the language model keep for the backward pass."""
+    cfg, (n_clip, n_llm) = plan.model, recomputed(plan.model, plan.recompute)
     vision, llm = cfg.vision, cfg.llm
-    blocks = [(llm.n_layers, n_tokens, llm.dim, llm_numbers(llm, plan.stage > 1))]
-    if plan.stage > 1:  # stage 1 has no backward pass through CLIP
-        for n in clip_tokens(cfg, plan.images):
-            blocks.append((vision.n_layers - 1, n, vision.dim, clip_numbers(vision)))
-    patches = plan.images * (vision.image_size // vision.patch_size) ** 2
-    features = vision.dim * len(vision.scales)
-    kept = patches * (
-        features + mlp_numbers(llm.dim, llm.dim, False, cfg.mlp_experts, cfg.mlp_top_k)
-    )
-    if plan.recompute:
-        kept += sum(layers * n * dim for layers, n, dim, _ in blocks)
-        kept += max(2 * n * numbers for _, n, _, numbers in blocks)  # one block, and its gradients
-    else:
-        kept += sum(layers * n * numbers for layers, n, _, numbers in blocks)
-    logits = min(LOGITS_AT_ONCE, n_tokens * llm.vocab_size)
-    size = 2 if plan.bf16 else WEIGHTS[plan.weights].itemsize
-    return kept * size + 3 * logits * 4  # a chunk of logits, their softmax and their gradient
+    clip = n_clip * vision.dim * plan.stream + (vision.n_layers - 1 - n_clip) * clip_bytes(plan)
+    clip *= sum(clip_tokens(cfg, plan.images)) * (plan.stage > 1)  # stage 1 does not train it
+    features, hidden = vision.dim * len(vision.scales), 2 * llm.dim  # before and after GELU
+    experts = cfg.mlp_top_k * (features + hidden + llm.dim) if cfg.mlp_experts else hidden
+    connector = plan.size * plan.images * plan.patches * (features + experts)
+    text = n_llm * llm.dim * plan.stream + (llm.n_layers - n_llm) * llm_bytes(plan)
+    text *= plan.tokens
+    if plan.casts and plan.processes == 1:  # bf16 copies of the weights, also of a frozen block's
+        rows = 2 * (llm.n_heads + llm.n_kv_heads) * llm.head_dim
+        rows += 3 * llm.hidden_dim * max(1, llm.num_experts)
+        text += 2 * (plan.learning + (plan.stage == 1) * (llm.n_layers - n_llm) * rows * llm.dim)
+    return clip, connector, text
+
+
+def activations(plan: Plan) -> int:
+    """Bytes that a batch takes at its peak: what is kept, and what one operation needs besides.
+
+    Three numbers are fitted to bench/mock_card.json: a layer under way takes 1.3 times what it
+    keeps; the allocator loses 5 % and 1.25 layers of CLIP between blocks of unequal size.
+    """
+    llm, (clip, connector, text) = plan.model.llm, kept(plan)
+    logits = min(LOGITS_AT_ONCE, plan.tokens * llm.vocab_size)
+    grads = plan.tokens * llm.dim + llm.vocab_size * llm.dim * (plan.stage > 1)  # of x and the head
+    work = 4 * 4 * logits + plan.size * grads
+    if recomputed(plan.model, plan.recompute)[1]:
+        work = max(work, 1.3 * plan.tokens * llm_bytes(plan))
+    layer = max(clip_tokens(plan.model, plan.images)) * clip_bytes(plan)
+    peak = max(clip + connector + text + work, clip + 1.3 * layer)
+    # on a CPU, tensors of ever new sizes leave about as much of the heap unused
+    return int(2 * peak if plan.cpu else 1.05 * peak + 1.25 * layer * (plan.stage > 1))
 
 
 def make_plan(
@@ -191,14 +240,33 @@ def plan_stage(cfg, learning: list[str]) -> Plan:
     processes = fsdp.world()[1]
     tokens, model = cfg.rows * cfg.row_tokens // processes, stage_model(cfg)
     check_positions(cfg.row_tokens, model.llm.max_positions, model.llm.sliding_window)
-    return make_plan(model, cfg.stage, tokens, learning, bf16=cfg.bf16,
-                     processes=processes)  # fmt: skip
+    cpu = not (cfg.estimate or cfg.device.startswith("cuda"))
+    return make_plan(model, cfg.stage, tokens, learning, row_tokens=cfg.row_tokens, bf16=cfg.bf16,
+                     processes=processes, cpu=cpu)  # fmt: skip
 
 
-def chosen(cfg) -> dict:
+def recomputed(cfg: CuMoConfig, choice: int | str) -> tuple[int, int]:
+    """`choice` of --recompute -> how many layers of CLIP and of the language model are recomputed.
+    ValueError for more than there are."""
+    # CLIP's come first, because a gigabyte saved there costs less arithmetic: a sparse layer of
+    # CLIP-L keeps four times the bytes per operation of a layer of Mistral-7B. (Stage 1 keeps
+    # nothing of CLIP, so there only the language model's layers save memory.)
+    clip, llm = cfg.vision.n_layers - 1, cfg.llm.n_layers
+    n = {"none": 0, "auto": 0, "all": clip + llm}.get(choice)
+    n = int(choice) if n is None else n
+    if n > clip + llm:
+        raise ValueError(f"--recompute {n}: the model has {clip + llm} layers to recompute, {clip} "
+                         f"of CLIP and {llm} of the language model; give at most {clip + llm}, or "
+                         "all")  # fmt: skip
+    return min(n, clip), max(0, n - clip)
+
+
+def chosen(cfg, plan: Plan) -> dict:
     """What the flags of a training say about precision and memory."""
-    given = {name: getattr(cfg, name) for name in ("weights", "moments", "recompute")}
-    return {name: value for name, value in given.items() if value not in ("", None)}
+    given = {name: getattr(cfg, name) for name in ("weights", "moments") if getattr(cfg, name)}
+    if cfg.recompute != "auto":
+        given["recompute"] = sum(recomputed(plan.model, cfg.recompute))
+    return given
 
 
 def estimate(plan: Plan) -> dict[str, int]:
@@ -206,8 +274,9 @@ def estimate(plan: Plan) -> dict[str, int]:
     size = WEIGHTS[plan.weights].itemsize
     more = bytes_per_parameter(plan.weights, plan.moments) - 2 * size
     parameters, learning = (n // plan.processes for n in (plan.parameters, plan.learning))
-    return {"weights": parameters * size, "gradients": learning * size,
-            "optimizer": learning * more, "activations": activations(plan)}  # fmt: skip
+    parts = {"weights": parameters * size, "gradients": learning * size,
+             "optimizer": learning * more, "activations": activations(plan)}  # fmt: skip
+    return parts | ({"program": PROGRAM} if plan.cpu else {})
 
 
 def total(plan: Plan) -> int:
@@ -215,18 +284,20 @@ def total(plan: Plan) -> int:
 
 
 def first_that_fits(plan: Plan, available: int, **fixed) -> Plan:
-    """The most exact plan within `available` bytes, or else the smallest. Recomputes only if the
-    same precision would not fit otherwise. `fixed`: settings to keep, such as weights="fp32"."""
-    ways = [{"weights": w, "moments": m, "recompute": r} for w, m in LADDER for r in (False, True)]
+    """The most exact plan within `available` bytes, or else the smallest. Recomputes as few layers
+    as this precision needs to fit. `fixed`: settings to keep, such as weights="fp32"."""
+    counts = range(1 + sum(recomputed(plan.model, "all")))
+    ways = [{"weights": w, "moments": m, "recompute": n} for w, m in LADDER for n in counts]
     ways = [replace(plan, **way | fixed) for way in ways]
     return next((p for p in ways if total(p) <= FREE * available), min(ways, key=total))
 
 
-def best_plan(plan: Plan, device: str, fixed: dict) -> Plan:
-    """The most exact plan that fits `device`, with the settings in `fixed`. ValueError if even the
-    smallest needs more than twice the memory: that is beyond the estimate's error."""
-    there = available_memory(device)
-    best = first_that_fits(plan, there, **fixed)
+def best_plan(cfg, plan: Plan) -> Plan:
+    """The most exact plan that fits the device and the flags of `cfg`, a train.TrainConfig.
+    ValueError if even the smallest needs more than twice the memory: beyond the estimate's error.
+    """
+    there = available_memory(cfg.device)
+    best = first_that_fits(plan, there, **chosen(cfg, plan))
     if total(best) > 2 * there:
         raise ValueError(
             f"stage {plan.stage} takes about {total(best) / GB:.0f} GB, and this machine has "
@@ -236,55 +307,10 @@ def best_plan(plan: Plan, device: str, fixed: dict) -> Plan:
     return best
 
 
-def operations(cfg: CuMoConfig, stage: int, tokens: int, images: int, row_tokens: int) -> float:
-    """Floating-point operations of a training step, forward and backward, as MFU counts them:
-    without recomputation and without the scores that attention masks out.
-
-    For each token, a weight costs 2 in the forward pass, 2 for the gradient of its input and 2 for
-    its own gradient. In stage 1, CLIP has no backward pass and the language model does not learn.
-    """
-    vision, llm = cfg.vision, cfg.llm
-    clip, text = {1: (2, 4), 2: (6, 6), 3: (6, 6)}[stage]
-    n_clip = sum(clip_tokens(cfg, images))
-    side = vision.image_size // vision.patch_size
-    active = vision.top_k if vision.num_experts else 1
-    per_token = (4 + 2 * active * vision.hidden_dim / vision.dim) * vision.dim**2
-    seen = 2 * (1 + side**2) * vision.dim  # q k and probs v, for each key seen
-    work = clip * n_clip * (vision.n_layers - 1) * (per_token + seen)
-    features = vision.dim * len(vision.scales)
-    active = cfg.mlp_top_k if cfg.mlp_experts else 1
-    work += 6 * images * side**2 * active * (features + llm.dim) * llm.dim
-    q, kv = llm.n_heads * llm.head_dim, llm.n_kv_heads * llm.head_dim
-    active = llm.top_k if llm.num_experts else 1
-    per_token = 2 * llm.dim * (q + kv) + 3 * active * llm.dim * llm.hidden_dim
-    seen = 2 * min(row_tokens / 2, llm.sliding_window or row_tokens) * q
-    return work + text * tokens * (llm.n_layers * (per_token + seen) + llm.vocab_size * llm.dim)
-
-
-def has_fast_bf16(device) -> bool:
-    """Whether `device` multiplies bfloat16 in hardware. A CPU without the instructions emulates
-    them, 70 times slower than float32 (2 cores of an AMD EPYC with AVX2)."""
-    if not str(device).startswith("cpu"):
-        return True
-    abilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return any(abilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # x86, ARM
-
-
-def product_rate(device: str, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large matrix product, measured now."""
-    n = 4096 if str(device).startswith("cuda") else 1024
-    x, best = torch.randn(n, n, device=device, dtype=dtype), math.inf
-    for _ in range(5):
-        start = time.perf_counter()
-        (x @ x)[0, 0].item()
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
-
-
 def peak_memory(device: str) -> int:
-    """Peak bytes of this process, on the card or in main memory; 0 on systems that do not say."""
+    """Peak bytes of this process, reserved on the card or in main memory; 0 if unknown."""
     if str(device).startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)
     status = pathlib.Path("/proc/self/status")  # Linux: getrusage may be the parent's
     if status.is_file():
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
@@ -295,9 +321,10 @@ def peak_memory(device: str) -> int:
 
 
 def available_memory(device: str) -> int:
-    """Bytes of the card, or of the machine."""
+    """Bytes that are free on the card, or those of the machine."""
     if str(device).startswith("cuda"):
-        return torch.cuda.get_device_properties(device).total_memory
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused  # of an earlier stage, to use again
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -309,30 +336,42 @@ def breakdown(plan: Plan) -> str:
 
 def to_flags(plan: Plan) -> str:
     """The plan as command-line flags."""
-    recompute = "--recompute" if plan.recompute else "--no-recompute"
-    return f"--weights {plan.weights} --moments {plan.moments} {recompute}"
+    most = sum(recomputed(plan.model, "all"))
+    layers = {0: "none", most: "all"}.get(plan.recompute, plan.recompute)
+    return f"--weights {plan.weights} --moments {plan.moments} --recompute {layers}"
+
+
+def recompute_in_words(plan: Plan) -> str:
+    """`recompute 23 of 23 layers of CLIP, 5 of 32 of the language model`"""
+    counts, most = recomputed(plan.model, plan.recompute), recomputed(plan.model, "all")
+    (clip, llm), (clips, llms) = counts, most
+    return f"recompute {clip} of {clips} layers of CLIP, {llm} of {llms} of the language model"
 
 
 def table(plan: Plan, **fixed) -> str:
-    """The most exact plan for each card, one line a card."""
+    """The most exact plan for each card, and the one without recomputation, if that fits."""
     lines = []
     for card in CARDS:
         best = first_that_fits(plan, card * GB, **fixed)
         fits = total(best) <= FREE * card * GB
         shown = to_flags(best) if fits else "too small even with " + to_flags(best)
         lines.append(f"{card:4} GB  {shown:55}  {breakdown(best)}")
+        fast = first_that_fits(plan, card * GB, **{"recompute": 0} | fixed)
+        if fits and fast.recompute < best.recompute and total(fast) <= FREE * card * GB:
+            lines.append(f"{'faster':>7}  {to_flags(fast):55}  {breakdown(fast)}")
     return "\n".join(lines)
 
 
 def report(cfg, plan: Plan) -> str:
     """What --estimate prints of a stage; cfg: its train.TrainConfig."""
     batch = f"{cfg.rows} rows of {cfg.row_tokens} tokens a batch"
-    return f"stage {cfg.stage} of {cfg.preset}, {batch}:\n{table(plan, **chosen(cfg))}"
+    return f"stage {cfg.stage} of {cfg.preset}, {batch}:\n{table(plan, **chosen(cfg, plan))}"
 
 
 def remedies(plan: Plan) -> list[str]:
     """Changes that save memory, the largest first: `--moments bf16 saves 12.1 GB`."""
-    changes = {"--recompute": {"recompute": True}, "--weights bf16-sr": {"weights": "bf16-sr"},
+    most = sum(recomputed(plan.model, "all"))
+    changes = {"--recompute all": {"recompute": most}, "--weights bf16-sr": {"weights": "bf16-sr"},
                "--moments bf16": {"moments": "bf16"},
                "half the --rows, twice the --accumulate": {"tokens": plan.tokens // 2}}  # fmt: skip
     saved = {name: total(plan) - total(replace(plan, **change)) for name, change in changes.items()}

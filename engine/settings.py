@@ -18,7 +18,7 @@ from data.flags import as_flag, check_choice, check_numbers, shown
 from data.images import MODES
 from data.loader import Loader, check_workers
 from data.packing import pack
-from engine import memory, optim, resume
+from engine import memory, optim, rate, resume
 from upcycle import PARTS
 
 FEW = 50  # steps; a shorter training changes little
@@ -44,6 +44,9 @@ def check_values(cfg):
             check_choice(name, part, choices)
     if set(split_parts(cfg.freeze)) == set(PARTS):
         raise ValueError(f"--freeze {cfg.freeze} leaves nothing to learn; freeze at most two parts")
+    if cfg.recompute not in ("auto", "all", "none") and not cfg.recompute.isdecimal():
+        raise ValueError(f"--recompute {cfg.recompute!r} is unknown; give a number of layers, or "
+                         "all, none or auto (as few as the memory needs)")  # fmt: skip
     check_workers(cfg.workers)
     check_numbers(cfg, above_0=("lr", "clip_grad"), infinite=("clip_grad",),
                   counts=("rows", "row_tokens", "accumulate", "save_every"))  # fmt: skip
@@ -110,7 +113,9 @@ def overview(cfg, plan):
     rows["optimizer"] = (f"lr {cfg.lr:g}, warm-up {cfg.warmup:g}, weight decay "
                          f"{cfg.weight_decay:g}, largest gradient {cfg.clip_grad:g}")  # fmt: skip
     rows["precision"] = (f"weights {cfg.weights}, moments {cfg.moments}, bf16 products "
-                         f"{yes(cfg.bf16)}, recompute {yes(cfg.recompute)}")  # fmt: skip
+                         f"{yes(cfg.bf16)}, {memory.recompute_in_words(plan)}")  # fmt: skip
+    if not rate.has_fast_bf16(cfg.device):
+        rows["precision"] += f"; {cfg.device} multiplies bf16 slowly, float32 is faster there"
     rows["machine"] = (f"{cfg.device}, {memory.available_memory(cfg.device) / memory.GB:.0f} GB; "
                        f"compile {yes(cfg.compile)}, workers {cfg.workers}")  # fmt: skip
     rows["needs about"] = memory.breakdown(plan)

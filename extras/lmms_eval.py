@@ -33,7 +33,7 @@ from data.hub import find_model
 from data.tokenizer import Tokenizer
 from data.weights import write_json
 from engine.conversation import Printer, prompt
-from engine.memory import has_fast_bf16
+from engine.rate import has_fast_bf16
 from sample import DTYPES
 
 try:

@@ -10,7 +10,7 @@ from data.llava import LlavaData
 from data.tokenizer import Tokenizer
 from data.weights import write_json
 from engine import held_out
-from engine.memory import has_fast_bf16
+from engine.rate import has_fast_bf16
 from extras import plots
 
 

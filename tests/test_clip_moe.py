@@ -219,11 +219,12 @@ def test_last_layer_is_computed_only_for_parity():
 def test_checkpointing_changes_no_gradient(cfg):
     vision, images = build(cfg), torch.randn(2, 3, 16, 16)
     grads = []
-    for vision.recompute in (False, True):
+    for vision.recompute in (0, 1, 9):
         vision.zero_grad()
         vision(images)[0].square().sum().backward()
         grads.append([p.grad for p in vision.parameters()])
-    torch.testing.assert_close(*grads)
+    for some in grads[1:]:
+        torch.testing.assert_close(some, grads[0])
 
 
 def test_bfloat16_autocast_is_close_to_float32():

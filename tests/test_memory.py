@@ -1,7 +1,9 @@
 """Estimates of memory and operations, compared with what autograd keeps and PyTorch counts."""
 
+import json
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +15,10 @@ from clip_moe import CLIPVisionConfig
 from cumo import IMAGE_TOKEN, CuMo, CuMoConfig
 from data.packing import check_positions
 from data.weights import write_json
-from engine import memory
+from engine import memory, rate
 from llm import LLMConfig
 
-GB = memory.GB
+ROOT, GB = Path(__file__).resolve().parents[1], memory.GB
 
 
 def small(clip_experts=0, mlp_experts=0, llm_experts=0, scales=(1,), **llm):
@@ -61,29 +63,102 @@ MODELS = {
 }
 
 
+def plan_of(model, batch, stage, **choices):
+    rows, length = batch[0].shape
+    return memory.make_plan(model.cfg, stage, rows * length, row_tokens=length, cpu=True,
+                            n_images=len(batch[1]), **choices)  # fmt: skip
+
+
+PRECISIONS = {"float32": ("fp32", False), "autocast": ("fp32", True), "bf16": ("bf16-sr", True)}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", MODELS)
-def test_activations_are_what_autograd_keeps(name):
+def test_what_is_kept_is_what_autograd_keeps(name, precision):
     torch.manual_seed(0)
-    model = CuMo(MODELS[name]).train()
+    weights, bf16 = PRECISIONS[precision]
+    model = CuMo(MODELS[name]).train().to(memory.WEIGHTS[weights])
     batch = a_batch(model)
-    plan = memory.make_plan(model.cfg, 3, batch[0].numel(), bf16=False)
-    plan = replace(plan, n_images=len(batch[1]))
-    assert memory.activations(plan) == pytest.approx(kept(model, batch), rel=0.2)
+    plan = plan_of(model, batch, 3, weights=weights, bf16=bf16)
+    with torch.autocast("cpu", torch.bfloat16, precision == "autocast"):
+        really = kept(model, batch)
+    assert sum(memory.kept(plan)) == pytest.approx(really, rel=0.2)
 
 
-def test_stage_1_keeps_nothing_of_clip():
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "autocast"])
+def test_stage_1_keeps_nothing_of_clip(bf16):
     model = CuMo(small()).train().requires_grad_(False)
     model.connector.requires_grad_(True)
     batch = a_batch(model)
-    plan = memory.make_plan(model.cfg, 1, batch[0].numel(), bf16=False)
-    plan = replace(plan, n_images=len(batch[1]))
-    assert memory.activations(plan) == pytest.approx(kept(model, batch), rel=0.25)
+    with torch.autocast("cpu", torch.bfloat16, bf16):
+        really = kept(model, batch)
+    assert sum(memory.kept(plan_of(model, batch, 1, bf16=bf16))) == pytest.approx(really, rel=0.25)
 
 
-def test_recomputing_keeps_less_and_the_estimate_knows_it():
+def test_each_recomputed_layer_keeps_less():
     plan = memory.make_plan(small(4, 4), 3, 192, bf16=False)
-    less = replace(plan, recompute=True)
-    assert memory.activations(less) < 0.6 * memory.activations(plan)
+    sizes = [sum(memory.kept(replace(plan, recompute=n))) for n in range(4 + 6 + 1)]
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] < 0.4 * sizes[0]
+
+
+def on_the_card(stage, rows, row_tokens, images, recompute, **choices):
+    """A plan of CuMo-7B, as in bench/mock_card.json."""
+    plan = cumo_7b(stage, tokens=rows * row_tokens, row_tokens=row_tokens, n_images=images)
+    layers = sum(memory.recomputed(plan.model, recompute))
+    return replace(plan, recompute=layers, **choices)
+
+
+MOCK = json.loads((ROOT / "bench" / "mock_card.json").read_text())
+
+
+@pytest.mark.parametrize("row", MOCK["rows"], ids=lambda row: f"{row['weights']} {row['stage']}")
+def test_estimates_are_at_most_5_percent_above_the_allocator_of_a_card(row):
+    row = dict(row)
+    reserved = row.pop("reserved") * GB
+    assert reserved <= memory.total(on_the_card(**row)) <= 1.05 * reserved
+
+
+def test_a_layer_keeps_what_the_allocator_of_a_card_says():
+    plan, layers = on_the_card(3, 1, 4096, 7, "none", weights="bf16-sr"), MOCK["layers"]
+    for name, size in (("clip", memory.clip_bytes(plan)), ("llm", memory.llm_bytes(plan))):
+        assert size * layers[f"{name}_tokens"] / 2**20 == pytest.approx(layers[name], rel=0.02)
+
+
+def test_as_few_layers_are_recomputed_as_the_memory_needs():
+    plan = cumo_7b(3)
+    best = memory.first_that_fits(plan, 78 * GB)
+    clip, llm = memory.recomputed(plan.model, best.recompute)
+    assert (best.weights, clip) == ("bf16-sr", 23) and 0 < llm < 32
+    one_less = replace(best, recompute=best.recompute - 1)
+    assert memory.total(best) <= memory.FREE * 78 * GB < memory.total(one_less)
+    fast = memory.first_that_fits(plan, 139 * GB, weights="bf16-sr", moments="bf16")
+    assert fast.recompute == 0
+
+
+@pytest.mark.parametrize("choice, clip, llm", [
+    ("none", 0, 0), ("auto", 0, 0), ("3", 3, 0), (30, 23, 7), ("all", 23, 32)])  # fmt: skip
+def test_layers_of_clip_are_recomputed_first(choice, clip, llm):
+    assert memory.recomputed(cumo_7b(3).model, choice) == (clip, llm)
+
+
+@pytest.mark.parametrize("value, said", [
+    ("12", "--recompute 12: the model has 10 layers to recompute, 5 of CLIP and 5 of the language "
+           "model; give at most 10, or all"),
+    ("some", "--recompute 'some' is unknown; give a number of layers, or all, none or auto (as few "
+             "as the memory needs)"),
+    ("-1", "--recompute '-1' is unknown; give a number of layers, or all, none or auto (as few as "
+           "the memory needs)")])  # fmt: skip
+def test_an_impossible_recompute_is_refused(value, said, tmp_path, monkeypatch, capsys):
+    flags = ["--stage", "1", "--out", tmp_path / "out", f"--recompute={value}"]
+    assert refusal(train.main, flags, monkeypatch, capsys) == f"error: {said}"
+    assert not (tmp_path / "out").exists()
+
+
+def test_memory_that_others_use_on_the_card_is_not_available(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30 * GB, 80 * GB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 * GB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1 * GB)
+    assert memory.available_memory("cuda") == 34 * GB
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -97,13 +172,13 @@ def test_operations_are_those_that_pytorch_counts(name, stage):
     grouped = {torch.ops.aten._grouped_mm: lambda a, b, *_, **__: 2 * a[0] * a[1] * b[-1]}
     with FlopCounterMode(display=False, custom_mapping=grouped) as counter:
         model(tokens, images, labels).loss.backward()
-    work = memory.operations(model.cfg, stage, tokens.numel(), len(images), tokens.shape[1])
+    work = rate.operations(model.cfg, stage, tokens.numel(), len(images), tokens.shape[1])
     # ours leaves out masked scores (half of a causal row), biases and the patch embedding
     assert work == pytest.approx(counter.get_total_flops(), rel=0.12)
 
 
 def cumo_7b(stage, **choices):
-    cfg = train.resolve(dict(preset="mistral-7b", bf16=True), stage)
+    cfg = train.resolve(dict(preset="mistral-7b", bf16=True, estimate=True), stage)
     return replace(train.stage_plan(cfg), **choices)
 
 
@@ -151,15 +226,15 @@ def test_more_memory_buys_more_exact_training():
     plan = cumo_7b(3)
     chosen = [memory.first_that_fits(plan, gb * GB) for gb in (80, 141, 400, 4000)]
     assert [(p.weights, p.moments) for p in chosen][1:] == [
-        ("bf16-master", "bf16"), ("fp32", "fp32"), ("fp32", "fp32")]  # fmt: skip
+        ("bf16-master", "fp32"), ("fp32", "fp32"), ("fp32", "fp32")]  # fmt: skip
     assert chosen[0].weights == "bf16-sr" and not chosen[3].recompute
     for gb, best in zip((141, 400, 4000), chosen[1:]):
         assert memory.total(best) <= memory.FREE * gb * GB
 
 
 def test_what_the_flags_say_stays():
-    best = memory.first_that_fits(cumo_7b(3), 24 * GB, weights="bf16-master", recompute=False)
-    assert best.weights == "bf16-master" and best.recompute is False and best.moments == "bf16"
+    best = memory.first_that_fits(cumo_7b(3), 24 * GB, weights="bf16-master", recompute=0)
+    assert best.weights == "bf16-master" and best.recompute == 0 and best.moments == "bf16"
 
 
 def test_estimate_prints_a_line_for_each_card(monkeypatch, capsys):
@@ -167,8 +242,9 @@ def test_estimate_prints_a_line_for_each_card(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
     train.main()
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["24", "48", "80", "141"]
+    assert [line.split()[0] for line in lines[1:]] == ["24", "48", "80", "141", "faster"]
     assert "too small" in lines[1] and "--weights bf16-master" in lines[4]
+    assert "--weights bf16-sr --moments bf16 --recompute none" in lines[5]
 
 
 def wrapped(kind):

@@ -30,7 +30,7 @@ from data.chat import IGNORE
 from data.images import preprocess
 from data.tokenizer import Tokenizer, train_bpe
 from data.weights import write_json, write_tensors
-from engine.memory import has_fast_bf16
+from engine.rate import has_fast_bf16
 from llm import LLM, LLMConfig
 from runs.make.text_world import FOUND, GRID, PATCH, blur, text_batch
 
