@@ -42,7 +42,7 @@ from data.llava import check_row, encode
 from data.packing import check_rows, collate, pack, step_metrics, step_shares
 from data.stages import WORLD_TASK, table_of
 from data.tokenizer import Tokenizer
-from engine import fsdp, held_out, memory, optim, resume, settings
+from engine import fsdp, held_out, memory, optim, profile, resume, settings
 from engine.resume import stage_dir
 from llm import LLM
 from mlp_moe import Connector
@@ -78,6 +78,7 @@ class RunSettings:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to train
     compile: bool | None = None  # torch.compile the blocks; default: on a GPU
     recompute: bool | None = None  # gradient checkpointing; default: only if needed to fit
+    profile: bool = False  # profile steps 5 to 7, into the stage's folder; training goes on
     estimate: bool = False  # print the memory of the stage on each size of card, and stop
     plot: bool = True  # draw the loss curves when a stage ends (pip install matplotlib)
     wandb: bool = False  # log to Weights & Biases as well (pip install wandb)
@@ -299,7 +300,7 @@ class Trainer:
                    desc=f"stage {self.cfg.stage}", disable=not main)  # fmt: skip
         self.model.train()
         log = open(self.folder / "metrics.jsonl" if main else os.devnull, "a", buffering=1)
-        with log, bar, closing(self.batches()) as batches:  # closing ends the workers
+        with log, bar, closing(self.batches()) as batches, profile.record(self) as recorded:
             while not fsdp.any_rank(self.stop, device):
                 start, taken = time.perf_counter(), list(islice(batches, self.cfg.accumulate))
                 if not taken:
@@ -314,6 +315,7 @@ class Trainer:
                                 GB=metrics["memory_gb"])  # fmt: skip
                 if resume.is_due(self):
                     resume.save_point(self)
+                recorded()
             return False
 
 
