@@ -37,7 +37,7 @@ full() {  # full NAME LIMIT ARGUMENTS... of bench/full_size.py
 }
 
 step card 20 nvidia-smi
-step tests 150 "$python" -m pytest -q -x --maxfail=5 --durations=10 tests/test_cuda.py
+step tests 200 "$python" -m pytest -q --maxfail=5 --durations=10 tests/test_cuda.py
 step mini 120 "$python" train.py --device cuda --samples 400 --overwrite --no-plot --out "$out/mini"
 full stage3 180 train --stage 3 --profile
 full bf16 90 generate

@@ -13,14 +13,14 @@ import types
 
 import pytest
 import torch
-from test_optim import ALL, give_gradients, parameters
+from test_optim import give_gradients, parameters
 from tiny import TOKENIZER
 
 import llm
 import train
 from engine import decode
 from engine.decode import OneToken, fast_step
-from engine.memory import has_fast_bf16
+from engine.memory import LADDER, has_fast_bf16
 from engine.optim import AdamW, noise
 from engine.profile import BEFORE, RECORDED, record
 from engine.quant import quantize
@@ -33,11 +33,15 @@ pytestmark = pytest.mark.skipif(CARD and not torch.cuda.is_available(), reason="
 
 
 @pytest.fixture(autouse=True)
-def as_written(monkeypatch):
-    """Without a card nothing is compiled: that takes minutes, and other files test it on a CPU."""
+def compiler(monkeypatch):
+    """Each test compiles for itself: after eight variants of a function PyTorch runs it uncompiled.
+    Without a card nothing is compiled: that takes minutes, and other files test it on a CPU."""
     if not CARD:
         for module, name in ((llm, "compiled"), (decode, "tuned")):
             monkeypatch.setattr(module, name, lambda function: function)
+    yield
+    if CARD:
+        torch.compiler.reset()
 
 
 def near(found, exact, share):
@@ -166,7 +170,7 @@ def test_packed_equals_unpacked_and_both_equal_the_cpu(kind):
 
 @pytest.mark.parametrize(
     "kind, rows, quant",
-    [("dense", 1, True), ("window", 3, False), ("window", 3, True), ("experts", 2, False)],
+    [("dense", 1, True), ("window", 3, True), ("experts", 2, False)],
 )
 @torch.no_grad()
 def test_recorded_steps_are_those_without_a_cache(kind, rows, quant):
@@ -206,7 +210,7 @@ def test_rounding_noise_has_the_bits_of_a_cpu():
     assert torch.equal(found.cpu(), noise(torch.zeros(1000), key, offset))
 
 
-@pytest.mark.parametrize("weights, moments", ALL)
+@pytest.mark.parametrize("weights, moments", LADDER[1:])  # float32 is PyTorch's own
 def test_the_optimizer_steps_as_on_a_cpu(weights, moments):
     """Rounding of a float32 may differ in its last bit, which seldom turns over a bf16 number."""
     lists = [parameters(weights, [(300,), (32, 16), (2, 8, 33)]) for _ in range(2)]
@@ -221,10 +225,8 @@ def test_the_optimizer_steps_as_on_a_cpu(weights, moments):
             optimizer.step()
     found, right = (torch.cat([p.detach().cpu().float().flatten() for p in ps])
                     for ps in (there, lists[0]))  # fmt: skip
-    if weights == "fp32" and moments == "fp32":
-        return torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-7)
-    assert (found != right).float().mean() < (5e-3 if weights != "fp32" else 1)
-    torch.testing.assert_close(found, right, rtol=2**-7, atol=1e-4)
+    assert (found != right).float().mean() < 5e-3
+    torch.testing.assert_close(found, right, rtol=2**-7, atol=1e-6)
 
 
 def losses_of(device, init, out, compile):
