@@ -46,7 +46,6 @@ full eager 60 generate --no-compile
 full stage1 90 train --stage 1
 full batch8 90 generate --batch 8
 full batch8_int8 120 generate --batch 8 --quant int8
-full stage3_exact 90 train --stage 3 --weights bf16-master --steps 4
 full eager8 60 generate --no-compile --batch 8
 races=scale  # the race of sparse blocks has transformers' among its runners
 "$python" -c 'import transformers' 2>/dev/null && races="moe scale"
