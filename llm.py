@@ -158,10 +158,8 @@ class Cache:
             raise ValueError(f"{end} tokens, but the cache has room for {self.size}")
         self.start, self.seen = start, end
         self.slots_T = torch.arange(start, end, device=pos_BT.device)[-self.size :] % self.size
-        # How many slots a single query reads. GPU: all, because a compiled step needs fixed shapes.
-        # CPU: those in use, rounded up so that a compiled step meets few shapes.
-        used = 256 << (start // 256).bit_length()
-        self.view = self.size if pos_BT.is_cuda else min(used, self.size)
+        # A single query reads the slots in use, rounded up so that its products have few sizes.
+        self.view = min(256 << (start // 256).bit_length(), self.size)
         pos_BT = pos_BT + self.next
         self.next = pos_BT[:, -1:] + 1
         return pos_BT
@@ -349,11 +347,11 @@ class LLM(nn.Module):
         flex = x.is_cuda and cache is None and self.cfg.head_dim >= 16  # its kernel's minimum
         mask_dtype = None if flex else product_dtype(x)
         mask = attention_mask(q_B2T, k_B2U, self.cfg.sliding_window, mask_dtype)
-        rope, auxes = rope_tables(pos, self.cfg), []
+        rope, real_BT, auxes = rope_tables(pos, self.cfg), asking > 0, []
         for layer, block in enumerate(self.model.layers):
             memory = () if cache is None else (cache, cache.keys[layer], cache.values[layer])
             call = checkpointed if self.training and layer < self.recompute else run
-            x, aux = call(block, x, rope, mask, asking > 0, *memory)
+            x, aux = call(block, x, rope, mask, real_BT, *memory)
             auxes.append(aux)
         x = self.model.norm(x)
         if not self.cfg.num_experts:
@@ -391,7 +389,8 @@ class LLM(nn.Module):
                       top_k=top_k)  # fmt: skip
         if segments is not None and ((segments.diff() < 0).any() or (segments[:, -1] != 1).any()):
             raise ValueError("segments of prompts are zeros (padding on the left), then ones")
-        size = x.shape[1] + max_new_tokens
+        multiple = 64 if x.is_cuda else 1  # aligned rows of scores, and few sizes to compile
+        size = -(-(x.shape[1] + max_new_tokens) // multiple) * multiple
         cache = cache or Cache(self.cfg, len(x), size, product_dtype(x), x.device)
         step = step(self, cache) if step else functools.partial(self.step, cache=cache)
         if not isinstance(seed, torch.Generator | None):

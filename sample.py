@@ -53,7 +53,7 @@ class SampleConfig:
     experts: str = ""  # draw which expert each patch is routed to, into this file
     dtype: str = ""  # of the weights: float32 or bfloat16; empty: float32
     quant: str = ""  # int8: the language model's matrices in one byte a weight (engine/quant.py)
-    compile: bool = False  # faster steps after some seconds (C++ on a CPU, torch.compile on a GPU)
+    compile: bool = False  # faster steps, after seconds (C++ on a CPU) or a minute (a CUDA graph)
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to run
 
 

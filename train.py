@@ -41,7 +41,7 @@ from data.llava import check_row, encode
 from data.packing import check_rows, collate, pack, step_metrics, step_shares, to_device
 from data.stages import WORLD_TASK, table_of
 from data.tokenizer import Tokenizer
-from engine import compiling, fsdp, held_out, memory, optim, rate, resume, settings
+from engine import compiling, fsdp, held_out, memory, optim, profile, rate, resume, settings
 from engine.resume import stage_dir
 from llm import LLM
 from mlp_moe import Connector
@@ -77,6 +77,7 @@ class RunSettings:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to train
     compile: bool | None = None  # torch.compile the blocks; default: on a GPU
     recompute: str = "auto"  # layers under gradient checkpointing: N, all, none; auto: what fits
+    profile: bool = False  # profile steps 5 to 7, into the stage's folder; training goes on
     estimate: bool = False  # print the memory of the stage on each size of card, and stop
     plot: bool = True  # draw the loss curves when a stage ends (pip install matplotlib)
     wandb: bool = False  # log to Weights & Biases as well (pip install wandb)
@@ -297,7 +298,7 @@ class Trainer:
         self.model.train()
         log = open(self.folder / "metrics.jsonl" if main else os.devnull, "a", buffering=1)
         steps = loader.in_steps(self.batches(), self.cfg.accumulate, self.read, device != "cpu")
-        with log, bar, closing(steps):  # closing ends the workers
+        with log, bar, closing(steps), profile.record(self) as recorded:  # closing ends the workers
             while not fsdp.any_rank(self.stop, device):
                 start = time.perf_counter()
                 batches, counts = next(steps, (None, None))
@@ -315,6 +316,7 @@ class Trainer:
                                 **{k: f"{metrics[k]:.0%}" for k in self.rates})  # fmt: skip
                 if resume.is_due(self):
                     resume.save_point(self)
+                recorded()
             return False
 
 

@@ -1,17 +1,20 @@
-"""Fast steps for `LLM.generate`: one call of C++ on a CPU (decode.cpp), torch.compile elsewhere.
+"""Fast steps for `LLM.generate`: one call of C++ on a CPU, one replayed CUDA graph on a GPU.
 
 `LLM.hidden` takes about forty PyTorch calls a layer. With hundreds of tokens at once their overhead
 is small; for a single token it dominates, and the matrix products themselves were tuned for many
-rows. decode.cpp does the same arithmetic for all layers in one call, near memory bandwidth
-(bench/speed.py decode). llm.py remains the reference (tests/test_decode.py).
+rows. llm.py remains the reference (tests/test_decode.py).
 
     llm.generate(tokens, max_new_tokens=9, step=fast_step)
+
+On a CPU, decode.cpp does the same arithmetic for all layers in one call, near memory bandwidth
+(bench/speed.py decode). It is compiled at the first use; ~/.cache/nanocumo keeps the result.
 
     step = Step.of(llm, cache)      # None where PyTorch must do it: experts, a GPU, float16
     if step.takes(x, None):         # x [C, T] tokens: the next of C answers, or a short question
         logits = step(x)            # [C, V] of the last token, float32; the cache holds T more
 
-The C++ is compiled at the first use, which takes seconds; ~/.cache/nanocumo keeps the result.
+On a GPU, `OneToken` compiles the blocks, with products tuned for one row, records the kernels of a
+step as a CUDA graph, and replays them: one launch a token. Elsewhere it runs without the graph.
 
 Letters: C answers, T tokens of each, B = C T rows, D features, H query heads, A head size, F hidden
 features, V vocabulary, U slots of the cache.
@@ -22,6 +25,7 @@ import ctypes
 import functools
 import hashlib
 import itertools
+import math
 import mmap
 import os
 import platform
@@ -36,7 +40,7 @@ import torch
 from torch import Tensor
 
 from data.configs import rescaled
-from llm import LLM, Block, compiled
+from llm import LLM, Block, Cache
 
 SOURCE = Path(__file__).with_name("decode.cpp")
 # no -ffast-math: it adds in any order, and makes the whole process flush denormals to 0
@@ -51,16 +55,111 @@ MOST_ROWS = 64  # with more rows PyTorch's products are as fast
 def fast_step(llm, cache):
     """A function like `LLM.step` for this cache. ValueError if the C++ cannot be compiled."""
     native = Step.of(llm, cache)
+    fast = native or OneToken(llm, cache)
 
     def step(x, segments):
-        if native and native.takes(x, segments):
-            return native(x), native.greatest
-        if native or x.is_floating_point():  # a prompt: seen once, so not worth compiling
+        if not fast.takes(x, segments):  # a prompt: seen once, so not worth compiling
             return llm.step(x, segments, cache)
-        x, _ = llm.hidden(llm.embed(x), segments, cache, run=compiled(Block.forward))
-        return compiled(type(llm).logits)(llm, x)[:, 0].float(), None
+        return fast(x), fast.greatest
 
     return step
+
+
+# ------------------------------------------------------------------------------ PyTorch
+
+
+@functools.cache
+def tuned(function):
+    """`function`, compiled. The tuning fuses a product of one row with what is before and after it;
+    an int8 weight is then read once, and never written out in bfloat16."""
+    return torch.compile(function, options={"coordinate_descent_tuning": True})
+
+
+@functools.cache
+def recording_stream(device):
+    """One for all recordings: PyTorch keeps the workspace of the products for each stream."""
+    return torch.cuda.Stream(device)
+
+
+def recorded(run, device):
+    """The kernels of `run()` as a CUDA graph -> a function that replays them and returns the same
+    output tensors with new content. ValueError if one of them cannot be recorded."""
+    graph, stream = torch.cuda.CUDAGraph(), recording_stream(device)
+    try:
+        with torch.cuda.device(device):
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                out = run()
+    except RuntimeError as error:
+        first = error.__context__ or error  # the end of the capture fails too, and says less
+        why = (str(first).splitlines() or [type(first).__name__])[0]
+        raise ValueError(f"this GPU cannot record a step as a CUDA graph: {why}. Without compile "
+                         "the answers are the same, only slower") from error  # fmt: skip
+    return lambda: graph.replay() or out
+
+
+class Rolling(Cache):
+    """A cache for steps of one token: slot and position are tensors, and each step advances them
+    on the device. So all steps are the same kernels on the same addresses."""
+
+    def __init__(self, cache):
+        self.keys, self.values, self.places = cache.keys, cache.values, cache.places
+        self.size = self.view = cache.size
+        self.next, self.slots_T = torch.zeros_like(cache.next), cache.next.new_zeros(1)
+        self.seen = None  # tokens of `cache` that slot and position have followed
+
+    def follow(self, cache):
+        """Continue after the tokens that `cache` holds."""
+        self.next.copy_(cache.next)
+        self.slots_T.fill_(cache.seen % self.size)
+        self.seen = cache.seen
+
+    def reserve(self, pos_BT):
+        return pos_BT + self.next
+
+    def advance(self):
+        self.next += 1
+        self.slots_T.add_(1).remainder_(self.size)
+
+
+class OneToken:
+    """The next token of each row of `cache`, by PyTorch. Made for one answer: its first step runs
+    kernel by kernel, which also compiles and tunes; on a GPU the next ones replay a CUDA graph."""
+
+    def __init__(self, llm, cache):
+        self.llm, self.cache, self.rolling, self.step = llm, cache, Rolling(cache), self.run
+        self.tokens = torch.zeros_like(cache.next)
+        # a graph knows addresses only: keep the weights alive if the model gets other ones
+        self.kept = [x.detach() for x in (*llm.parameters(), *llm.buffers())]
+
+    def takes(self, x: Tensor, segments: Tensor | None) -> bool:
+        """Whether x is one token [C, 1] of each row, for which the cache has room."""
+        one = x.shape == self.tokens.shape and not x.is_floating_point() and segments is None
+        return one and (self.cache.ring or self.cache.seen < self.cache.size)
+
+    def run(self):
+        llm, rolling = self.llm, self.rolling
+        x, _ = llm.hidden(llm.embed(self.tokens), None, rolling, run=tuned(Block.forward))
+        logits_CV = tuned(type(llm).logits)(llm, x)[:, 0].float()
+        rolling.advance()
+        return logits_CV, logits_CV.sum(), *logits_CV.max(-1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Tokens [C, 1] -> logits [C, V]; the next call overwrites them. `greatest` as in `Step`.
+        ValueError if a GPU cannot record the step."""
+        cache, rolling = self.cache, self.rolling
+        if rolling.seen != cache.seen:
+            rolling.follow(cache)
+        self.tokens.copy_(x)
+        logits_CV, total, high_C, best_C = self.step()
+        rolling.seen = cache.seen = cache.seen + 1
+        cache.next = rolling.next
+        if self.step == self.run and x.is_cuda:
+            self.step = recorded(self.run, x.device)
+        self.greatest = (high_C, best_C.clone()) if math.isfinite(total) else None
+        return logits_CV
+
+
+# ------------------------------------------------------------------------------ C++
 
 
 class Matrix(Structure):

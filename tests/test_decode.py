@@ -1,13 +1,15 @@
 """The C++ step gives PyTorch's logits: at odd sizes, in every type, with any number of rows."""
 
+import contextlib
 import copy
 import itertools
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine import decode
-from engine.decode import MOST_ROWS, Step, fast_step
+from engine.decode import MOST_ROWS, OneToken, Step, fast_step
 from engine.quant import quantize
 from llm import LLM, Cache, LLMConfig
 
@@ -250,6 +252,91 @@ def test_weights_move_together_and_stay_the_same(name, tmp_path):
 def test_what_it_cannot_do_is_left_to_pytorch(experts, dtype, rows):
     llm = LLM(LLMConfig(97, 16, 24, 1, 2, 1, num_experts=experts, top_k=2)).to(dtype)
     assert Step.of(llm, Cache(llm.cfg, rows, 4, dtype)) is None
+
+
+EAGER = {**SIZES, "experts": LLMConfig(97, 16, 24, 2, 4, 2, num_experts=3, top_k=2)}
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """Blocks as they are: the compiler takes many seconds for each size."""
+    monkeypatch.setattr(decode, "tuned", lambda function: function)
+
+
+def one_token_equals_step(llm, cache, tokens, device="cpu"):
+    one, other = OneToken(llm, cache), copy.deepcopy(cache)
+    for ids in tokens:
+        assert one.takes(ids, None)
+        fast, (slow, _) = one(ids), llm.step(ids, None, other)
+        torch.testing.assert_close(fast, slow, atol=2e-5 * slow.abs().max().item(), rtol=0)
+        assert all(map(torch.equal, one.greatest, fast.max(-1)))
+        assert cache.seen == other.seen and torch.equal(cache.next, other.next)
+        assert torch.equal(cache.places, other.places)
+        torch.testing.assert_close(cache.keys, other.keys, atol=2e-5, rtol=2e-2)
+    return one
+
+
+@pytest.mark.parametrize("quant", [False, True])
+@pytest.mark.parametrize("C", [1, 3])
+@pytest.mark.parametrize("name", EAGER)
+def test_the_step_that_a_gpu_records_is_that_of_pytorch(name, C, quant, eager, monkeypatch):
+    """On a CPU, where it is not recorded: unequal prompts, odd sizes, a ring that wraps around
+    twice, and a cache that is full in the end."""
+    monkeypatch.setitem(SIZES, "experts", EAGER["experts"])
+    llm = quantize(made(name)) if quant else made(name)
+    cache, tokens = prefilled(llm, C)
+    one = one_token_equals_step(llm, cache, tokens)
+    if not cache.ring:
+        assert cache.seen == cache.size and not one.takes(tokens[0], None)
+        with pytest.raises(ValueError, match="room for 19"):
+            llm.step(tokens[0], None, cache)
+
+
+def test_a_recorded_step_sees_nothing_but_its_tensors(eager):
+    """The second step must not depend on a number of the first: replaying repeats its kernels. Here
+    the first run's tensors stand in for them: none may be replaced, and none read on the host."""
+    llm = made("odd")
+    cache, tokens = prefilled(llm, 2)
+    one = OneToken(llm, cache)
+    one(tokens[0])
+    kept = {name: x for name, x in vars(one.rolling).items() if isinstance(x, torch.Tensor)}
+    at = {name: x.data_ptr() for name, x in kept.items()}
+    with FakeTensorMode(allow_non_fake_inputs=True):  # a value read on the host raises here
+        one.run()
+    for ids in tokens[1:]:
+        one(ids)
+    now = {name: getattr(one.rolling, name).data_ptr() for name in kept}
+    assert now == at and cache.next is one.rolling.next
+
+
+def test_a_step_that_cannot_be_recorded_is_an_error_with_the_reason(monkeypatch):
+    """Never silently slower. The end of a failed capture raises an error of its own."""
+    replayed = []
+
+    class Graph:
+        def replay(self):
+            replayed.append(self)
+
+    @contextlib.contextmanager
+    def graph(made, stream, capture_error_mode):
+        try:
+            yield
+        except RuntimeError:
+            raise RuntimeError("operation failed due to a previous error\nmore") from None
+
+    fakes = dict(CUDAGraph=Graph, graph=graph, Stream=lambda device: None,
+                 device=lambda device: contextlib.nullcontext())  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    out = torch.zeros(2)
+    replay = decode.recorded(lambda: out, "a card")
+    assert not replayed and replay() is out and len(replayed) == 1
+
+    def reads():
+        raise RuntimeError("operation not permitted when stream is capturing\nlong text")
+
+    with pytest.raises(ValueError, match="cannot record.*not permitted when.*is capturing. With"):
+        decode.recorded(reads, "a card")
 
 
 def test_float32_weights_with_a_cache_in_bfloat16():
