@@ -15,7 +15,7 @@ import functools
 import re
 
 TEMPLATES = ("plain", "mistral_instruct", "mistral_instruct_system", "chatml", "mistral_v1",
-             "mistral_v3", "llama2")  # fmt: skip
+             "mistral_v3", "llama2", "vicuna")  # fmt: skip
 MESSAGE = r"message\['content'\]"
 QUESTION = rf"'( ?\[INST\] ?)'\+{MESSAGE}\+'( ?\[/INST\])'"
 WITH_SYSTEM = QUESTION.replace(r"'\+", r"'\+system_message\+'\n\n'\+", 1)
