@@ -22,7 +22,7 @@ and CLIP's unused last layer is not computed. `model.parity = True` restores the
 """
 
 from dataclasses import asdict, dataclass
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +33,7 @@ from clip_moe import CLIPVision, CLIPVisionConfig
 from data import configs, weights
 from data.chat import IGNORE, IMAGE_TOKEN
 from data.hub import local_folder
+from data.layouts import read_cumo
 from llm import LLM, LLMConfig
 from mlp_moe import Connector
 
@@ -191,7 +192,7 @@ class CuMo(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, device=None, dtype=None):
-        """Load a checkpoint, ours or the original's, from a directory or by its name on the hub.
+        """Load a checkpoint, ours, the original's or LLaVA's, from a folder or the hub.
 
         mm_projector.bin and clip.bin, written by the original's stages, override the shards. One
         ValueError names every missing, unexpected or wrongly shaped weight.
@@ -201,9 +202,8 @@ class CuMo(nn.Module):
         cfg = CuMoConfig.from_original(config, path)
         with torch.device("meta"):
             model = cls(cfg).to(dtype or torch.float32)
-        read = lambda h: chain(weights.read_tensors(path, h), weights.read_stage_files(path, h))
-        unused = lambda name: model.llm.is_unused(name) or name.endswith("position_ids")
-        model = weights.fill(model, read, device, unused, str(path))
+        read = partial(read_cumo, path, config)
+        model = weights.fill(model, read, device, model.llm.is_unused, str(path))
         tower = "vision_config" not in config and config["mm_vision_tower"]  # it has the processor
         model.vision.take_pixels_of(local_folder(tower, "config") if tower else path)
         return model

@@ -28,7 +28,7 @@ from data.images import open_image
 from data.tokenizer import Tokenizer
 from data.weights import read_config
 from data.world import DESCRIBE
-from engine.conversation import Conversation, chat, ctrl_c
+from engine.conversation import Conversation, chat, ctrl_c, set_template
 from engine.quant import quantize
 from llm import LLM
 
@@ -133,11 +133,7 @@ def main():
 
         draw_routing(model, images[0], cfg.experts)
     tokenizer = Tokenizer.from_pretrained(path)
-    if cfg.template:  # in place of what the checkpoint says
-        if isinstance(model, LLM):
-            tokenizer.chat_template = cfg.template
-        else:
-            model.cfg.template = cfg.template
+    set_template(model, tokenizer, cfg.template)
     talk = Conversation(model, tokenizer, compile=cfg.compile, **options)
     answer = partial(print_answer, talk, cfg, path)
     if cfg.chat:

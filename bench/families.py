@@ -28,6 +28,7 @@ import tokenizers
 import torch
 import transformers
 from test_chat_template import CHATML, LLAMA2, TEKKEN, UNKNOWN, V1, V3, from_common
+from test_layouts import ASKED, IMAGES, TOKENS, in_original_layout, llava_hf
 from test_tokenizer import MINI_JSON, reference_of, some_texts, spaces_by, with_words, write
 from tiny import tiny_cumo
 
@@ -77,14 +78,20 @@ VISION = {
 }
 MULTIMODAL = {
     "CuMo-mistral-7b": {},
-    "LLaVA-1.6-Mistral": dict(image_aspect_ratio="anyres"),
     "LLaVA, select_feature cls_patch": dict(mm_vision_select_feature="cls_patch"),
     "LLaVA, mm_use_im_start_end": dict(mm_use_im_start_end=True),
-    "LLaVA-1.5": dict(model_type="llava_llama"),
-    "llava-hf": dict(model_type="llava"),
+}
+LLAVA = {  # model -> (language model, where its CLIP is, or llava-hf's layout, changed fields)
+    "LLaVA-1.5": ("Llama", "without CLIP", {}),
+    "LLaVA-1.6-Mistral": ("Mistral", "whole", dict(image_aspect_ratio="anyres")),
+    "the same, one tile: pad, flat": ("Mistral", "whole", {}),
+    "llava-hf, LLaVA-1.5": ("Llama", "llava-hf", {}),
+    "llava-hf, bakLlava": ("Mistral", "llava-hf", {}),
+    "llava-hf, LLaVA-1.6": ("Mistral", "llava-hf", dict(model_type="llava_next")),
 }
 
 
+@torch.no_grad()
 def verdict(compare):
     """ "equal", or by how much not, or the error's one line."""
     try:
@@ -142,11 +149,21 @@ def multimodal(folder, change):
     return lambda: (CuMo.from_pretrained(folder).encode_images(images), model.encode_images(images))
 
 
-def models():
-    """Yields a row for each model."""
+@torch.no_grad()
+def llava(folder, family, layout, change):
+    theirs = llava_hf(folder, family)
+    if layout != "llava-hf":
+        in_original_layout(folder, family, whole=layout == "whole")
+    write_json(folder / "config.json", read_config(folder) | change)
+    return lambda: (CuMo.from_pretrained(folder)(TOKENS, IMAGES).logits, theirs(**ASKED).logits)
+
+
+def models(only):
+    """Yields a row for each model, or for those of one kind."""
     for kind, cases, make in (("language model", LANGUAGE, language), ("vision", VISION, vision),
-                              ("multimodal", MULTIMODAL, multimodal)):  # fmt: skip
-        for name, case in cases.items():
+                              ("multimodal", MULTIMODAL, multimodal),
+                              ("multimodal", LLAVA, llava)):  # fmt: skip
+        for name, case in cases.items() if only in ("", kind) else ():
             with tempfile.TemporaryDirectory() as folder:
                 case = case if isinstance(case, tuple) else (case,)
                 yield {"kind": kind, "name": name,
@@ -224,17 +241,25 @@ def templates(folder):
 
 
 def main():
-    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
-    rows = list(models())
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", default="", help="a kind of row; the others stay as they are")
+    only, file = parser.parse_args().only, ROOT / "bench" / "families.json"
+    rows = list(models(only))
     for kind, measure in (("tokenizer", tokens), ("chat template", templates)):
+        if only not in ("", kind):
+            continue
         with tempfile.TemporaryDirectory() as folder:
             rows += [{"kind": kind, "name": name, "found": found}
                      for name, found in measure(pathlib.Path(folder))]  # fmt: skip
     for row in rows:
         print(f"{row['kind']:15} {row['name']:45} {row['found']}")
     versions = {m.__name__: m.__version__ for m in (transformers, tokenizers, sentencepiece)}
-    write_json(ROOT / "bench" / "families.json", {"command": "python bench/families.py",
-                                                  "versions": versions, "rows": rows})  # fmt: skip
+    if only:
+        before = json.loads(file.read_text())["rows"]
+        place = [row["kind"] for row in before].index(only)
+        kept = [row for row in before if row["kind"] != only]
+        rows = kept[:place] + rows + kept[place:]
+    write_json(file, {"command": "python bench/families.py", "versions": versions, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@
                        <|im_start|>assistant\\nANSWER<|im_end|>\\n<|im_start|>user\\n ...
 
 `mistral_instruct_system` puts a system prompt before the first question. `chatml` has the system
-message that the model's own chat template adds by default, if there is one. Three more are for
-language models alone (data/chat_template.py): mistral_v1, mistral_v3 and llama2.
+message that the model's own chat template adds by default, if there is one. `vicuna` is for
+LLaVA-1.5 (data/layouts.py). Three more are for language models alone (data/chat_template.py):
+mistral_v1, mistral_v3 and llama2.
 
 In a conversation without a picture `<image>` is text ("docker run <image>"). CuMo: a question's
 only tag moves to its front. Several keep their places; the original keeps one of them.
@@ -145,7 +146,7 @@ def write_plain(turns, tokenizer, image_tokens):
 
 def write_mistral(turns, tokenizer, image_tokens, template):
     """Yields (ids, learned). `[INST]` and `[/INST]` are ordinary text here, as in Mistral-7B v0.1
-    and v0.2, and in Llama 2."""
+    and v0.2, and in Llama 2; `vicuna` has USER and ASSISTANT instead."""
     system = f"<<SYS>>\n{SYSTEM}\n<</SYS>>\n\n" if template.endswith("system") else ""
     own, llama = not template.startswith("mistral_instruct"), template == "llama2"
     yield [tokenizer.bos] * (1 if own else 2), False  # CuMo: a second one from the template
@@ -154,9 +155,11 @@ def write_mistral(turns, tokenizer, image_tokens, template):
         if k % 2 == 0:
             yield [tokenizer.bos] * (llama and k > 0), False
             text = f"[INST] {'' if k else system}{said} [/INST]"
+            if template == "vicuna":
+                text = f"{'' if k else SYSTEM + ' '}USER: {said} ASSISTANT:"
             yield encode_prompt(text, tokenizer, image_tokens), False
         else:
-            text = f" {said}" if template == "mistral_v1" else f" {said} "
+            text = f" {said}" if template in ("mistral_v1", "vicuna") else f" {said} "
             yield tokenizer.encode(text, start=False) + [tokenizer.eos], True
 
 

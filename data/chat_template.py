@@ -15,7 +15,7 @@ import functools
 import re
 
 TEMPLATES = ("plain", "mistral_instruct", "mistral_instruct_system", "chatml", "mistral_v1",
-             "mistral_v3", "llama2")  # fmt: skip
+             "mistral_v3", "llama2", "vicuna")  # fmt: skip
 MESSAGE = r"message\['content'\]"
 QUESTION = rf"'( ?\[INST\] ?)'\+{MESSAGE}\+'( ?\[/INST\])'"
 WITH_SYSTEM = QUESTION.replace(r"'\+", r"'\+system_message\+'\n\n'\+", 1)
@@ -93,5 +93,5 @@ def native_template(tokenizer):
         why = f"its chat_template is not known here ({own!r:.60})" if own else (
             "it has no chat_template and may be a base model")  # fmt: skip
         raise ValueError(f"how this language model wants to be asked is unclear: {why}; name the "
-                         f"nearest with sample.py --template: {names}")  # fmt: skip
+                         f"nearest with --template: {names}")  # fmt: skip
     return found

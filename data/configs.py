@@ -13,6 +13,7 @@ import torch
 
 from data.hub import local_folder
 from data.images import MEAN, STD
+from data.layouts import cumo_config
 from data.weights import read_config
 
 LLM_NAMES = {  # our name of a field -> its public name
@@ -42,7 +43,10 @@ LLM_ONLY = {"hidden_act": ["silu"], "attention_bias": [False], "mlp_bias": [Fals
 CUMO_ONLY = {"mm_vision_select_layer": [-2], "mm_vision_select_feature": ["patch"],
              "mm_use_im_start_end": [False], "mm_patch_merge_type": ["flat"],
              "mm_resampler_type": [None], "mm_projector_type": ["smoe_mlp", "mlp2x_gelu"],
-             "image_aspect_ratio": ["pad", "square"]}  # fmt: skip
+             "image_aspect_ratio": ["pad", "square"], "vision_feature_layer": [-2],
+             "vision_feature_select_strategy": ["default"], "projector_hidden_act": ["gelu"],
+             "multimodal_projector_bias": [True]}  # fmt: skip
+CUMO_KINDS = ("llava_mistral", "llava_mixtral", "llava_llama")
 SCALED = {  # rope_type -> what its rescaling needs, all positive numbers
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor",
@@ -238,7 +242,9 @@ def pixel_statistics(folder, size: int) -> tuple[list, list]:
 
 def cumo_fields(config: dict, path) -> tuple[dict, dict, dict]:
     """Fields of CLIPVisionConfig, of LLMConfig and of CuMoConfig itself from a CuMo's config.json,
-    ours or the original's. ValueError if it names no vision tower, or for what we do not do."""
+    ours, the original's or a LLaVA's. ValueError if it names no vision tower, or for what we do
+    not do."""
+    config = cumo_config(config)
     experts, top_k = config.get("num_experts", 0), config.get("num_selected", 2)
     vision = {"scales": config.get("scales") or (1,), "top_k": top_k,
               "num_experts": experts if config.get("clip_smoe") else 0}  # fmt: skip
@@ -250,12 +256,14 @@ def cumo_fields(config: dict, path) -> tuple[dict, dict, dict]:
     else:
         raise ValueError(f"{path} is no CuMo but a language model without vision: its "
                          "config.json has no vision_config or mm_vision_tower")  # fmt: skip
-    if config.get("model_type", "llava_mistral") not in ("llava_mistral", "llava_mixtral"):
-        raise ValueError(
-            f"config.json: model_type={config['model_type']!r:.40} is no CuMo "
-            "(llava_mistral or llava_mixtral, in the original's layout); of LLaVA-1.5, "
-            "llava-hf and others take CLIP and the language model: --clip, --llm"
-        )
+    if config.get("model_type", "llava_mistral") not in CUMO_KINDS:
+        raise ValueError(f"config.json: model_type={config['model_type']!r:.40} is not supported, "
+                         f"only {', '.join(CUMO_KINDS)}, and llava; of others take CLIP and the "
+                         "language model: --clip, --llm")  # fmt: skip
+    if config.get("image_aspect_ratio") == "anyres":
+        raise ValueError("config.json: image_aspect_ratio='anyres' is not supported, only 'pad' "
+                         "and 'square'; to use one tile a picture, write 'pad' there, and 'flat' "
+                         "as mm_patch_merge_type")  # fmt: skip
     check_supported(config, CUMO_ONLY)
     mlp_experts = config.get("nanocumo_mlp_experts", experts) if config.get("mlp_smoe") else 0
     return vision, llm_fields(config), {

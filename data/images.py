@@ -110,6 +110,8 @@ def squared(image, size, mode="pad"):
     short = min(width, height)
     if short != size:
         width, height = int(size * width / short), int(size * height / short)
+        # The width first, as in the original; Pillow 13 begins with the height of a tall picture.
+        image = image.resize((width, image.height), Image.BICUBIC)
         image = image.resize((width, height), Image.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size))

@@ -41,6 +41,14 @@ def template_for(model, tokenizer):
     return native_template(tokenizer) if isinstance(model, LLM) else model.cfg.template
 
 
+def set_template(model, tokenizer, template):
+    """Write conversations in this template of data/chat.py; "": as the checkpoint says."""
+    if template and isinstance(model, LLM):
+        tokenizer.chat_template = template
+    elif template:
+        model.cfg.template = template
+
+
 def prompt(model, tokenizer, question, images=(), first=True):
     """A question about `images` (PIL, or their pixels) -> (ids, pixels [n, 3, S, S] or None).
 

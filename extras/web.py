@@ -41,12 +41,13 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from data.chat_template import TEMPLATES
 from data.flags import check_choice, check_device, check_options, parse, run
 from data.hub import find_model
 from data.images import open_image
 from data.tokenizer import Tokenizer
 from data.world import DESCRIBE
-from engine.conversation import Conversation
+from engine.conversation import Conversation, set_template
 from extras.plots import draw_routing, pyplot
 from llm import LLM
 from sample import DTYPES, load_model
@@ -54,6 +55,8 @@ from sample import DTYPES, load_model
 CSS = "#map { gap: 4px } .message img { max-height: 110px } .message-buttons { display: none }"
 DESKTOP, PHONE = None, 3.9  # inches of the map: as many as it takes, and those of a phone
 CHARACTERS, PICTURES = 4000, 4  # limits of one question; gradio itself has none
+NO_MAP = "After an answer about a picture, the map of the experts is drawn here."
+MAP = "Which expert sees which part of the last picture:"
 MESSAGES = 100  # limit of the history on the page; each update sends all of it to the browser
 
 
@@ -65,6 +68,7 @@ class WebConfig:
     keep: int = 32  # conversations in memory; the one idle for longest is dropped first
     waiting: int = 64  # most questions in the queue; more are refused
     upload_mb: int = 10  # largest upload, in MB
+    template: str = ""  # how to ask; empty: as the model has learned, see data/chat_template.py
     temperature: float = 0.0  # 0: always the most probable token
     max_new_tokens: int = 128  # longest answer
     context: int = 4096  # tokens of a conversation that are kept, if the model has no window
@@ -260,9 +264,9 @@ def page(gr, model, visitors, name):
                     placeholder="Where is the cat?")  # fmt: skip
                 gr.Examples([{"text": text, "files": files} for text, files in asked], box)
                 clear = gr.Button("Start over", size="sm")
-            with gr.Column(scale=4), gr.Column(visible=False, elem_id="map") as side:
-                gr.Markdown("Which expert sees which part of the last picture:")
-                chart = gr.Image(show_label=False, format="png", interactive=False,
+            with gr.Column(scale=4, visible=maps, elem_id="map"):
+                caption = gr.Markdown(NO_MAP)
+                chart = gr.Image(visible=False, show_label=False, format="png", interactive=False,
                                  buttons=["download", "fullscreen"])  # fmt: skip
 
     def ask(message, request: gr.Request):
@@ -278,7 +282,8 @@ def page(gr, model, visitors, name):
         if image is None:
             return gr.skip(), gr.skip()
         width = width_for(request.headers)
-        return gr.Column(visible=True), submit(lambda: draw_map(model, image, width)).result()
+        chart = submit(lambda: draw_map(model, image, width)).result()
+        return MAP, gr.Image(chart, visible=True)
 
     def stop(request: gr.Request):
         visitors.find(request.session_hash).stopped = True
@@ -292,7 +297,7 @@ def page(gr, model, visitors, name):
         asking = box.submit(ask, box, [chat, box], api_name="ask", show_progress="minimal")
         asking.then(lambda: ready, None, box, **private)
         if maps:  # an event of its own: the next question can be typed meanwhile
-            asking.then(expert_map, None, [side, chart], trigger_mode="multiple",
+            asking.then(expert_map, None, [caption, chart], trigger_mode="multiple",
                         show_progress="minimal", **private)  # fmt: skip
         # Not gradio's own `cancels`: it sometimes covers the chat with the word "Error".
         box.stop(stop, None, None, **private)
@@ -310,6 +315,7 @@ def serve(cfg, folder):
     except ImportError:
         raise ValueError('the page needs gradio: pip install ".[web]"') from None
     check_choice("dtype", cfg.dtype, DTYPES)
+    check_choice("template", cfg.template, ("", *TEMPLATES[1:]))
     check_device(cfg.device)
     for name in ("keep", "waiting", "upload_mb"):
         if getattr(cfg, name) < 1:
@@ -321,6 +327,7 @@ def serve(cfg, folder):
         load_model(path, cfg.device, DTYPES[cfg.dtype]),
         Tokenizer.from_pretrained(path),
     )
+    set_template(model, tokenizer, cfg.template)
     new = lambda: Conversation(model, tokenizer, cfg.context, max_new_tokens=cfg.max_new_tokens,
                                temperature=cfg.temperature)  # fmt: skip
     # A first token before the page opens: a wrong flag fails here and not at a visitor's question.

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.images import MEAN, PAD_COLOR, STD, open_image, preprocess
+from data.images import MEAN, PAD_COLOR, STD, open_image, preprocess, squared
 from engine.memory import peak_memory
 
 GOLDEN = pathlib.Path(
@@ -59,7 +59,7 @@ def test_pixels_equal_transformers_on_odd_sizes(mode, size):
         size={"shortest_edge": size}, crop_size={"height": size, "width": size}
     )
     for k, (width, height) in enumerate(
-        [(61, 29), (23, 70), (1, 1), (33, 33), (100, 99), (7, 300)]
+        [(61, 29), (70, 23), (1, 1), (33, 33), (100, 99), (300, 7)]
     ):
         image = noise(width, height, seed=k)
         if mode == "pad":
@@ -70,6 +70,15 @@ def test_pixels_equal_transformers_on_odd_sizes(mode, size):
             square = image
         expected = processor(square, return_tensors="pt")["pixel_values"][0]
         assert torch.allclose(preprocess(image, size, mode), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed, width, height, size, crc", [
+    (0, 23, 70, 14, 0xA1AD98D3), (1, 114, 367, 64, 0xC8EB9EA2), (2, 91, 222, 224, 0x41B305CB),
+])  # fmt: skip
+def test_a_tall_picture_has_the_same_pixels_with_every_pillow(seed, width, height, size, crc):
+    """The checksums are of Pillow 12.3, which resizes the width first, as all before it."""
+    image = squared(noise(width, height, seed=seed), size, "square")
+    assert zlib.crc32(image.tobytes()) == crc
 
 
 # ----------------------------------------------------------------------------------- shape, colour

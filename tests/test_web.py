@@ -26,7 +26,7 @@ from tiny import ROOT, tiny_cumo
 
 from cumo import CuMo
 from data.tokenizer import Tokenizer
-from engine.conversation import Conversation
+from engine.conversation import Conversation, template_for
 from extras import web
 
 MINI, CAT = ROOT / "data" / "mini" / "llm", str(ROOT / "cat.jpg")
@@ -263,8 +263,8 @@ class Page:
 
     def map(self):
         """The map that comes after an answer; None if the page stays as it is."""
-        column, chart = self.asking.parts["then"][1].args[0](self.visit)
-        return chart if column.name == "Column" and column.options["visible"] else None
+        caption, chart = self.asking.parts["then"][1].args[0](self.visit)
+        return chart.value if caption == web.MAP and chart.options["visible"] else None
 
 
 def test_stop_ends_the_answer_and_the_map_comes_as_after_a_whole_one(sparse):
@@ -291,12 +291,13 @@ def test_no_event_cancels_another(sparse):
     assert "reload" in over.options["js"], "a page that is left ends its answer"
 
 
-def test_the_map_has_its_caption_above_it_and_no_empty_box_before(sparse):
+def test_the_map_has_its_caption_above_it_and_before_a_line_in_place_of_an_empty_box(sparse):
     pytest.importorskip("matplotlib")
     page = Page(sparse)
     (chart,), (_, caption) = page.gr.parts["Image"], page.gr.parts["Markdown"]
-    assert page.gr.parts["Column"][-1].options["visible"] is False
-    assert "which part" in caption.args[0]
+    assert page.gr.parts["Column"][-1].options["visible"] and not chart.options["visible"]
+    assert caption.args[0] == web.NO_MAP and "is drawn here" in web.NO_MAP
+    assert not Page(tiny_cumo(vocab=1024)).gr.parts["Column"][-1].options["visible"], "no experts"
     assert chart.options["show_label"] is False, "gradio writes a label over the picture"
 
 
@@ -314,6 +315,24 @@ def test_missing_gradio_is_one_line_that_names_the_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     line = refusal(web.main, [], monkeypatch, capsys)
     assert line == 'error: the page needs gradio: pip install ".[web]"'
+
+
+def test_a_template_can_be_named_for_a_model_that_has_none(tmp_path, monkeypatch, capsys):
+    def page(gr, model, visitors, name):
+        talk = visitors.find("a").conversation
+        raise ValueError(f"asks in {template_for(model, talk.tokenizer)}")
+
+    monkeypatch.setitem(sys.modules, "gradio", sys)
+    monkeypatch.setattr(web, "page", page)
+    model = tiny_cumo(vocab=1024)
+    for saved in (model, model.llm):
+        saved.save_pretrained(tmp_path)
+        shutil.copy(MINI / "tokenizer.json", tmp_path)
+        start = lambda *flags: refusal(web.main, ["--model", tmp_path, *flags], monkeypatch, capsys)
+        without = start()
+        assert start("--template", "llama2") == "error: asks in llama2"
+        assert "'llama3' is unknown; choose from" in start("--template", "llama3")
+    assert "may be a base model; name the nearest with --template: " in without
 
 
 def test_a_model_is_found_by_name_from_any_folder(tmp_path, monkeypatch, capsys):
@@ -529,6 +548,7 @@ def browser():
 def test_a_browser_shows_the_streamed_answer_and_the_map(browser, url, sparse):
     find, wait = browser.find, browser.wait
     browser.open(url)
+    assert [e.text for e in find("#map p")] == [web.NO_MAP] and not browser.maps()
     wait(lambda: find("input[type=file]"))[0].send_keys(CAT)
     wait(lambda: find(".thumbnail-item img, .thumbnail-image"))
     find("textarea")[0].send_keys("Where is the cat?\n")
@@ -540,6 +560,7 @@ def test_a_browser_shows_the_streamed_answer_and_the_map(browser, url, sparse):
         return browser.maps()
 
     (chart,) = wait(finished)
+    assert [e.text for e in find("#map p")] == [web.MAP]
     assert len(lengths) > 3, "it came piece by piece"
     (shown,) = browser.said()
     assert "".join(shown.split())[:20] == "".join(answer.split())[:20]
