@@ -17,8 +17,9 @@ over its layers, then over its scales.
 A checkpoint is a directory with the names of the released CuMo models: `config.json` and
 safetensors (`model.vision_tower...`, `model.mm_projector...`, the LLM's own), dense or sparse.
 
-Where we differ from the original: a row without an image costs no image, padding is never routed,
-and CLIP's unused last layer is not computed. `model.parity = True` restores the last two.
+Where we differ from the original: no blank image is encoded for a row without one, padding is never
+routed, and CLIP's unused last layer is not computed. With `model.parity = True` the last two are as
+in the original. The README lists the differences in training.
 """
 
 from dataclasses import asdict, dataclass
@@ -140,7 +141,7 @@ class CuMo(nn.Module):
         """tokens, labels, segments [B, T]; images [n, 3, S, S] -> Output. Labels are shifted
         inside; segments: 0 is padding, 1..n the documents in a row (None: one document a row).
 
-        shares: of the step's losses, if the batch is a part of a step (data.packing.step_shares).
+        shares: this batch's weight in each loss of its step (data.packing.step_shares).
         """
         x, aux = self.splice(tokens, images)
         x, aux["llm"] = self.llm.hidden(x, segments)
@@ -204,7 +205,7 @@ class CuMo(nn.Module):
             model = cls(cfg).to(dtype or torch.float32)
         read = partial(read_cumo, path, config)
         model = weights.fill(model, read, device, model.llm.is_unused, str(path))
-        tower = "vision_config" not in config and config["mm_vision_tower"]  # it has the processor
+        tower = "vision_config" not in config and config["mm_vision_tower"]
         model.vision.take_pixels_of(local_folder(tower, "config") if tower else path)
         return model
 

@@ -13,12 +13,12 @@ the arithmetic. CuMo (arXiv 2405.05949, section 3.2) uses such blocks in CLIP an
     probs = softmax(x W)                        one logit per expert, in float32
     y_t   = sum over the top K of  w_te * expert_e(x_t),   w = the top K probs, scaled to sum to 1
 
-Left alone, a router may send most tokens to a few experts; `routing_losses` prevents it.
+Left alone, a router may send most tokens to a few experts; `routing_losses` works against it.
 
 All experts of a block are stacked in two parameters, w1 [E, D, F] and w2 [E, F, D]. Tokens are
 sorted by expert. Then each of the two layers is one grouped matrix product over all experts, so no
 token is dropped and shapes do not depend on the routing: `torch.compile` needs only one graph. On
-disk each expert has the original's names and orientation, `experts.3.fc1.weight` [F, D].
+disk each expert has the original's names and orientation: in CLIP `experts.3.fc1.weight` [F, D].
 
 Letters: B rows or samples, T tokens, D features, F hidden features, E experts, K experts a token,
 N tokens flattened (B*T), M = N*K assignments of a token to an expert.
@@ -45,7 +45,7 @@ ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu, "silu": F.silu,
 
 # checkpointed(block, x) recomputes the block in the backward pass instead of keeping activations.
 # It stores the output of each sort, so that recomputation sends each token to the same experts. A
-# block compiled for a GPU sorts in a kernel of its own and repeats it, with the same numbers.
+# block compiled for a GPU sorts again instead: the same probabilities give the same order.
 checkpointed = partial(
     checkpoint,
     use_reentrant=False,
@@ -116,8 +116,7 @@ def routing_losses(logits_BTE: Tensor, probs_BTE: Tensor, choice_BTK: Tensor, re
     balance = E * mean over samples of sum_e prob_e * share_e, where prob_e is the mean probability
               of expert e and share_e the share of tokens whose first choice it is. Only prob
               has a gradient; it lowers the probability of busy experts. Only first choices
-              count, as in GShard and the original: with K close to E, the counts of all
-              K choices are nearly even for any router.
+              count, as in GShard and the original; they have the largest weights.
     z       = mean of logsumexp(logits)^2, which keeps the logits small.
     """
     E, K = logits_BTE.shape[-1], choice_BTK.shape[-1]
@@ -140,8 +139,8 @@ def grouped_matmul(x_MD: Tensor, w_EDF: Tensor, ends_E: Tensor, onehot_ME: Tenso
     """Rows ends[e-1] to ends[e] of x, times w[e], for all experts e at once.
 
     PyTorch's grouped product needs bfloat16 rows aligned to 16 bytes; on a CPU, uncompiled, it also
-    takes float32 and float16. Otherwise each row goes into its expert's D columns of a zero matrix
-    [M, E*D], and one ordinary product gives the same result at E times the arithmetic.
+    takes float32 and float16. Otherwise rows become E*D wide, zero but for the D columns of their
+    expert, and one product with all weights, stacked to [E*D, F], does E times the arithmetic.
     """
     aligned = all(size * x_MD.element_size() % 16 == 0 for size in w_EDF.shape[1:])
     eager_cpu = x_MD.device.type == "cpu" and not torch.compiler.is_compiling()
