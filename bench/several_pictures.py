@@ -6,10 +6,12 @@ Each conversation has three new scenes (the split of eval.py) and the same nine 
 
     alone       each picture has a conversation of its own
     in turn     a picture is shown with the first question about it; then comes the next picture
-    by number   all three are shown at once: "In the second picture, what is at the top left?"
+    by number   all three are shown at once, with one question about one of them:
+                "In the second picture, what is at the top left?"
+    all asked   the same nine questions in one conversation
+    which       all three are shown at once: "Which picture has the cat?"
 
-At the end of a conversation about three pictures comes "Which picture has the cat?". Writes
-bench/several_pictures.json: the share of right answers by the place of the picture.
+Writes bench/several_pictures.json: the share of right answers by the place of the picture.
 """
 
 import argparse
@@ -30,6 +32,7 @@ from engine.conversation import Conversation
 from sample import find_model, load_model
 
 KINDS = ("what", "background", "list")  # guessing does not help with these
+WAYS = ("alone", "in turn", "by number", "all asked")
 
 
 def scenes(n, seed):
@@ -48,20 +51,19 @@ def scenes(n, seed):
 def talk(ask, three, rng):
     """Ask about three pictures -> {name: [right answers of a picture] * 3}, and those to "which".
     `ask(question, pictures, first)` -> the answer; `first` begins a conversation."""
-    right = {name: [[], [], []] for name in ("alone", "in turn", "by number")} | {"which": []}
+    right = {name: [[], [], []] for name in WAYS} | {"which": []}
     pictures = [picture for _, picture, _ in three]
-    for name, rows in right.items():
-        for k, (_, picture, asked) in enumerate(three if name != "which" else ()):
+    for name in WAYS:
+        for k, (_, picture, asked) in enumerate(three):
             for q, (kind, question, answer) in enumerate(asked):
-                first = q == 0 and (k == 0 or name == "alone")
+                first = name == "by number" or q == 0 and (k == 0 or name == "alone")
                 shown = [picture] * (q == 0)
-                if name == "by number":
+                if name in ("by number", "all asked"):
                     question = world.of_picture(k, kind, question, rng)
                     shown = pictures * first
-                rows[k].append(ask(question, shown, first) == answer)
-        if name in ("in turn", "by number"):
-            pair = world.ask_which([scene for scene, _, _ in three], rng)
-            right["which"] += [ask(pair[0], [], False) == pair[1]] if pair else []
+                right[name][k].append(ask(question, shown, first) == answer)
+    pair = world.ask_which([scene for scene, _, _ in three], rng)
+    right["which"] += [ask(pair[0], pictures, True) == pair[1]] if pair else []
     return right
 
 
@@ -83,7 +85,7 @@ def main():
     rng, starts = np.random.default_rng(8), tqdm(range(0, len(three), 3), unit="talk")
     talks = [talk(ask, three[k : k + 3], rng) for k in starts]
     shares = {name: [round(float(np.mean(sum((one[name][k] for one in talks), []))), 4)
-                     for k in range(3)] for name in ("alone", "in turn", "by number")}  # fmt: skip
+                     for k in range(3)] for name in WAYS}  # fmt: skip
     shares["which"] = round(float(np.mean(sum((one["which"] for one in talks), []))), 4)
     for name, row in shares.items():
         print(f"{name:10}", row)

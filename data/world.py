@@ -54,7 +54,7 @@ HELD_OUT = frozenset(  # a tenth of all unordered pairs; no training scene conta
 PARTNERS = {  # concept -> the concepts it meets only in the split `pairs`
     c: sorted(d for d in CONCEPTS if frozenset((c, d)) in HELD_OUT) for c in CONCEPTS
 }
-SEVERAL = 0.3  # share of conversations about 2 or 3 pictures
+SEVERAL = 0.5  # share of conversations about 2 or 3 pictures
 QUESTION_TYPES = ("what", "existence", "count", "where", "kind", "background", "side", "list")
 # In training the harder types are asked more often.
 ASKED = (*QUESTION_TYPES, "existence", "existence", "kind", "list")
@@ -384,12 +384,12 @@ def conversation(scenes, rng, n):
     `<image>` stands where a picture is shown: all in the first question, or one at a time. A
     question means the last picture shown so far, unless it names another.
     """
-    together, turns = rng.random() < 0.5, []
+    together, turns = rng.random() < 0.6, []
     groups = [len(scenes)] if together else range(1, len(scenes) + 1)
     for shown in groups:  # this many pictures have been shown
         asked = questions(scenes[shown - 1], rng, max(1, n // len(groups)), ASKED)
         for k in range(len(asked)) if shown > 1 else ():
-            if rng.random() < 0.6:
+            if rng.random() < 0.75:
                 pair = ask_which(scenes[:shown], rng) if rng.random() < 0.4 else None
                 asked[k] = ("which", *pair) if pair else ask_ordinal(scenes[:shown], rng)
         asked = list({turn[1]: turn for turn in asked}.values())  # no question twice

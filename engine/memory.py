@@ -189,7 +189,7 @@ def activations(plan: Plan) -> int:
     """
     llm, (clip, connector, text) = plan.model.llm, kept(plan)
     logits = min(LOGITS_AT_ONCE, plan.tokens * llm.vocab_size)
-    grads = plan.tokens * llm.dim + llm.vocab_size * llm.dim * (plan.stage > 1)  # of x and the head
+    grads = plan.tokens * llm.dim + llm.vocab_size * llm.dim * (plan.stage > 1)  # x, head
     work = 4 * 4 * logits + plan.size * grads
     if recomputed(plan.model, plan.recompute)[1]:
         work = max(work, 1.3 * plan.tokens * llm_bytes(plan))
@@ -324,7 +324,7 @@ def available_memory(device: str) -> int:
     """Bytes that are free on the card, or those of the machine."""
     if str(device).startswith("cuda"):
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused  # of an earlier stage, to use again
+        return torch.cuda.mem_get_info(device)[0] + unused  # kept from a stage before
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

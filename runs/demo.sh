@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # All of CuMo in miniature: set up .venv, train three stages, evaluate, ask about a picture. The training takes
-# eight minutes on two CPU cores, three times as long without hardware bf16. All results go to out/.
+# eight minutes on two CPU cores, three times as long without hardware bf16. All results go to out/. Flags go to train.py: runs/demo.sh --seed 1
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/venv.sh
 .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt ".[plot]"
 
-.venv/bin/python train.py
+.venv/bin/python train.py "$@"
 [ -f out/stage3/config.json ] || exit # interrupted; the same command continues
 .venv/bin/python eval.py
 .venv/bin/python sample.py --image cat.jpg

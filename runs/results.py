@@ -1,7 +1,7 @@
 """Write the tables of README.md and docs/RESULTS.md from bench/, and line counts from the files.
 
     python runs/results.py                  # rewrite both pages
-    python runs/results.py --collect out    # first take a finished demo (runs/demo.sh) into bench/
+    python runs/results.py --collect out0 out1 out2   # first take finished demos into bench/
     python runs/results.py --draw out       # first draw the pictures again, with this demo's model
 
 A block of a page stands between `<!-- name -->` and `<!-- /name -->`; tests/test_readme.py checks
@@ -14,6 +14,7 @@ import os
 import pathlib
 import platform
 import re
+import statistics
 import subprocess
 import sys
 
@@ -24,7 +25,7 @@ from cumo import CuMo
 from data.exam import SPLITS
 from data.images import open_image
 from data.tokenizer import Tokenizer
-from data.world import QUESTION_TYPES
+from data.world import DESCRIBE, QUESTION_TYPES
 from engine import memory
 from eval import answer_batch
 from extras import plots
@@ -44,6 +45,7 @@ ASKED = {
     "list": "List all objects.",
     "all": "**all types**",
 }
+PICTURES = ("cat.jpg", "dog.jpg", "owl.jpg")
 READING = {
     "mlp_moe.py": "top-K routing, its two losses, all experts in one grouped matrix product",
     "clip_moe.py": "CLIP's vision transformer, dense or sparse, at one or several scales",
@@ -95,12 +97,16 @@ def results_block():
         cells = [percent(accuracy[s]["model"][kind]) for s in SPLITS]
         cells += [percent(accuracy["new"][row][kind]) for row in ("blank", "fixed")]
         rows.append((kind, ASKED[kind], *cells))
-    load = [share for shares in run["expert_load"].values() for share in shares]
     head = ("type", "example", *SPLITS, "new, blank picture", "new, fixed answers")
-    note = (f"Percent of {run['questions']:,} questions per split answered exactly (bf16). On "
-            f"`new`, each expert of each sparse block gets {percent(min(load))} % to "
-            f"{percent(max(load))} % of the tokens.")  # fmt: skip
-    return table(head, *rows) + "\n\n" + note
+    runs = "; ".join(f"`{split}` " + ", ".join(f"{100 * x:.1f}" for x in each)
+                     for split, each in run["each"].items())  # fmt: skip
+    low, high = map(percent, run["load_range"])
+    note = (f"Percent of {run['questions']:,} questions per split answered exactly (bf16): medians "
+            f"of {len(run['seeds'])} runs with other seeds. All types: {runs}. On `new`, each "
+            f"expert of each sparse block gets {low} % to {high} % of the tokens.\n\n")  # fmt: skip
+    said = [f"- `{name}`: " + "; ".join(dict.fromkeys(answers))
+            for name, answers in run["answers"].items()]  # fmt: skip
+    return table(head, *rows) + "\n\n" + note + "\n".join(said)
 
 
 def sparse_block():
@@ -317,23 +323,53 @@ def machine():
     return f"{os.cpu_count()} cores of {cpu()}"
 
 
-def collect(out):
-    """Write bench/mini.json and the pictures from a finished demo."""
-    out = pathlib.Path(out)
+def median(values):
+    """Of numbers, or of the numbers at the same place in dicts and lists."""
+    first = values[0]
+    if isinstance(first, dict):
+        return {key: median([value[key] for value in values]) for key in first}
+    if isinstance(first, list):
+        return [median(list(row)) for row in zip(*values)]
+    return statistics.median(values)
+
+
+def collect(folders):
+    """Write bench/mini.json and the pictures from finished demos with other seeds: their medians,
+    the most memory, and the answers that each of them gave about the pictures of the README."""
     (ROOT / "bench").mkdir(exist_ok=True)
-    run = json.loads((out / "eval.json").read_text())
-    states = {k: json.loads((out / f"stage{k}" / "train.json").read_text()) for k in (1, 2, 3)}
-    run |= {
+    folders = [pathlib.Path(folder) for folder in folders]
+    exams = [json.loads((out / "eval.json").read_text()) for out in folders]
+    states = [{str(k): json.loads((out / f"stage{k}" / "train.json").read_text())
+               for k in (1, 2, 3)} for out in folders]  # fmt: skip
+    config = states[0]["3"]["config"]
+    run = {
         "command": "runs/demo.sh",
         "commit": commit(),
         "machine": machine(),
-        "seconds": {str(k): state["seconds"] for k, state in states.items()},
-        "precision": "bf16" if states[3]["config"]["bf16"] else "float32",
-        "peak_memory_gb": max(state["peak_memory_gb"] for state in states.values()),
-    }
+        "seeds": [state["3"]["config"]["seed"] for state in states],
+        "questions": exams[0]["questions"],
+        "accuracy": median([exam["accuracy"] for exam in exams]),
+        "each": {split: [exam["accuracy"][split]["model"]["all"] for exam in exams]
+                 for split in SPLITS},
+        "expert_load": median([exam["expert_load"] for exam in exams]),
+        "load_range": [pick(share for exam in exams for row in exam["expert_load"].values()
+                            for share in row) for pick in (min, max)],
+        "seconds": median([{k: one["seconds"] for k, one in state.items()} for state in states]),
+        "precision": "bf16" if config["bf16"] else "float32",
+        "peak_memory_gb": max(one["peak_memory_gb"] for state in states for one in state.values()),
+        "answers": {name: [answer_to(out, name) for out in folders] for name in PICTURES},
+    }  # fmt: skip
     name = "mini.json" if run["precision"] == "bf16" else "mini_float32.json"
     (ROOT / "bench" / name).write_text(json.dumps(run, indent=1) + "\n")
-    draw(out)
+    if run["precision"] == "bf16":
+        draw(folders[0])
+
+
+def answer_to(out, picture):
+    """The description of a picture of the README by a finished demo."""
+    model = CuMo.from_pretrained(out / "stage3").eval()
+    tokenizer = Tokenizer.from_pretrained(out / "stage3")
+    return answer_batch(model, tokenizer, [DESCRIBE], [open_image(ROOT / picture)])[0]
 
 
 def draw(out):
@@ -369,7 +405,7 @@ def collect_sparse(out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--collect", metavar="OUT", help="take this finished demo into bench/")
+    parser.add_argument("--collect", metavar="OUT", nargs="+", help="finished demos: their medians")
     parser.add_argument("--collect-sparse", metavar="DIR", help="the same of sparse_vs_dense.sh")
     parser.add_argument("--draw", metavar="OUT", help="first draw this demo's pictures again")
     args = parser.parse_args()

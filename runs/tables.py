@@ -57,7 +57,8 @@ def pictures_block():
     content = read("several_pictures")
     names = {"alone": "a conversation about each picture",
              "in turn": "one conversation, each picture shown with its first question",
-             "by number": "three pictures in the first question, asked by number"}  # fmt: skip
+             "by number": "three pictures at once, one question by number",
+             "all asked": "three pictures at once, nine questions by number"}  # fmt: skip
     rows = [(words, *(f"{100 * share:.1f}" for share in content[name]))
             for name, words in names.items()]  # fmt: skip
     note = f'\n\n"Which picture has the cat?" is answered right in {100 * content["which"]:.1f} %.'

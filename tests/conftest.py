@@ -2,7 +2,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also in processes that tests start
 import pytest
 import torch
 

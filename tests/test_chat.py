@@ -441,6 +441,6 @@ def test_plain_wants_one_image_and_one_caption(mini):
 
 def test_unknown_template_names_the_choices(mini):
     with pytest.raises(
-        ValueError, match="'vicuna' is unknown; choose from plain, mistral_instruct,"
+        ValueError, match="'alpaca' is unknown; choose from plain, mistral_instruct,"
     ):
-        render(talk("Q", "A"), mini, "vicuna")
+        render(talk("Q", "A"), mini, "alpaca")

@@ -207,8 +207,8 @@ def test_a_folder_that_is_no_clip_is_one_clear_line(config, error, report, tmp_p
 def test_unknown_template_or_mode_is_one_clear_line(report):
     with pytest.raises(ValueError, match="--image-mode 'padd' is unknown; choose from"):
         report([GOOD], "--image-mode", "padd")
-    with pytest.raises(ValueError, match="template 'vicuna' is unknown; choose from plain"):
-        report([GOOD], "--template", "vicuna")
+    with pytest.raises(ValueError, match="template 'alpaca' is unknown; choose from plain"):
+        report([GOOD], "--template", "alpaca")
     with pytest.raises(ValueError, match="chatml needs the token"):
         report([GOOD], "--template", "chatml")
     with pytest.raises(ValueError, match="--preset 'big' is unknown; choose from mini, smol-mini"):

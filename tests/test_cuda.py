@@ -20,10 +20,11 @@ import llm
 import train
 from engine import decode
 from engine.decode import OneToken, fast_step
-from engine.memory import LADDER, has_fast_bf16
+from engine.memory import LADDER
 from engine.optim import AdamW, noise
 from engine.profile import BEFORE, RECORDED, record
 from engine.quant import quantize
+from engine.rate import has_fast_bf16
 from llm import LLM, Cache, LLMConfig, attend, attention_mask, flex_attend
 from mlp_moe import Router, SparseMoE, grouped_matmul
 

@@ -18,7 +18,7 @@ def test_a_profile_is_written_and_changes_nothing(weights, tmp_path, capsys, mon
     run_stages(weights, recorded, 1, row_tokens=64, profile=True)
     shown, folder = capsys.readouterr().out, recorded / "stage1"
     assert f"profile of steps 2 to 4 -> {folder}/profile.txt, profile.json.gz" in shown
-    assert "ms a step  share   calls  operator" in shown and "aten::addmm" in shown
+    assert "ms a step  share   calls  operator" in shown and "aten::" in shown
     assert "Self CPU" in (folder / "profile.txt").read_text()
     trace = json.loads(gzip.decompress((folder / "profile.json.gz").read_bytes()))
     steps = [e for e in trace["traceEvents"] if e["name"].startswith("Optimizer.step#")]

@@ -224,7 +224,7 @@ def test_figures_of_the_readme_about_memory_and_own_data_are_those_of_the_code()
     sizes = [round(n / memory.GB, 1) for n in (memory.estimate(best)["weights"], cache)]
     assert sizes == stated(r"take ([\d.]+) GB, plus ([\d.]+) GB for 4,096 tokens of context")
     cfg = train.resolve({}, 3)
-    steps = stated(r"packs (\d+) rows of (\d+) tokens. .*? about (\d+) tokens, so (\d+) records")
+    steps = stated(r"into (\d+) rows of (\d+) tokens. .*? about (\d+), so .*? and (\d+) records")
     tokenizer = Tokenizer.from_pretrained(ROOT / "data" / "mini" / "llm")
     asked = [{"from": "human", "value": "<image>\nDo you see a crocodile?"},
              {"from": "gpt", "value": "no"}]  # fmt: skip
