@@ -67,12 +67,8 @@ def talk(ask, three, rng):
     return right
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="", help="a checkpoint; empty: the last stage in out/")
-    parser.add_argument("--conversations", type=int, default=60)
-    args = parser.parse_args()
-    path = pathlib.Path(args.model) if args.model else find_model()
+def asked_of(path, three):
+    """The talks of one model about groups of three scenes -> [result of `talk`]."""
     model, tokenizer = load_model(path, "cpu"), Tokenizer.from_pretrained(path)
     conversation = Conversation(model, tokenizer, max_new_tokens=48)
 
@@ -81,15 +77,24 @@ def main():
             conversation.reset()
         return conversation.ask(question, pictures, write=lambda text: None).answer
 
-    three = scenes(3 * args.conversations, seed=5)
     rng, starts = np.random.default_rng(8), tqdm(range(0, len(three), 3), unit="talk")
-    talks = [talk(ask, three[k : k + 3], rng) for k in starts]
+    return [talk(ask, three[k : k + 3], rng) for k in starts]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", nargs="+", default=[], help="checkpoints, whose mean is taken; "
+                        "not given: the last finished stage in out/")  # fmt: skip
+    parser.add_argument("--conversations", type=int, default=60)
+    args = parser.parse_args()
+    paths, three = args.model or [find_model()], scenes(3 * args.conversations, seed=5)
+    talks = [one for path in paths for one in asked_of(pathlib.Path(path), three)]
     shares = {name: [round(float(np.mean(sum((one[name][k] for one in talks), []))), 4)
                      for k in range(3)] for name in WAYS}  # fmt: skip
     shares["which"] = round(float(np.mean(sum((one["which"] for one in talks), []))), 4)
     for name, row in shares.items():
         print(f"{name:10}", row)
-    about = {"questions": 3 * args.conversations, "kinds": KINDS, "model": str(path)}
+    about = {"models": len(paths), "questions": len(KINDS) * args.conversations, "kinds": KINDS}
     write_json(ROOT / "bench" / "several_pictures.json", conditions() | about | shares)
 
 
