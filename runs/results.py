@@ -47,7 +47,7 @@ ASKED = {
 }
 PICTURES = ("cat.jpg", "dog.jpg", "owl.jpg")
 READING = {
-    "mlp_moe.py": "top-K routing, its two losses, all experts in one grouped matrix product",
+    "mlp_moe.py": "top-K routing, its two losses, all experts at once in grouped products",
     "clip_moe.py": "CLIP's vision transformer, dense or sparse, at one or several scales",
     "llm.py": "a Mistral decoder: RoPE, grouped-query attention, KV cache, loss, generation",
     "cumo.py": "how image tokens enter the text; the total loss; checkpoints",
@@ -218,7 +218,8 @@ def cards_block():
     rows = []
     for card, best, fits in cards():
         words = f"`{memory.to_flags(best)}`" if fits else "too small"
-        rows.append((f"{card} GB", words, f"{memory.total(best) / memory.GB:.1f} GB"))
+        least = "" if fits else "at least "
+        rows.append((f"{card} GB", words, f"{least}{memory.total(best) / memory.GB:.1f} GB"))
     return table(("card", "chosen by `train.py`", "needs"), *rows)
 
 

@@ -194,7 +194,7 @@ def test_figures_of_the_readme_are_the_measured_ones():
     shares = [accuracy[split]["model"]["all"] for split in results.SPLITS]
     shares = [round(100 * x) for x in (*shares, accuracy["new"]["blank"]["all"])]
     words = (r"answers (\d+) % of questions about new scenes exactly, (\d+) % where .*? (\d+) % in "
-             r"a drawing style .*? painted over it answers (\d+) %")  # fmt: skip
+             r"a style .*? painted over it answers (\d+) %")  # fmt: skip
     assert shares == stated(words)
     assert shares[:1] == stated(r"answers (\d+) % of questions about new scenes \|")
     rows = {row["label"]: row for group in results.ablations(bench("ablations/results"))
