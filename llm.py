@@ -95,7 +95,7 @@ def sees(q_pos, k_pos, q_seg, k_seg, window):
     return seen if window is None else seen & (q_pos - k_pos < window)
 
 
-compiled = functools.cache(torch.compile)  # called at the first use, since it takes seconds
+compiled = functools.cache(torch.compile)  # one compiled version of a function
 
 
 def attention_mask(q_B2T, k_B2U, window, dtype=None):
@@ -114,7 +114,7 @@ def attention_mask(q_B2T, k_B2U, window, dtype=None):
 def flex_attend(q_BHTA: Tensor, k_BGUA: Tensor, v_BGUA: Tensor, mask: BlockMask) -> Tensor:
     """`attend` on a GPU; blocks in which nothing is seen are skipped."""
     flex = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
-    options = {"BACKEND": "TRITON"}  # the default for short rows fails at some sizes
+    options = {"BACKEND": "TRITON"}  # the default does not compile for some short rows
     return flex(q_BHTA, k_BGUA, v_BGUA, block_mask=mask, enable_gqa=True, kernel_options=options)
 
 
@@ -158,7 +158,7 @@ class Cache:
             raise ValueError(f"{end} tokens, but the cache has room for {self.size}")
         self.start, self.seen = start, end
         self.slots_T = torch.arange(start, end, device=pos_BT.device)[-self.size :] % self.size
-        # A single query reads the slots in use, rounded up so that its products have few sizes.
+        # A single query looks at the slots in use, rounded up so that attention has few lengths.
         self.view = min(256 << (start // 256).bit_length(), self.size)
         pos_BT = pos_BT + self.next
         self.next = pos_BT[:, -1:] + 1
@@ -166,7 +166,7 @@ class Cache:
 
     def extend(self, slots, new):
         """Store new [B, *, T, ...]; return everything that its T queries may look at."""
-        one = new.shape[2] == 1  # a single token overwrites the one that has left its window
+        one = new.shape[2] == 1  # it overwrites, below, one that has left the window
         visible = slots if one else torch.cat((slots[:, :, : self.start], new), dim=2)
         slots.index_copy_(2, self.slots_T, new[:, :, -self.size :].to(slots.dtype))
         return visible[:, :, : self.view] if one else visible
@@ -276,7 +276,7 @@ def choose(logits_BV, temperature, top_p=1.0, top_k=None, generator=None, greate
         raise ValueError("a logit is not a finite number: the weights are damaged, or float16 or "
                          "bfloat16 is too small for this model; try --dtype float32")  # fmt: skip
     high_B, token_B = greatest or logits_BV.max(-1)
-    if temperature < 1e-6:  # dividing by less can overflow in float32
+    if temperature < 1e-6:  # 0, or so small that only one token is left
         return token_B
     logits_BV = logits_BV - high_B[:, None]  # at most 0, so the quotient is never +inf
     logits_BV, token_BV = (logits_BV / temperature).sort(dim=-1, descending=True)
@@ -389,7 +389,7 @@ class LLM(nn.Module):
                       top_k=top_k)  # fmt: skip
         if segments is not None and ((segments.diff() < 0).any() or (segments[:, -1] != 1).any()):
             raise ValueError("segments of prompts are zeros (padding on the left), then ones")
-        multiple = 64 if x.is_cuda else 1  # aligned rows of scores, and few sizes to compile
+        multiple = 64 if x.is_cuda else 1  # slots: scores are aligned, and compiled for few lengths
         size = -(-(x.shape[1] + max_new_tokens) // multiple) * multiple
         cache = cache or Cache(self.cfg, len(x), size, product_dtype(x), x.device)
         step = step(self, cache) if step else functools.partial(self.step, cache=cache)
@@ -420,7 +420,7 @@ class LLM(nn.Module):
         return views
 
     def is_unused(self, name):
-        """Old files also store RoPE's angles; some store a tied head twice."""
+        """Old files also store RoPE's frequencies; some store a tied head twice."""
         tied = ("lm_head.weight",) if self.cfg.tie_embeddings else ()
         return name.endswith(("rotary_emb.inv_freq", *tied))
 

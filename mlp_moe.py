@@ -44,8 +44,8 @@ ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu, "silu": F.silu,
                "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}  # fmt: skip
 
 # checkpointed(block, x) recomputes the block in the backward pass instead of keeping activations.
-# It stores the output of each sort, so that recomputation sends each token to the same experts. A
-# block compiled for a GPU sorts again instead: the same probabilities give the same order.
+# Recomputed probabilities may differ in the last bit, and a token must meet the same experts again,
+# so it stores the result of each sort. (Blocks compiled for a GPU repeat the very same kernels.)
 checkpointed = partial(
     checkpoint,
     use_reentrant=False,
@@ -139,8 +139,9 @@ def grouped_matmul(x_MD: Tensor, w_EDF: Tensor, ends_E: Tensor, onehot_ME: Tenso
     """Rows ends[e-1] to ends[e] of x, times w[e], for all experts e at once.
 
     PyTorch's grouped product needs bfloat16 rows aligned to 16 bytes; on a CPU, uncompiled, it also
-    takes float32 and float16. Otherwise rows become E*D wide, zero but for the D columns of their
-    expert, and one product with all weights, stacked to [E*D, F], does E times the arithmetic.
+    takes float32 and float16. In all other cases each row becomes E*D wide: its D numbers in its
+    expert's columns, zeros elsewhere. One product with the weights as [E*D, F] is then right, at E
+    times the arithmetic.
     """
     aligned = all(size * x_MD.element_size() % 16 == 0 for size in w_EDF.shape[1:])
     eager_cpu = x_MD.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -153,8 +154,8 @@ def grouped_matmul(x_MD: Tensor, w_EDF: Tensor, ends_E: Tensor, onehot_ME: Tenso
 class Experts(nn.Module):
     """E two-layer MLPs as stacked parameters; `gated` makes them SwiGLU: (act(x w1) * (x w3)) w2.
 
-    x [M, in] is sorted by expert: expert e has the rows from ends[e-1] to ends[e], and ends[-1] is
-    M. An expert without rows gets a gradient of zeros.
+    x [M, in] is sorted by expert; ends [E] says where the rows of each expert end. An expert
+    without rows gets a gradient of zeros.
     """
 
     def __init__(self, num_experts: int, in_dim: int, hidden_dim: int, out_dim: int,
@@ -259,7 +260,7 @@ class SparseMoE(nn.Module):
         num_experts, K = len(self.gate.weight), self.gate.top_k
         # 2) sort the assignments by expert; padding (choice E) comes last, is computed by the last
         #    expert and gets weight 0
-        key_M = aux.choice.flatten().to(torch.int16)  # a GPU sorts two bytes faster than eight
+        key_M = aux.choice.flatten().to(torch.int16)  # two bytes: fewer passes of a radix sort
         sorted_M, order_M = key_M.sort(stable=True)
         experts_E = torch.arange(num_experts, dtype=key_M.dtype, device=x.device)
         ends_E = torch.searchsorted(sorted_M, experts_E, right=True, out_int32=True)

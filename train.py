@@ -16,7 +16,7 @@ Stage k writes `out/stage<k>/`: a checkpoint with the names of the released CuMo
 engine/resume.py needs to continue after Ctrl-C or a crash as if nothing had happened.
 """
 
-import data  # noqa: F401  isort: skip  before torch: sets OpenMP's waiting
+import data  # noqa: F401  isort: skip  before torch: how OpenMP's threads wait
 import json
 import math
 import os
@@ -88,7 +88,7 @@ class RunSettings:
 
 @dataclass
 class StageSettings:
-    """For --stage; with --stage 0 for all three. data/stages.py replaces most of these defaults."""
+    """Of the stage that --stage names (0: of all three). data/stages.py has other defaults."""
 
     data: str = ""  # LLaVA JSON or JSONL; empty: the emoji world
     image_folder: str = ""  # folder that the image paths of --data are relative to
@@ -188,7 +188,7 @@ def choose_precision(cfg):
 
 
 def build(cfg):
-    """The model a stage starts from (on the CPU), and the folder of its tokenizer."""
+    """The model a stage starts from (on the CPU), and where its tokenizer is."""
     source = cfg.init or (stage_dir(cfg, cfg.stage - 1) if cfg.stage > 1 else cfg.llm)
     dtype = torch.float32 if cfg.weights == "fp32" else torch.bfloat16
     if cfg.stage == 1 and not cfg.init:
@@ -210,7 +210,7 @@ def build(cfg):
     model.cfg.balance_coef, model.cfg.z_coef = cfg.balance_coef, cfg.z_coef
     known = model.cfg.template if cfg.init else ""
     model.cfg.image_mode, model.cfg.template = cfg.image_mode, cfg.template
-    if cfg.template == "plain":  # for captions only; a user's questions need another template
+    if cfg.template == "plain":  # only for captions, so questions are asked in another
         model.cfg.template = known or template_of(Tokenizer.from_pretrained(source))
     return model, source
 
@@ -249,7 +249,7 @@ class Trainer:
     def batches(self):
         """Packed batches from where the last one ended."""
         cfg, log = self.cfg, self.folder / "skipped.jsonl" if fsdp.is_main() else None
-        self.read = dict(self.counts)  # may be a step ahead
+        self.read = dict(self.counts)  # what was read; self.counts: what was used
         stream = loader.Loader(self.data, self.order, self.code, cfg.workers, self.read, log)
         return pack(stream.samples(self.used), cfg.rows, cfg.row_tokens)
 
@@ -261,7 +261,7 @@ class Trainer:
             mine = collate(batch, self.model.image_tokens, *fsdp.world())
             with torch.autocast(cfg.device, torch.bfloat16, cfg.bf16 and cfg.weights == "fp32"):
                 out = self.model(**to_device(mine, cfg.device), shares=share)
-            if out.loss.requires_grad:  # not if only the connector learns and there is no image
+            if out.loss.requires_grad:  # not without an image while the LLM is frozen
                 out.loss.backward()
             metrics.append(out.metrics())
             tokens += int((batch["segments"] > 0).sum())

@@ -16,7 +16,7 @@ and grow apart. No noise is added.
 experts of that part random, for the rows of the ablation that show why copies matter.
 """
 
-import data  # noqa: F401  isort: skip  before torch: sets OpenMP's waiting
+import data  # noqa: F401  isort: skip  before torch: how OpenMP's threads wait
 import argparse
 import copy
 import pathlib
