@@ -19,7 +19,8 @@ def test_a_profile_is_written_and_changes_nothing(weights, tmp_path, capsys, mon
     shown, folder = capsys.readouterr().out, recorded / "stage1"
     assert f"profile of steps 2 to 4 -> {folder}/profile.txt, profile.json.gz" in shown
     assert "ms a step  share   calls  operator" in shown and "aten::" in shown
-    assert "Self CPU" in (folder / "profile.txt").read_text()
+    table = (folder / "profile.txt").read_text()  # on a busy machine the top ten differ
+    assert "Self CPU" in table and "aten::addmm" in table
     trace = json.loads(gzip.decompress((folder / "profile.json.gz").read_bytes()))
     steps = [e for e in trace["traceEvents"] if e["name"].startswith("Optimizer.step#")]
     assert len(steps) == profile.RECORDED
