@@ -401,6 +401,16 @@ def conversation(scenes, rng, n):
     return turns
 
 
+def descriptions(scenes, rng):
+    """Every scene described: all shown in the first question, or one at a time."""
+    if len(scenes) == 1 or rng.random() < 0.4:
+        return [("describe", f"{IMAGE_TAG}\n{DESCRIBE}", caption(scene)) for scene in scenes]
+    turns = [("describe", f"Describe the {ORDINALS[k]} picture.", caption(scenes[k]))
+             for k in rng.permutation(len(scenes))]  # fmt: skip
+    kind, question, answer = turns[0]
+    return [(kind, f"{IMAGE_TAG}\n" * len(scenes) + question, answer), *turns[1:]]
+
+
 def records(turns):
     """[(type, question, answer)] as the turns of a LLaVA record."""
     return [{"from": who, "value": text} for _, *pair in turns
@@ -432,17 +442,17 @@ class World:
         key = (self.seed, SPLITS.index(self.split), self.tasks.index(self.task), i)
         rng = np.random.default_rng(key)
         alone = self.task == "name"
-        if self.task == "ask" and self.split == "train" and rng.random() < SEVERAL:
+        several = not alone and self.split == "train" and rng.random() < SEVERAL
+        if several:
             scenes = sample_scenes(rng, self.split, int(rng.integers(2, 4)))
-            turns = conversation(scenes, rng, int(rng.integers(3, 10)))
         else:
             scenes = [sample_scene(rng, self.split, n_objects=1 if alone else None)]
-            if alone:
-                turns = [("name", f"{IMAGE_TAG}\n{DESCRIBE}", short_caption(scenes[0]))]
-            elif self.task == "describe" or (self.split == "train" and rng.random() < 0.1):
-                turns = [("describe", f"{IMAGE_TAG}\n{DESCRIBE}", caption(scenes[0]))]
-            else:
-                turns = conversation(scenes, rng, int(rng.integers(3, 6)))
+        if alone:
+            turns = [("name", f"{IMAGE_TAG}\n{DESCRIBE}", short_caption(scenes[0]))]
+        elif self.task == "describe" or not several and self.split == "train" and rng.random() < 0.1:
+            turns = descriptions(scenes, rng)
+        else:
+            turns = conversation(scenes, rng, int(rng.integers(3, 10 if several else 6)))
         return {"id": self.name(i),
                 "images": [draw(scene, rng if self.augment else None) for scene in scenes],
                 "conversations": records(turns),
