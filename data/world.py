@@ -11,7 +11,7 @@ a 2x2 grid. Each object is an emoji from `data/emoji/`, slightly shifted, rotate
 Sample `i` depends on `(seed, split, task, i)` alone, so a data set needs no files. The splits, one
 for training and three for the evaluation:
 
-    train   drawings of five styles; two of these lack some concepts
+    train   drawings of seven styles; four of these lack some concepts
     new     new scenes of the same kind
     pairs   every scene has two concepts that never occur together in training
     style   Fluent 3D drawings, a style never trained on
@@ -34,7 +34,7 @@ from data.flags import READ, Parser, run
 HERE = pathlib.Path(__file__).resolve().parent / "emoji"
 SIDE, GLYPH = 64, 64  # side in pixels of a scene and of a glyph in the atlas
 SPLITS = ("train", "new", "pairs", "style")
-TRAIN_STYLES = ("noto", "twemoji", "openmoji", "emojione", "oldnoto")
+TRAIN_STYLES = ("noto", "twemoji", "openmoji", "emojione", "oldnoto", "fxemoji", "streamline")
 STYLES = dict.fromkeys(SPLITS, TRAIN_STYLES) | {"style": ("fluent",)}
 PLACES = ("at the top left", "at the top right", "at the bottom left", "at the bottom right")
 MIDDLE = "in the middle"
@@ -150,14 +150,15 @@ def sample_scene(rng, split, n_objects=None):
     assert n_objects in (None, 1, 2, 3, 4), "one object in each cell of a 2x2 grid"
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is unknown; the emoji world has {', '.join(SPLITS)}")
-    style = STYLES[split][rng.integers(len(STYLES[split]))]
-    while True:
+    looks = []  # (style, background) in which all objects exist and are clearly seen
+    while not looks:
         n = n_objects or int(rng.choice(4, p=(0.25, 0.3, 0.3, 0.15))) + 1
         names = pick_names(rng, split, max(n, 2) if split == "pairs" else n)
-        colors = sorted(set.intersection(*(backgrounds(style)[name] for name in names)))
-        if colors:
-            break
-    color = colors[rng.integers(len(colors))]
+        clear = {style: [backgrounds(style)[name] for name in names] for style in STYLES[split]}
+        looks = [(style, sorted(colors)) for style, sets in clear.items()
+                 if (colors := set.intersection(*sets))]  # fmt: skip
+    style, colors = pick(rng, *looks)
+    color = pick(rng, *colors)
     cells = sorted(rng.permutation(4)[: len(names)])
     objects = []
     for name, cell in zip(names, cells):
@@ -372,7 +373,7 @@ def of_picture(k, kind, question, rng):
 def ask_ordinal(scenes, rng):
     """(type, question, answer) about the first, second or third of several pictures."""
     k = int(rng.integers(len(scenes)))
-    if rng.random() < 0.1:
+    if rng.random() < 0.2:
         return "describe", f"Describe the {ORDINALS[k]} picture.", caption(scenes[k])
     kind, question, answer = questions(scenes[k], rng, 1, ASKED)[0]
     return kind, of_picture(k, kind, question, rng), answer
@@ -449,7 +450,9 @@ class World:
             scenes = [sample_scene(rng, self.split, n_objects=1 if alone else None)]
         if alone:
             turns = [("name", f"{IMAGE_TAG}\n{DESCRIBE}", short_caption(scenes[0]))]
-        elif self.task == "describe" or not several and self.split == "train" and rng.random() < 0.1:
+        elif (
+            self.task == "describe" or not several and self.split == "train" and rng.random() < 0.1
+        ):
             turns = descriptions(scenes, rng)
         else:
             turns = conversation(scenes, rng, int(rng.integers(3, 10 if several else 6)))

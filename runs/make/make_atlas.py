@@ -1,14 +1,15 @@
-"""Rebuild the emoji atlases: one 64-pixel picture of every concept, in six drawing styles.
+"""Rebuild the emoji atlases: one 64-pixel picture of every concept, in eight drawing styles.
 
-The pictures come from six npm packages; OpenMoji's are vector drawings:
+The pictures come from eight npm packages; three have vector drawings:
 
     pip install resvg_py                           # draws them
     python runs/make/make_atlas.py                 # download them and rebuild data/emoji/*.webp
     python runs/make/make_atlas.py --packages DIR  # the same from .tgz files in DIR
 
-An atlas is a lossless WebP, 12 glyphs a row, in the order of `concepts.json`. Two older styles lack
-some concepts, and one drawing of each shows another thing: these cells stay empty. The authors and
-licences are in data/emoji/ATTRIBUTION.md. cat.jpg, dog.jpg and owl.jpg are also drawn here.
+An atlas is a lossless WebP, 12 glyphs a row, in the order of `concepts.json`. Four styles lack some
+concepts, or draw another thing under that name: these cells stay empty. `icon_names.json` has the
+names of two packages that do not use codepoints. The authors and licences are in
+data/emoji/ATTRIBUTION.md. cat.jpg, dog.jpg and owl.jpg are also drawn here.
 """
 
 import argparse
@@ -31,9 +32,11 @@ PACKAGES = {  # style -> (npm package, path of one glyph inside it)
     "openmoji": ("openmoji@17.0.0", "package/color/svg/{}.svg"),
     "emojione": ("emojione@2.2.7", "package/assets/png_128x128/{}.png"),
     "oldnoto": ("emoji-datasource-google@3.0.0", "package/img/google/64/{}.png"),
+    "fxemoji": ("@iconify-json/fxemoji@1.2.2", "package/icons.json"),
+    "streamline": ("@iconify-json/streamline-emojis@1.2.4", "package/icons.json"),
     "fluent": ("@lobehub/fluent-emoji-3d@1.1.0", "package/assets/{}.webp"),
 }
-COMPLETE = ("noto", "twemoji", "openmoji", "fluent")  # the others lack newer emoji
+COMPLETE = ("noto", "twemoji", "openmoji", "fluent")  # the others lack some
 LEFT_OUT = {("emojione", "tent"), ("oldnoto", "laptop")}  # a night landscape; a desktop computer
 
 
@@ -53,6 +56,16 @@ def rasterise(svg):
     half = max(right - left, bottom - top) / 2 * GLYPH / (GLYPH - 4)  # 2 pixels at each edge
     x, y = (left + right) / 2, (top + bottom) / 2
     return picture.crop([round(n) for n in (x - half, y - half, x + half, y + half)])
+
+
+def read_icon(tar, path, name):
+    """The RGBA picture of one icon of an Iconify package, 64x64; None if `name` is None."""
+    if name:
+        icons = json.load(tar.extractfile(path))
+        icon = {key: icons[key] for key in ("width", "height")} | icons["icons"][name]
+        box = f"0 0 {icon['width']} {icon['height']}"
+        svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}">{icon["body"]}</svg>'
+        return rasterise(svg.encode()).resize((GLYPH, GLYPH), Image.LANCZOS)
 
 
 def read_glyph(tar, pattern, codepoint):
@@ -98,6 +111,7 @@ def main():
     parser.add_argument("--packages", help="folder with the .tgz files (default: npm pack)")
     args = parser.parse_args()
     concepts = json.loads((HERE / "concepts.json").read_text())
+    icon_names = json.loads((HERE / "icon_names.json").read_text())
     with tempfile.TemporaryDirectory() as fetched:
         for style, (package, pattern) in PACKAGES.items():
             if args.packages is None:
@@ -108,7 +122,10 @@ def main():
             lacking = []
             with tarfile.open(path) as tar:
                 for i, (name, concept) in enumerate(concepts.items()):
-                    glyph = read_glyph(tar, pattern, concept["codepoint"])
+                    if pattern.endswith(".json"):
+                        glyph = read_icon(tar, pattern, icon_names[style].get(name))
+                    else:
+                        glyph = read_glyph(tar, pattern, concept["codepoint"])
                     if glyph is None or (style, name) in LEFT_OUT:
                         lacking.append(name)
                     else:
