@@ -442,17 +442,15 @@ class World:
             raise IndexError(f"sample {i} of {self.size}")
         key = (self.seed, SPLITS.index(self.split), self.tasks.index(self.task), i)
         rng = np.random.default_rng(key)
-        alone = self.task == "name"
-        several = not alone and self.split == "train" and rng.random() < SEVERAL
+        train = self.split == "train"
+        several = train and self.task != "name" and rng.random() < SEVERAL
         if several:
             scenes = sample_scenes(rng, self.split, int(rng.integers(2, 4)))
         else:
-            scenes = [sample_scene(rng, self.split, n_objects=1 if alone else None)]
-        if alone:
+            scenes = [sample_scene(rng, self.split, n_objects=1 if self.task == "name" else None)]
+        if self.task == "name":
             turns = [("name", f"{IMAGE_TAG}\n{DESCRIBE}", short_caption(scenes[0]))]
-        elif (
-            self.task == "describe" or not several and self.split == "train" and rng.random() < 0.1
-        ):
+        elif self.task == "describe" or (train and not several and rng.random() < 0.1):
             turns = descriptions(scenes, rng)
         else:
             turns = conversation(scenes, rng, int(rng.integers(3, 10 if several else 6)))

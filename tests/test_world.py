@@ -202,8 +202,8 @@ LACKING = {  # concepts without a drawing
     "emojione": NEWER | {"tent"},
     "oldnoto": NEWER | {"laptop"},
     "fxemoji": RARE | {"tent", "basketball"},
-    "streamline": RARE | set("spider banana pineapple eggplant lollipop tent tree football key camera"
-                             " hammer lamp hat star".split()),
+    "streamline": RARE | set("spider banana pineapple eggplant lollipop tent tree football key "
+                             "camera hammer lamp hat star".split()),
 }  # fmt: skip
 
 
