@@ -372,7 +372,7 @@ def of_picture(k, kind, question, rng):
 
 def ask_ordinal(scenes, rng):
     """(type, question, answer) about the first, second or third of several pictures."""
-    k = int(rng.integers(len(scenes)))
+    k = pick(rng, *range(len(scenes)), 1)  # the second is the hardest to find
     if rng.random() < 0.2:
         return "describe", f"Describe the {ORDINALS[k]} picture.", caption(scenes[k])
     kind, question, answer = questions(scenes[k], rng, 1, ASKED)[0]
@@ -390,8 +390,8 @@ def conversation(scenes, rng, n):
     for shown in groups:  # this many pictures have been shown
         asked = questions(scenes[shown - 1], rng, max(1, n // len(groups)), ASKED)
         for k in range(len(asked)) if shown > 1 else ():
-            if rng.random() < 0.75:
-                pair = ask_which(scenes[:shown], rng) if rng.random() < 0.4 else None
+            if rng.random() < 0.85:
+                pair = ask_which(scenes[:shown], rng) if rng.random() < 0.35 else None
                 asked[k] = ("which", *pair) if pair else ask_ordinal(scenes[:shown], rng)
         asked = list({turn[1]: turn for turn in asked}.values())  # no question twice
         # "Is there a cat?" comes first: a question that names the cat gives the answer away.

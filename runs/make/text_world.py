@@ -124,8 +124,8 @@ HARD = world.QUESTION_TYPES + ("existence", "where", "kind", "side", "count", "l
 def dialogue_sample(tokenizer, rng, split, noise):
     """(ids, labels, types, place, found): a conversation about one scene, or about two or three, of
     at most LENGTH tokens."""
-    if rng.random() < 0.6:
-        scenes = world.sample_scenes(rng, split, int(rng.integers(2, 4)))
+    if rng.random() < 0.75:
+        scenes = world.sample_scenes(rng, split, world.pick(rng, 2, 3, 3))
         turns = world.conversation(scenes, rng, int(rng.integers(3, 10)))
         texts = [text_picture(scene, rng, noise) for scene in scenes]
     else:
