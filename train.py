@@ -16,7 +16,7 @@ Stage k writes `out/stage<k>/`: a checkpoint with the names of the released CuMo
 engine/resume.py needs to continue after Ctrl-C or a crash as if nothing had happened.
 """
 
-import data  # noqa: F401  isort: skip  before torch: how OpenMP's threads wait
+import data  # noqa: F401  isort: skip  before torch: sets how OpenMP waits
 import json
 import math
 import os
@@ -55,7 +55,7 @@ class ModelSettings:
     preset: str = "mini"  # mini, smol-mini, smol, mistral-7b or mixtral-8x7b
     clip: str = ""  # CLIP weights: a folder, or a name on the hub
     llm: str = ""  # language model weights: a folder, or a name on the hub
-    scales: tuple = (1,)  # S2 scales of the image features
+    scales: tuple = (1,)  # S2: 1 is CLIP's own image size; 1,3 adds 3 x 3 tiles
     seed: int = 0  # of weights, data order and routers
 
 
@@ -82,20 +82,20 @@ class RunSettings:
     plot: bool = True  # draw the loss curves when a stage ends (pip install matplotlib)
     wandb: bool = False  # log to Weights & Biases as well (pip install wandb)
     workers: int = 0  # processes that read the data; default: up to 4 on a GPU, else none
-    overwrite: bool = False  # train a finished stage again
+    overwrite: bool = False  # train the stage from its first step again
     save_every: int = 200  # steps between two resume points
 
 
 @dataclass
 class StageSettings:
-    """Of the stage that --stage names (0: of all three). data/stages.py has other defaults."""
+    """Of the stage that --stage names (0: of all three). data/stages.py overrides these."""
 
     data: str = ""  # LLaVA JSON or JSONL; empty: the emoji world
     image_folder: str = ""  # folder that the image paths of --data are relative to
     limit: int = 0  # use only the first N records of --data; 0: all
     val: str = ""  # held-out LLaVA file: its loss is logged at each --save-every
-    samples: int = 0  # number of samples to see; 0: all of --data, once
-    epochs: int = 0  # number of times to see all of --data, instead of --samples
+    samples: int = 0  # number of samples to see; 0: as --epochs says
+    epochs: int = 0  # how often to see all of --data, instead of --samples; 0: once
     augment: bool = True  # recolour the drawings of the emoji world
     init: str = ""  # start from this checkpoint; if --stage is not given, only stage 3 runs
     template: str = "mistral_instruct_system"  # how conversations are written
@@ -107,7 +107,7 @@ class StageSettings:
     warmup: float = 0.03  # share of the samples with a rising learning rate
     weight_decay: float = 0.0  # of the matrices
     clip_grad: float = 1.0  # largest gradient norm
-    upcycle: str = "clip,mlp"  # parts made sparse in stage 3 (clip, mlp, llm); "none": stay dense
+    upcycle: str = "clip,mlp"  # sparse in stage 3: clip, mlp (the connector), llm; or "none"
     num_experts: int = 4  # experts of a sparse block
     top_k: int = 2  # experts a token visits
     scratch: str = ""  # sparse parts whose experts start random instead of as copies (ablation)
@@ -151,7 +151,7 @@ def resolve(given, stage, target=True):
     if "workers" not in given:
         cfg.workers = loader.default_workers(cfg.device)
     if cfg.data and "samples" not in given:
-        cfg.samples = 0  # all of it, once
+        cfg.samples = 0  # all of it
     settings.check_values(cfg)
     return cfg
 
@@ -210,7 +210,7 @@ def build(cfg):
     model.cfg.balance_coef, model.cfg.z_coef = cfg.balance_coef, cfg.z_coef
     known = model.cfg.template if cfg.init else ""
     model.cfg.image_mode, model.cfg.template = cfg.image_mode, cfg.template
-    if cfg.template == "plain":  # only for captions, so questions are asked in another
+    if cfg.template == "plain":  # fits captions only: questions need another template
         model.cfg.template = known or template_of(Tokenizer.from_pretrained(source))
     return model, source
 
@@ -247,7 +247,7 @@ class Trainer:
             compiling.compile_blocks(self.model)
 
     def batches(self):
-        """Packed batches from where the last one ended."""
+        """Packed batches, from the first unused sample on."""
         cfg, log = self.cfg, self.folder / "skipped.jsonl" if fsdp.is_main() else None
         self.read = dict(self.counts)  # what was read; self.counts: what was used
         stream = loader.Loader(self.data, self.order, self.code, cfg.workers, self.read, log)
@@ -261,7 +261,7 @@ class Trainer:
             mine = collate(batch, self.model.image_tokens, *fsdp.world())
             with torch.autocast(cfg.device, torch.bfloat16, cfg.bf16 and cfg.weights == "fp32"):
                 out = self.model(**to_device(mine, cfg.device), shares=share)
-            if out.loss.requires_grad:  # not without an image while the LLM is frozen
+            if out.loss.requires_grad:  # false if no image is there and the LLM is frozen
                 out.loss.backward()
             metrics.append(out.metrics())
             tokens += int((batch["segments"] > 0).sum())
@@ -272,8 +272,8 @@ class Trainer:
         if not math.isfinite(norm):
             names = [self.data.name(i) for i in self.order[before : self.used].tolist()]
             raise ValueError(
-                f"the loss or a gradient is not finite in the batch of samples {', '.join(names)}; "
-                f"correct them, lower --lr, or try --no-bf16; then --overwrite the stage"
+                f"the loss or a gradient is not finite in the step of samples {', '.join(names)}; "
+                f"correct them or lower --lr, or try --weights fp32 --no-bf16; then --overwrite"
             )
         lr = lr_at((before + self.used) / 2 / len(self.order), cfg)
         for group in self.optimizer.param_groups:
@@ -346,8 +346,9 @@ def train_stage(cfg):
         if not done:
             resume.save_point(trainer)
     if not done:
-        again = shlex.join(["python", *(word for word in sys.argv if word != "--overwrite")])
-        print(f"stopped after {trainer.used:,} samples; the same command continues: {again}")
+        words = [word for word in sys.argv if word != "--overwrite"]
+        again = shlex.join([*fsdp.launcher(), *words])
+        print(f"stopped after {trainer.used:,} samples; to continue: {again}")
         return False
     lines = loader.summary(trainer.counts, getattr(trainer.data, "rejected", []), cfg.row_tokens)
     model = fsdp.gather_model(trainer.model)

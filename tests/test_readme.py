@@ -193,15 +193,15 @@ def test_figures_of_the_readme_are_the_measured_ones():
     accuracy = runs["bf16"]["accuracy"]
     shares = [accuracy[split]["model"]["all"] for split in results.SPLITS]
     shares = [round(100 * x) for x in (*shares, accuracy["new"]["blank"]["all"])]
-    words = (r"answers (\d+) % of questions about new scenes exactly, (\d+) % where .*? (\d+) % in "
-             r"a style .*? painted over it answers (\d+) %")  # fmt: skip
+    words = (r"answers (\d+) % of questions about new scenes exactly, (\d+) % about pairs .*? "
+             r"(\d+) % in a style .*? (\d+) % when it is shown an empty picture")  # fmt: skip
     assert shares == stated(words)
     assert shares[:1] == stated(r"answers (\d+) % of questions about new scenes \|")
     rows = {row["label"]: row for group in results.ablations(bench("ablations/results"))
             for row in group["rows"]}  # fmt: skip
     lost = [round(-rows[x]["difference"]) for x in ("2 of 4 experts, from scratch",
                                                     "... CLIP's from scratch")]  # fmt: skip
-    assert lost == stated(r"cost (\d+) points in the connector and (\d+) in CLIP")
+    assert lost == stated(r"lost (\d+) points with connector experts .*? (\d+) with CLIP's")
     runs = bench("sparse_vs_dense")["rows"]
     means = [results.mean([100 * run["new"] for run in runs if run["name"] == name])
              for name in ("sparse", "dense")]  # fmt: skip
