@@ -48,6 +48,11 @@ LATER_V1, V3, TEKKEN = (
     LATER.replace("BEGIN", begin).replace("END", end)
     for begin, end in ((" [INST] ", " [/INST]"), ("[INST] ", "[/INST]"), ("[INST]", "[/INST]"))
 )
+TOOLS = """{#- Tools come before the question #}
+{%- set content = message.content.content %}
+{{- '[AVAILABLE_TOOLS] [{"type": "function", "function": {' }}{{- "}}" }}{{- "]" + eos_token }}
+    {%- if loop.first"""
+WITH_TOOLS = V3.replace("{%- if loop.first", TOOLS)
 LLAMA2 = (
     "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
     "{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}"
@@ -103,6 +108,9 @@ UNKNOWN = {
     + V1,
     "another question": V1.replace("'[INST] ' + message", "'[INST] Answer: ' + message"),
     "one more output of [INST]": V1 + "{{ '[INST] more' }}",
+    "a later question that lacks its [INST]": LATER_V1.replace(
+        '" [INST] " + message', '" " + message'
+    ),
     "Llama 2 with a system message of its own": LLAMA2.replace("= false", "= 'Be kind.'"),
     "Llama 2, other letters": LLAMA2.replace("\\n<</SYS>>", "<</SYS>>"),
     "ChatML that adds a line": OPENHERMES.replace("{% endfor %}", "\n{% endfor %}"),
@@ -162,6 +170,7 @@ def mistral_with(tmp_path_factory):
     ("tokenizer.model.v1", LATER_V1, "mistral_v1"),
     ("mistral_instruct_tokenizer_240216.model.v2", V3, "mistral_v3"),
     ("mistral_instruct_tokenizer_240323.model.v3", V3, "mistral_v3"),
+    ("mistral_instruct_tokenizer_240323.model.v3", WITH_TOOLS, "mistral_v3"),
     ("mistral_instruct_tokenizer_240323.model.v3", "", "mistral_v3"),
     ("tekken_240911.json", TEKKEN, "mistral_v3"),
     ("tekken_240911.json", "", "mistral_v3"),
@@ -231,7 +240,7 @@ def test_only_who_says_so_is_told_that_it_is_somebody(name, tmp_path):
     ours = Tokenizer.from_pretrained(tmp_path)
     text = ours.decode(render(turns(["What?"]), ours, native_template(ours))[0])
     assert "SmolLM" not in text and ("helpful" in text) == (name == "a helpful assistant")
-    assert bool(chatml(ours)["bos"]) == (name == "Hermes 2 Pro")
+    assert chatml(ours).startswith("<s>") == (name == "Hermes 2 Pro")
 
 
 @pytest.mark.parametrize("name", UNKNOWN)

@@ -9,7 +9,8 @@ from tiny import TOKENIZER
 
 import train
 from cumo import IMAGE_TOKEN, CuMo
-from data.chat import SYSTEM, render
+from data.chat import render
+from data.chat_template import SYSTEM
 from data.configs import cumo_fields
 from data.tokenizer import Tokenizer
 from data.weights import read_config, read_tensors, write_json, write_tensors
