@@ -192,7 +192,7 @@ def clip_fields(config: dict) -> dict:
             or not kind and sizes):  # fmt: skip
         what = f"model_type {kind!r:.40}" if kind else "no image_size and patch_size"
         raise ValueError(f"this is no CLIP vision config: it has {what}; only CLIP's encoders are "
-                         f"supported, not {config!r:.99}")  # fmt: skip
+                         "supported, such as openai/clip-vit-large-patch14-336")  # fmt: skip
     vision = config.get("vision_config_dict") or vision  # as in transformers, this one decides
     check_whole(config)
     check_supported(vision, {"num_channels": [3]})
