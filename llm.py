@@ -121,7 +121,8 @@ def flex_attend(q_BHTA: Tensor, k_BGUA: Tensor, v_BGUA: Tensor, mask: BlockMask)
 def rope_tables(pos_BT, cfg):
     """cos and sin [B, 1, T, A / 2] of the angles at these positions, in float32."""
     pair = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device=pos_BT.device)
-    turn = configs.rescaled(1 / cfg.rope_theta ** (pair / cfg.head_dim), cfg.rope_scaling)
+    turn = 1 / cfg.rope_theta ** (pair / cfg.head_dim)
+    turn = configs.rescaled(turn, cfg.rope_scaling) if cfg.rope_scaling else turn
     angle = pos_BT[:, None, :, None] * turn
     return angle.cos(), angle.sin()
 
