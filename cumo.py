@@ -198,7 +198,7 @@ class CuMo(nn.Module):
         path = local_folder(path)
         config = weights.read_config(path)
         cfg = CuMoConfig.from_original(config, path)
-        with torch.device("meta"):
+        with weights.on_meta():
             model = cls(cfg).to(dtype or torch.float32)
         read = partial(read_cumo, path, config)
         model = weights.fill(model, read, device, model.llm.is_unused, str(path))

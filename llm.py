@@ -300,7 +300,7 @@ class LLM(nn.Module):
         if not cfg.tie_embeddings:
             self.lm_head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
         for parameter in self.parameters():
-            if parameter.dim() > 1 and not parameter.is_meta:  # a meta tensor has no values
+            if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(self, tokens: Tensor, segments: Tensor | None = None) -> Tensor:
@@ -433,7 +433,7 @@ class LLM(nn.Module):
     def from_pretrained(cls, path, dtype=None, device=None) -> "LLM":
         """From a directory in Hugging Face's layout or its name on the hub; None: float32, CPU."""
         path = local_folder(path)
-        with torch.device("meta"):
+        with weights.on_meta():
             llm = cls(LLMConfig.from_hf(weights.read_config(path))).to(dtype or torch.float32)
         read = functools.partial(weights.read_tensors, path)
         return weights.fill(llm, read, device, llm.is_unused, str(path))
