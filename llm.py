@@ -121,7 +121,8 @@ def flex_attend(q_BHTA: Tensor, k_BGUA: Tensor, v_BGUA: Tensor, mask: BlockMask)
 def rope_tables(pos_BT, cfg):
     """cos and sin [B, 1, T, A / 2] of the angles at these positions, in float32."""
     pair = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device=pos_BT.device)
-    turn = configs.rescaled(1 / cfg.rope_theta ** (pair / cfg.head_dim), cfg.rope_scaling)
+    turn = 1 / cfg.rope_theta ** (pair / cfg.head_dim)
+    turn = configs.rescaled(turn, cfg.rope_scaling) if cfg.rope_scaling else turn
     angle = pos_BT[:, None, :, None] * turn
     return angle.cos(), angle.sin()
 
@@ -299,7 +300,7 @@ class LLM(nn.Module):
         if not cfg.tie_embeddings:
             self.lm_head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
         for parameter in self.parameters():
-            if parameter.dim() > 1 and not parameter.is_meta:  # a meta tensor has no values
+            if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(self, tokens: Tensor, segments: Tensor | None = None) -> Tensor:
@@ -432,7 +433,7 @@ class LLM(nn.Module):
     def from_pretrained(cls, path, dtype=None, device=None) -> "LLM":
         """From a folder in Hugging Face's layout or a name on the hub; default: float32, CPU."""
         path = local_folder(path)
-        with torch.device("meta"):
+        with weights.on_meta():
             llm = cls(LLMConfig.from_hf(weights.read_config(path))).to(dtype or torch.float32)
         read = functools.partial(weights.read_tensors, path)
         return weights.fill(llm, read, device, llm.is_unused, str(path))

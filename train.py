@@ -38,7 +38,7 @@ from data.checkpoint import start_from
 from data.flags import check_device, parse, run
 from data.hub import local_folder
 from data.llava import check_row, encode
-from data.packing import check_rows, collate, pack, step_metrics, step_shares, to_device
+from data.packing import check_rows, collate, pack, step_metrics, step_shares
 from data.stages import WORLD_TASK, table_of
 from data.tokenizer import Tokenizer
 from engine import compiling, fsdp, held_out, memory, optim, profile, rate, resume, settings
@@ -219,7 +219,8 @@ class Trainer:
     """Model, optimizer and place in the data of one stage."""
 
     def __init__(self, cfg):
-        check_rows(cfg.rows, fsdp.world()[1])
+        self.world = fsdp.world()  # (rank, number of ranks)
+        check_rows(cfg.rows, self.world[1])
         torch.manual_seed(cfg.seed)
         self.cfg, self.folder = cfg, stage_dir(cfg, cfg.stage)
         self.data = loader.open_data(cfg, WORLD_TASK[cfg.stage])
@@ -238,6 +239,7 @@ class Trainer:
         self.step, self.used, self.seconds, self.stop = 0, 0, 0.0, False
         self.counts = dict.fromkeys(loader.KINDS, 0)
         self.rates = rate.rates(cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32)
+        self.work = rate.operations(self.model.cfg, cfg.stage, cfg.row_tokens)  # a token, an image
         self.code = partial(
             encode, tokenizer=self.tokenizer, template=cfg.template, max_tokens=cfg.row_tokens,
             image_tokens=self.model.image_tokens, image_size=self.model.cfg.vision.image_size,
@@ -258,9 +260,9 @@ class Trainer:
         cfg, start, before = self.cfg, start or time.perf_counter(), self.used
         tokens, n_images, metrics, shares = 0, 0, [], step_shares(batches)
         for batch, share in zip(batches, shares):
-            mine = collate(batch, self.model.image_tokens, *fsdp.world())
+            given = collate(batch, self.model.image_tokens, *self.world, cfg.device)
             with torch.autocast(cfg.device, torch.bfloat16, cfg.bf16 and cfg.weights == "fp32"):
-                out = self.model(**to_device(mine, cfg.device), shares=share)
+                out = self.model(**given, shares=share)
             if out.loss.requires_grad:  # false if no image is there and the LLM is frozen
                 out.loss.backward()
             metrics.append(out.metrics())
@@ -283,12 +285,11 @@ class Trainer:
         self.step += 1
         took = time.perf_counter() - start
         self.seconds += took
-        work = rate.operations(self.model.cfg, cfg.stage, tokens, n_images, cfg.row_tokens)
+        work = (tokens * self.work[0] + n_images * self.work[1]) / self.world[1]
         return {"step": self.step, "samples": self.used, **step_metrics(metrics, shares), "lr": lr,
                 "grad_norm": norm, "tokens_per_s": round(tokens / took),
                 "samples_per_s": round((self.used - before) / took, 2),
-                **{k: round(work / took / r / fsdp.world()[1], 4) for k, r in self.rates.items()},
-                "memory_gb": round(memory.peak_memory(cfg.device) / memory.GB, 2)}  # fmt: skip
+                **{k: round(work / took / r, 4) for k, r in self.rates.items()}}  # fmt: skip
 
     def loop(self, wandb=None):
         """Train to the end of the data -> True, or until Ctrl-C -> False."""
@@ -305,7 +306,9 @@ class Trainer:
                 if not batches:
                     self.counts = self.read
                     return True
-                metrics = self.train_step(batches, start) | held_out.log(self)
+                metrics = self.train_step(batches, start)
+                metrics["memory_gb"] = round(memory.peak_memory(device) / memory.GB, 2)
+                metrics |= held_out.log(self)
                 self.counts = counts
                 log.write(json.dumps(metrics) + "\n")
                 if wandb:

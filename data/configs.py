@@ -152,15 +152,13 @@ def window_of(config: dict, family: str) -> int | None:
     return config["sliding_window"]
 
 
-def rescaled(frequency: torch.Tensor, scaling: dict | None) -> torch.Tensor:
+def rescaled(frequency: torch.Tensor, scaling: dict) -> torch.Tensor:
     """RoPE's frequencies for contexts longer than those of pretraining.
 
     linear: slow all pairs down by `factor`. llama3 (Llama 3.1 and later): slow down only the pairs
     that turn less than `low_freq_factor` times in the old context, those that turn more than
     `high_freq_factor` times stay, and between the two the change is gradual.
     """
-    if scaling is None:
-        return frequency
     slow = frequency / scaling["factor"]
     if scaling["rope_type"] == "linear":
         return slow
