@@ -21,7 +21,7 @@ this is new in CuMo: the decoder sees an image as a run of tokens (cumo.py).
 Mistral: arXiv 2310.06825. Mixtral: 2401.04088. RoPE: 2104.09864. GQA: 2305.13245.
 
 Letters: B rows, T tokens, U keys that the queries look at, N tokens flattened, D features, H query
-heads, G key/value heads, A head size, V vocabulary, L layers, E experts, K experts a token.
+heads, G key/value heads, A head size, V vocabulary, L layers, E experts, K experts per token.
 """
 
 import functools
@@ -58,8 +58,8 @@ class LLMConfig:
     sliding_window: int | None = None  # tokens seen, the query's own included; None: all
     tie_embeddings: bool = False  # the head is the embedding, transposed
     num_experts: int = 0  # E in every layer; 0: dense
-    top_k: int = 2  # experts a token
-    bos_token_id: int | None = 1  # these two are for other programs: ours ask the tokenizer
+    top_k: int = 2  # experts per token
+    bos_token_id: int | None = 1  # this and the next: for other programs; we ask the tokenizer
     eos_token_id: int | list | None = 2
 
     def __post_init__(self):
@@ -137,7 +137,7 @@ def rotate(x_BHTA, rope):
 class Cache:
     """Keys, values, positions and segments of the tokens so far, one document a row.
 
-    There are slots for `size` tokens or for one window, whichever is less. With a window they are a
+    There are slots for `size` tokens or for one window, whichever is less. A window's slots are a
     ring buffer: token n goes to slot n % window. Attention does not need them in order, because
     `sees` compares positions. An empty slot has segment 0: no real token sees it.
     """
@@ -159,7 +159,7 @@ class Cache:
             raise ValueError(f"{end} tokens, but the cache has room for {self.size}")
         self.start, self.seen = start, end
         self.slots_T = torch.arange(start, end, device=pos_BT.device)[-self.size :] % self.size
-        # A single query sees the slots in use, rounded up so that few numbers of keys occur.
+        # A single query sees the slots in use; their number is rounded up, so few sizes occur.
         self.view = min(256 << (start // 256).bit_length(), self.size)
         pos_BT = pos_BT + self.next
         self.next = pos_BT[:, -1:] + 1
@@ -167,7 +167,7 @@ class Cache:
 
     def extend(self, slots, new):
         """Store new [B, *, T, ...]; return everything that its T queries may look at."""
-        one = new.shape[2] == 1  # written below, to a slot that is empty or left the window
+        one = new.shape[2] == 1  # `visible` is `slots` itself: it gets the write below
         visible = slots if one else torch.cat((slots[:, :, : self.start], new), dim=2)
         slots.index_copy_(2, self.slots_T, new[:, :, -self.size :].to(slots.dtype))
         return visible[:, :, : self.view] if one else visible
@@ -233,7 +233,7 @@ class ChunkedLoss(torch.autograd.Function):
     """Summed cross-entropy of x [N, D] times the head W [V, D], LOGITS_AT_ONCE at a time.
 
     For Mistral-7B the logits of 4,096 tokens take 500 MiB, and so do their softmax and gradient.
-    The forward pass already computes this gradient, so that no logits are kept or recomputed:
+    The forward pass already computes both gradients, so that no logits are kept or recomputed:
 
         d loss / d logits = softmax(logits) - one_hot(target) = error
         d loss / d x = error W                        d loss / d W = error^T x
@@ -291,7 +291,7 @@ class LLM(nn.Module):
     def __init__(self, cfg: LLMConfig):
         super().__init__()
         self.cfg = cfg
-        self.recompute = 0  # gradient checkpointing of so many blocks, the first ones
+        self.recompute = 0  # gradient checkpointing of the first N blocks
         self.parity = False  # True: padding is routed and counted, as in CuMo's code
         self.model = nn.Module()  # every name as in the public weights
         self.model.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.dim)

@@ -20,7 +20,7 @@ sorted by expert. Then each of the two layers is one grouped matrix product over
 token is dropped and shapes do not depend on the routing: `torch.compile` needs only one graph. On
 disk each expert has the original's names and orientation: in CLIP `experts.3.fc1.weight` [F, D].
 
-Letters: B rows or samples, T tokens, D features, F hidden features, E experts, K experts a token,
+Letters: B rows or samples, T tokens, D features, F hidden features, E experts, K experts per token,
 N tokens flattened (B*T), M = N*K assignments of a token to an expert.
 """
 
@@ -44,8 +44,8 @@ ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu, "silu": F.silu,
                "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}  # fmt: skip
 
 # checkpointed(block, x) recomputes the block in the backward pass instead of keeping activations.
-# Recomputed probabilities may differ in the last bit, and a token must meet the same experts again,
-# so it stores the result of each sort. (Compiled for a GPU, a block recomputes the same bits.)
+# Recomputed probabilities may differ in the last bit, but a token must meet the same experts again.
+# So the result of each sort is kept. (Code compiled for a GPU needs no copy: it repeats its bits.)
 checkpointed = partial(
     checkpoint,
     use_reentrant=False,
@@ -138,8 +138,8 @@ def routing_losses(logits_BTE: Tensor, probs_BTE: Tensor, choice_BTK: Tensor, re
 def grouped_matmul(x_MD: Tensor, w_EDF: Tensor, ends_E: Tensor, onehot_ME: Tensor) -> Tensor:
     """Rows ends[e-1] to ends[e] of x, times w[e], for all experts e at once.
 
-    PyTorch's grouped product needs rows aligned to 16 bytes, and bfloat16 (on a CPU, uncompiled,
-    also float32 or float16). In all other cases each row becomes E*D wide: its D numbers in its
+    PyTorch's grouped product takes rows aligned to 16 bytes, in bfloat16 (on a CPU, uncompiled, in
+    float32 or float16 too). In all other cases each row becomes E*D wide: its D numbers in its
     expert's columns, zeros elsewhere. One product with the weights as [E*D, F] is then right, at E
     times the arithmetic.
     """
@@ -215,7 +215,7 @@ class Experts(nn.Module):
 
 class Bias(torch.autograd.Function):
     """b [E, F] -> the bias of each row's expert [M, F]. Its gradient is one matrix product, summed
-    in float32, not one addition a row."""
+    in float32, instead of an addition per row."""
 
     @staticmethod
     def forward(ctx, b_EF, expert_M, onehot_ME):
@@ -268,7 +268,7 @@ class SparseMoE(nn.Module):
         inverse_M = torch.empty_like(order_M)
         inverse_M[order_M] = torch.arange(len(order_M), device=x.device)
         # 3) run all experts
-        x_MD = x.flatten(0, -2).repeat_interleave(K, 0)  # K rows a token
+        x_MD = x.flatten(0, -2).repeat_interleave(K, 0)  # K rows per token
         y_MD = self.experts(Permuted.apply(x_MD, order_M, inverse_M), ends_E)
         # 4) un-sort and combine
         y_BTKD = Permuted.apply(y_MD, inverse_M, order_M)

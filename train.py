@@ -81,21 +81,21 @@ class RunSettings:
     estimate: bool = False  # print the memory of the stage on each size of card, and stop
     plot: bool = True  # draw the loss curves when a stage ends (pip install matplotlib)
     wandb: bool = False  # log to Weights & Biases as well (pip install wandb)
-    workers: int = 0  # processes that read the data; default: up to 4 on a GPU, else none
+    workers: int = 0  # processes that read the data; if not given: up to 4 on a GPU
     overwrite: bool = False  # train the stage from its first step again
     save_every: int = 200  # steps between two resume points
 
 
 @dataclass
 class StageSettings:
-    """Of the stage that --stage names (0: of all three). data/stages.py overrides these."""
+    """Of the stage that --stage names (0: all three). data/stages.py overrides these defaults."""
 
     data: str = ""  # LLaVA JSON or JSONL; empty: the emoji world
     image_folder: str = ""  # folder that the image paths of --data are relative to
     limit: int = 0  # use only the first N records of --data; 0: all
     val: str = ""  # held-out LLaVA file: its loss is logged at each --save-every
-    samples: int = 0  # number of samples to see; 0: as --epochs says
-    epochs: int = 0  # how often to see all of --data, instead of --samples; 0: once
+    samples: int = 0  # number of samples to see; 0: see --epochs
+    epochs: int = 0  # if --samples is 0: how often to see all of --data (0: once)
     augment: bool = True  # recolour the drawings of the emoji world
     init: str = ""  # start from this checkpoint; if --stage is not given, only stage 3 runs
     template: str = "mistral_instruct_system"  # how conversations are written
@@ -109,7 +109,7 @@ class StageSettings:
     clip_grad: float = 1.0  # largest gradient norm
     upcycle: str = "clip,mlp"  # sparse in stage 3: clip, mlp (the connector), llm; or "none"
     num_experts: int = 4  # experts of a sparse block
-    top_k: int = 2  # experts a token visits
+    top_k: int = 2  # experts per token
     scratch: str = ""  # sparse parts whose experts start random instead of as copies (ablation)
     freeze: str = ""  # parts that do not learn in stages 2 and 3 (clip, mlp, llm)
     balance_coef: float = 0.1  # weight of the balance losses
@@ -210,7 +210,7 @@ def build(cfg):
     model.cfg.balance_coef, model.cfg.z_coef = cfg.balance_coef, cfg.z_coef
     known = model.cfg.template if cfg.init else ""
     model.cfg.image_mode, model.cfg.template = cfg.image_mode, cfg.template
-    if cfg.template == "plain":  # fits captions only: questions need another template
+    if cfg.template == "plain":  # fits captions only: keep another for questions
         model.cfg.template = known or template_of(Tokenizer.from_pretrained(source))
     return model, source
 
@@ -239,7 +239,7 @@ class Trainer:
         self.step, self.used, self.seconds, self.stop = 0, 0, 0.0, False
         self.counts = dict.fromkeys(loader.KINDS, 0)
         self.rates = rate.rates(cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32)
-        self.work = rate.operations(self.model.cfg, cfg.stage, cfg.row_tokens)  # a token, an image
+        self.work = rate.operations(self.model.cfg, cfg.stage, cfg.row_tokens)
         self.code = partial(
             encode, tokenizer=self.tokenizer, template=cfg.template, max_tokens=cfg.row_tokens,
             image_tokens=self.model.image_tokens, image_size=self.model.cfg.vision.image_size,

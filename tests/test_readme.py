@@ -201,7 +201,7 @@ def test_figures_of_the_readme_are_the_measured_ones():
             for row in group["rows"]}  # fmt: skip
     lost = [round(-rows[x]["difference"]) for x in ("2 of 4 experts, from scratch",
                                                     "... CLIP's from scratch")]  # fmt: skip
-    assert lost == stated(r"lost (\d+) points with connector experts .*? (\d+) with CLIP's")
+    assert lost == stated(r"cost (\d+) points in the connector and (\d+) in CLIP")
     runs = bench("sparse_vs_dense")["rows"]
     means = [results.mean([100 * run["new"] for run in runs if run["name"] == name])
              for name in ("sparse", "dense")]  # fmt: skip
