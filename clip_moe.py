@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from data import configs
 from data.hub import local_folder
 from data.images import MEAN, STD
-from data.weights import fill, load_into, read_config, read_tensors
+from data.weights import fill, load_into, on_meta, read_config, read_tensors
 from mlp_moe import ACTIVATIONS, Aux, SparseMoE, checkpointed
 
 # cuDNN plans every shape it meets, and gives NaN gradients with some masks (pytorch #196678)
@@ -148,7 +148,8 @@ class Embeddings(nn.Module):
     def __init__(self, cfg: CLIPVisionConfig):
         super().__init__()
         patches = (cfg.image_size // cfg.patch_size) ** 2
-        self.class_embedding = nn.Parameter(torch.randn(cfg.dim) * cfg.dim**-0.5)
+        self.class_embedding = nn.Parameter(torch.empty(cfg.dim))
+        nn.init.normal_(self.class_embedding, std=cfg.dim**-0.5)
         self.patch_embedding = nn.Conv2d(3, cfg.dim, cfg.patch_size, cfg.patch_size, bias=False)
         self.position_embedding = nn.Embedding(1 + patches, cfg.dim)
         nn.init.normal_(self.position_embedding.weight, std=0.02)
@@ -270,7 +271,7 @@ class CLIPVision(nn.Module):
         path = local_folder(path)
         cfg = CLIPVisionConfig.from_hf(read_config(path))
         cfg = replace(cfg, scales=scales or cfg.scales)
-        with torch.device("meta"):
+        with on_meta():
             model = cls(cfg).to(dtype or torch.float32)
         read = lambda headers: public_names(read_tensors(path, headers))
         model = fill(model, read, skip=is_unused, source=str(path))

@@ -94,12 +94,9 @@ class CuMo(nn.Module):
         features = cfg.vision.dim * len(cfg.vision.scales)
         self.connector = Connector(features, cfg.llm.dim, cfg.mlp_experts, cfg.mlp_top_k)
         self.llm = LLM(cfg.llm)
+        # visual tokens of an image in the text, at any number of scales
+        self.image_tokens = (cfg.vision.image_size // cfg.vision.patch_size) ** 2
         self.reduce_losses = None  # set by engine/fsdp.py: averages the losses over all ranks
-
-    @property
-    def image_tokens(self):
-        """Visual tokens of an image in the text, at any number of scales."""
-        return (self.cfg.vision.image_size // self.cfg.vision.patch_size) ** 2
 
     @property
     def device(self):
@@ -201,7 +198,7 @@ class CuMo(nn.Module):
         path = local_folder(path)
         config = weights.read_config(path)
         cfg = CuMoConfig.from_original(config, path)
-        with torch.device("meta"):
+        with weights.on_meta():
             model = cls(cfg).to(dtype or torch.float32)
         read = partial(read_cumo, path, config)
         model = weights.fill(model, read, device, model.llm.is_unused, str(path))

@@ -16,7 +16,7 @@ A model that uses the picture is far above both. Writes `out/eval.json`, some an
 numbers and all answers as `out/own_data.json` (extras/own_data.py), and experts.png.
 """
 
-import data  # noqa: F401  isort: skip  before torch: how OpenMP's threads wait
+import data  # noqa: F401  isort: skip  before torch: sets how OpenMP waits
 import sys
 from dataclasses import dataclass
 from functools import partial

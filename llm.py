@@ -21,7 +21,7 @@ this is new in CuMo: the decoder sees an image as a run of tokens (cumo.py).
 Mistral: arXiv 2310.06825. Mixtral: 2401.04088. RoPE: 2104.09864. GQA: 2305.13245.
 
 Letters: B rows, T tokens, U keys that the queries look at, N tokens flattened, D features, H query
-heads, G key/value heads, A head size, V vocabulary, L layers, E experts, K experts a token.
+heads, G key/value heads, A head size, V vocabulary, L layers, E experts, K experts per token.
 """
 
 import functools
@@ -58,8 +58,8 @@ class LLMConfig:
     sliding_window: int | None = None  # tokens seen, the query's own included; None: all
     tie_embeddings: bool = False  # the head is the embedding, transposed
     num_experts: int = 0  # E in every layer; 0: dense
-    top_k: int = 2  # experts a token
-    bos_token_id: int | None = 1  # these two are for other programs: ours ask the tokenizer
+    top_k: int = 2  # experts per token
+    bos_token_id: int | None = 1  # this and the next: for other programs; we ask the tokenizer
     eos_token_id: int | list | None = 2
 
     def __post_init__(self):
@@ -95,7 +95,7 @@ def sees(q_pos, k_pos, q_seg, k_seg, window):
     return seen if window is None else seen & (q_pos - k_pos < window)
 
 
-compiled = functools.cache(torch.compile)  # one compiled version of a function
+compiled = functools.cache(torch.compile)  # each function is wrapped only once
 
 
 def attention_mask(q_B2T, k_B2U, window, dtype=None):
@@ -121,7 +121,8 @@ def flex_attend(q_BHTA: Tensor, k_BGUA: Tensor, v_BGUA: Tensor, mask: BlockMask)
 def rope_tables(pos_BT, cfg):
     """cos and sin [B, 1, T, A / 2] of the angles at these positions, in float32."""
     pair = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device=pos_BT.device)
-    turn = configs.rescaled(1 / cfg.rope_theta ** (pair / cfg.head_dim), cfg.rope_scaling)
+    turn = 1 / cfg.rope_theta ** (pair / cfg.head_dim)
+    turn = configs.rescaled(turn, cfg.rope_scaling) if cfg.rope_scaling else turn
     angle = pos_BT[:, None, :, None] * turn
     return angle.cos(), angle.sin()
 
@@ -136,9 +137,9 @@ def rotate(x_BHTA, rope):
 class Cache:
     """Keys, values, positions and segments of the tokens so far, one document a row.
 
-    There are slots for `size` tokens or for one window, whichever is less. With a window they are a
+    There are slots for `size` tokens or for one window, whichever is less. A window's slots are a
     ring buffer: token n goes to slot n % window. Attention does not need them in order, because
-    `sees` compares positions. An empty slot has segment 0, so no token sees it.
+    `sees` compares positions. An empty slot has segment 0: no real token sees it.
     """
 
     def __init__(self, cfg, rows, size, dtype=torch.float32, device="cpu"):
@@ -158,7 +159,7 @@ class Cache:
             raise ValueError(f"{end} tokens, but the cache has room for {self.size}")
         self.start, self.seen = start, end
         self.slots_T = torch.arange(start, end, device=pos_BT.device)[-self.size :] % self.size
-        # A single query looks at the slots in use, rounded up so that attention has few lengths.
+        # A single query sees the slots in use; their number is rounded up, so few sizes occur.
         self.view = min(256 << (start // 256).bit_length(), self.size)
         pos_BT = pos_BT + self.next
         self.next = pos_BT[:, -1:] + 1
@@ -166,7 +167,7 @@ class Cache:
 
     def extend(self, slots, new):
         """Store new [B, *, T, ...]; return everything that its T queries may look at."""
-        one = new.shape[2] == 1  # it overwrites, below, one that has left the window
+        one = new.shape[2] == 1  # `visible` is `slots` itself: it gets the write below
         visible = slots if one else torch.cat((slots[:, :, : self.start], new), dim=2)
         slots.index_copy_(2, self.slots_T, new[:, :, -self.size :].to(slots.dtype))
         return visible[:, :, : self.view] if one else visible
@@ -220,7 +221,7 @@ class Block(nn.Module):
         h = self.post_attention_layernorm(x)
         if not self.sparse:
             return x + self.mlp(h), None
-        # As in the original, the balance loss treats the whole batch as one sample.
+        # As in CuMo's code, the balance loss treats the whole batch as one sample.
         y, aux = self.block_sparse_moe(h.flatten(0, 1)[None], real_BT.flatten()[None])
         return x + y.view_as(x), aux
 
@@ -232,7 +233,7 @@ class ChunkedLoss(torch.autograd.Function):
     """Summed cross-entropy of x [N, D] times the head W [V, D], LOGITS_AT_ONCE at a time.
 
     For Mistral-7B the logits of 4,096 tokens take 500 MiB, and so do their softmax and gradient.
-    The forward pass already computes this gradient, so that no logits are kept or recomputed:
+    The forward pass already computes both gradients, so that no logits are kept or recomputed:
 
         d loss / d logits = softmax(logits) - one_hot(target) = error
         d loss / d x = error W                        d loss / d W = error^T x
@@ -290,8 +291,8 @@ class LLM(nn.Module):
     def __init__(self, cfg: LLMConfig):
         super().__init__()
         self.cfg = cfg
-        self.recompute = 0  # gradient checkpointing of so many blocks, the first ones
-        self.parity = False  # True: padding is routed and counted, as in the original
+        self.recompute = 0  # gradient checkpointing of the first N blocks
+        self.parity = False  # True: padding is routed and counted, as in CuMo's code
         self.model = nn.Module()  # every name as in the public weights
         self.model.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.model.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
@@ -299,7 +300,7 @@ class LLM(nn.Module):
         if not cfg.tie_embeddings:
             self.lm_head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
         for parameter in self.parameters():
-            if parameter.dim() > 1 and not parameter.is_meta:  # a meta tensor has no values
+            if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(self, tokens: Tensor, segments: Tensor | None = None) -> Tensor:
@@ -319,7 +320,7 @@ class LLM(nn.Module):
     def loss(self, x, labels):
         """Mean cross-entropy of predicting labels[:, t + 1] from x[:, t], x as from `hidden`.
 
-        IGNORE labels do not count. If all labels are IGNORE, the loss is 0 (the original: NaN). The
+        IGNORE labels do not count. If all labels are IGNORE, the loss is 0 (CuMo's code: NaN). The
         first label of a packed document must be IGNORE: x before it is another document's.
         """
         x, targets, head = x[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), self.head.weight
@@ -332,14 +333,14 @@ class LLM(nn.Module):
         """Embeddings [B, T, D] -> x after the final norm, and the routers' Aux (None when dense).
 
         segments [B, T]: 0 is padding, 1..n number the documents of a row; None: one document a row.
-        Aux has means over the layers for losses, and load [L, E], choice [L, B, T, K], prob and
-        share [L, 1, E], entropy [L]. `run` calls a block; engine/decode.py compiles that call.
+        In the Aux (mlp_moe.py) losses are means over the layers; the rest has one row a layer, such
+        as load [L, E], choice [L, B, T, K]. `run` calls a block; engine/decode.py compiles it.
         """
         assert segments is None or cache is None or cache.seen == 0, (
             "pass segments only while the cache is empty"
         )
         segments = x.new_ones(x.shape[:2], dtype=torch.int64) if segments is None else segments
-        # In parity mode, as in the original, right padding sees the text; no token sees padding.
+        # In parity mode padding on the right sees the text, and nothing sees padding.
         asking = segments.clamp(min=1) if self.parity else segments
         pos = positions(asking) if cache is None else cache.reserve(positions(asking))
         q_B2T, k_B2U = torch.stack((pos, asking), dim=1), torch.stack((pos, segments), dim=1)
@@ -389,7 +390,7 @@ class LLM(nn.Module):
                       top_k=top_k)  # fmt: skip
         if segments is not None and ((segments.diff() < 0).any() or (segments[:, -1] != 1).any()):
             raise ValueError("segments of prompts are zeros (padding on the left), then ones")
-        multiple = 64 if x.is_cuda else 1  # slots: scores are aligned, and compiled for few lengths
+        multiple = 64 if x.is_cuda else 1  # aligned rows of scores; few sizes to compile
         size = -(-(x.shape[1] + max_new_tokens) // multiple) * multiple
         cache = cache or Cache(self.cfg, len(x), size, product_dtype(x), x.device)
         step = step(self, cache) if step else functools.partial(self.step, cache=cache)
@@ -430,9 +431,9 @@ class LLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=None, device=None) -> "LLM":
-        """From a directory in Hugging Face's layout or its name on the hub; None: float32, CPU."""
+        """From a folder in Hugging Face's layout or a name on the hub; default: float32, CPU."""
         path = local_folder(path)
-        with torch.device("meta"):
+        with weights.on_meta():
             llm = cls(LLMConfig.from_hf(weights.read_config(path))).to(dtype or torch.float32)
         read = functools.partial(weights.read_tensors, path)
         return weights.fill(llm, read, device, llm.is_unused, str(path))

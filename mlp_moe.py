@@ -15,12 +15,12 @@ the arithmetic. CuMo (arXiv 2405.05949, section 3.2) uses such blocks in CLIP an
 
 Left alone, a router may send most tokens to a few experts; `routing_losses` works against it.
 
-All experts of a block are stacked in two parameters, w1 [E, D, F] and w2 [E, F, D]. Tokens are
+All experts of a block are stacked: w1 [E, D, F], w2 [E, F, D] and their biases. Tokens are
 sorted by expert. Then each of the two layers is one grouped matrix product over all experts, so no
 token is dropped and shapes do not depend on the routing: `torch.compile` needs only one graph. On
 disk each expert has the original's names and orientation: in CLIP `experts.3.fc1.weight` [F, D].
 
-Letters: B rows or samples, T tokens, D features, F hidden features, E experts, K experts a token,
+Letters: B rows or samples, T tokens, D features, F hidden features, E experts, K experts per token,
 N tokens flattened (B*T), M = N*K assignments of a token to an expert.
 """
 
@@ -44,8 +44,8 @@ ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu, "silu": F.silu,
                "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}  # fmt: skip
 
 # checkpointed(block, x) recomputes the block in the backward pass instead of keeping activations.
-# Recomputed probabilities may differ in the last bit, and a token must meet the same experts again,
-# so it stores the result of each sort. (Blocks compiled for a GPU repeat the very same kernels.)
+# Recomputed probabilities may differ in the last bit, but a token must meet the same experts again.
+# So the result of each sort is kept. (Code compiled for a GPU needs no copy: it repeats its bits.)
 checkpointed = partial(
     checkpoint,
     use_reentrant=False,
@@ -138,8 +138,8 @@ def routing_losses(logits_BTE: Tensor, probs_BTE: Tensor, choice_BTK: Tensor, re
 def grouped_matmul(x_MD: Tensor, w_EDF: Tensor, ends_E: Tensor, onehot_ME: Tensor) -> Tensor:
     """Rows ends[e-1] to ends[e] of x, times w[e], for all experts e at once.
 
-    PyTorch's grouped product needs bfloat16 rows aligned to 16 bytes; on a CPU, uncompiled, it also
-    takes float32 and float16. In all other cases each row becomes E*D wide: its D numbers in its
+    PyTorch's grouped product takes rows aligned to 16 bytes, in bfloat16 (on a CPU, uncompiled, in
+    float32 or float16 too). In all other cases each row becomes E*D wide: its D numbers in its
     expert's columns, zeros elsewhere. One product with the weights as [E*D, F] is then right, at E
     times the arithmetic.
     """
@@ -214,8 +214,8 @@ class Experts(nn.Module):
 
 
 class Bias(torch.autograd.Function):
-    """b [E, F] -> the bias of each row's expert [M, F]. Its gradient is one product, which adds up
-    in float32, instead of one addition a row."""
+    """b [E, F] -> the bias of each row's expert [M, F]. Its gradient is one matrix product, summed
+    in float32, instead of an addition per row."""
 
     @staticmethod
     def forward(ctx, b_EF, expert_M, onehot_ME):
@@ -258,8 +258,8 @@ class SparseMoE(nn.Module):
         # 1) route
         weights_BTK, aux = self.gate(x, mask)
         num_experts, K = len(self.gate.weight), self.gate.top_k
-        # 2) sort the assignments by expert; padding (choice E) comes last, is computed by the last
-        #    expert and gets weight 0
+        # 2) sort the assignments by expert; padding (choice E) comes last: to keep shapes fixed,
+        #    the last expert computes it, with weight 0
         key_M = aux.choice.flatten().to(torch.int16)  # two bytes: fewer passes of a radix sort
         sorted_M, order_M = key_M.sort(stable=True)
         experts_E = torch.arange(num_experts, dtype=key_M.dtype, device=x.device)
@@ -268,7 +268,7 @@ class SparseMoE(nn.Module):
         inverse_M = torch.empty_like(order_M)
         inverse_M[order_M] = torch.arange(len(order_M), device=x.device)
         # 3) run all experts
-        x_MD = x.flatten(0, -2).repeat_interleave(K, 0)  # K rows a token
+        x_MD = x.flatten(0, -2).repeat_interleave(K, 0)  # K rows per token
         y_MD = self.experts(Permuted.apply(x_MD, order_M, inverse_M), ends_E)
         # 4) un-sort and combine
         y_BTKD = Permuted.apply(y_MD, inverse_M, order_M)

@@ -11,7 +11,7 @@ The model is the last finished stage in `out/`, or any checkpoint given with `--
 model alone works too: it answers questions without a picture. A chat is about its last picture.
 """
 
-import data  # noqa: F401  isort: skip  before torch: how OpenMP's threads wait
+import data  # noqa: F401  isort: skip  before torch: sets how OpenMP waits
 import json
 import select
 import sys

@@ -16,7 +16,7 @@ Stage k writes `out/stage<k>/`: a checkpoint with the names of the released CuMo
 engine/resume.py needs to continue after Ctrl-C or a crash as if nothing had happened.
 """
 
-import data  # noqa: F401  isort: skip  before torch: how OpenMP's threads wait
+import data  # noqa: F401  isort: skip  before torch: sets how OpenMP waits
 import json
 import math
 import os
@@ -38,7 +38,7 @@ from data.checkpoint import start_from
 from data.flags import check_device, parse, run
 from data.hub import local_folder
 from data.llava import check_row, encode
-from data.packing import check_rows, collate, pack, step_metrics, step_shares, to_device
+from data.packing import check_rows, collate, pack, step_metrics, step_shares
 from data.stages import WORLD_TASK, table_of
 from data.tokenizer import Tokenizer
 from engine import compiling, fsdp, held_out, memory, optim, profile, rate, resume, settings
@@ -55,7 +55,7 @@ class ModelSettings:
     preset: str = "mini"  # mini, smol-mini, smol, mistral-7b or mixtral-8x7b
     clip: str = ""  # CLIP weights: a folder, or a name on the hub
     llm: str = ""  # language model weights: a folder, or a name on the hub
-    scales: tuple = (1,)  # S2 scales of the image features
+    scales: tuple = (1,)  # S2: 1 is CLIP's own image size; 1,3 adds 3 x 3 tiles
     seed: int = 0  # of weights, data order and routers
 
 
@@ -81,21 +81,21 @@ class RunSettings:
     estimate: bool = False  # print the memory of the stage on each size of card, and stop
     plot: bool = True  # draw the loss curves when a stage ends (pip install matplotlib)
     wandb: bool = False  # log to Weights & Biases as well (pip install wandb)
-    workers: int = 0  # processes that read the data; default: up to 4 on a GPU, else none
-    overwrite: bool = False  # train a finished stage again
+    workers: int = 0  # processes that read the data; if not given: up to 4 on a GPU
+    overwrite: bool = False  # train the stage from its first step again
     save_every: int = 200  # steps between two resume points
 
 
 @dataclass
 class StageSettings:
-    """Of the stage that --stage names (0: of all three). data/stages.py has other defaults."""
+    """Of the stage that --stage names (0: all three). data/stages.py overrides these defaults."""
 
     data: str = ""  # LLaVA JSON or JSONL; empty: the emoji world
     image_folder: str = ""  # folder that the image paths of --data are relative to
     limit: int = 0  # use only the first N records of --data; 0: all
     val: str = ""  # held-out LLaVA file: its loss is logged at each --save-every
-    samples: int = 0  # number of samples to see; 0: all of --data, once
-    epochs: int = 0  # number of times to see all of --data, instead of --samples
+    samples: int = 0  # number of samples to see; 0: see --epochs
+    epochs: int = 0  # if --samples is 0: how often to see all of --data (0: once)
     augment: bool = True  # recolour the drawings of the emoji world
     init: str = ""  # start from this checkpoint; if --stage is not given, only stage 3 runs
     template: str = "mistral_instruct_system"  # how conversations are written
@@ -107,9 +107,9 @@ class StageSettings:
     warmup: float = 0.03  # share of the samples with a rising learning rate
     weight_decay: float = 0.0  # of the matrices
     clip_grad: float = 1.0  # largest gradient norm
-    upcycle: str = "clip,mlp"  # parts made sparse in stage 3 (clip, mlp, llm); "none": stay dense
+    upcycle: str = "clip,mlp"  # sparse in stage 3: clip, mlp (the connector), llm; or "none"
     num_experts: int = 4  # experts of a sparse block
-    top_k: int = 2  # experts a token visits
+    top_k: int = 2  # experts per token
     scratch: str = ""  # sparse parts whose experts start random instead of as copies (ablation)
     freeze: str = ""  # parts that do not learn in stages 2 and 3 (clip, mlp, llm)
     balance_coef: float = 0.1  # weight of the balance losses
@@ -151,7 +151,7 @@ def resolve(given, stage, target=True):
     if "workers" not in given:
         cfg.workers = loader.default_workers(cfg.device)
     if cfg.data and "samples" not in given:
-        cfg.samples = 0  # all of it, once
+        cfg.samples = 0  # all of it
     settings.check_values(cfg)
     return cfg
 
@@ -210,7 +210,7 @@ def build(cfg):
     model.cfg.balance_coef, model.cfg.z_coef = cfg.balance_coef, cfg.z_coef
     known = model.cfg.template if cfg.init else ""
     model.cfg.image_mode, model.cfg.template = cfg.image_mode, cfg.template
-    if cfg.template == "plain":  # only for captions, so questions are asked in another
+    if cfg.template == "plain":  # fits captions only: keep another for questions
         model.cfg.template = known or template_of(Tokenizer.from_pretrained(source))
     return model, source
 
@@ -219,7 +219,8 @@ class Trainer:
     """Model, optimizer and place in the data of one stage."""
 
     def __init__(self, cfg):
-        check_rows(cfg.rows, fsdp.world()[1])
+        self.world = fsdp.world()  # (rank, number of ranks)
+        check_rows(cfg.rows, self.world[1])
         torch.manual_seed(cfg.seed)
         self.cfg, self.folder = cfg, stage_dir(cfg, cfg.stage)
         self.data = loader.open_data(cfg, WORLD_TASK[cfg.stage])
@@ -238,6 +239,7 @@ class Trainer:
         self.step, self.used, self.seconds, self.stop = 0, 0, 0.0, False
         self.counts = dict.fromkeys(loader.KINDS, 0)
         self.rates = rate.rates(cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32)
+        self.work = rate.operations(self.model.cfg, cfg.stage, cfg.row_tokens)
         self.code = partial(
             encode, tokenizer=self.tokenizer, template=cfg.template, max_tokens=cfg.row_tokens,
             image_tokens=self.model.image_tokens, image_size=self.model.cfg.vision.image_size,
@@ -247,7 +249,7 @@ class Trainer:
             compiling.compile_blocks(self.model)
 
     def batches(self):
-        """Packed batches from where the last one ended."""
+        """Packed batches, from the first unused sample on."""
         cfg, log = self.cfg, self.folder / "skipped.jsonl" if fsdp.is_main() else None
         self.read = dict(self.counts)  # what was read; self.counts: what was used
         stream = loader.Loader(self.data, self.order, self.code, cfg.workers, self.read, log)
@@ -258,10 +260,10 @@ class Trainer:
         cfg, start, before = self.cfg, start or time.perf_counter(), self.used
         tokens, n_images, metrics, shares = 0, 0, [], step_shares(batches)
         for batch, share in zip(batches, shares):
-            mine = collate(batch, self.model.image_tokens, *fsdp.world())
+            given = collate(batch, self.model.image_tokens, *self.world, cfg.device)
             with torch.autocast(cfg.device, torch.bfloat16, cfg.bf16 and cfg.weights == "fp32"):
-                out = self.model(**to_device(mine, cfg.device), shares=share)
-            if out.loss.requires_grad:  # not without an image while the LLM is frozen
+                out = self.model(**given, shares=share)
+            if out.loss.requires_grad:  # false if no image is there and the LLM is frozen
                 out.loss.backward()
             metrics.append(out.metrics())
             tokens += int((batch["segments"] > 0).sum())
@@ -272,8 +274,8 @@ class Trainer:
         if not math.isfinite(norm):
             names = [self.data.name(i) for i in self.order[before : self.used].tolist()]
             raise ValueError(
-                f"the loss or a gradient is not finite in the batch of samples {', '.join(names)}; "
-                f"correct them, lower --lr, or try --no-bf16; then --overwrite the stage"
+                f"the loss or a gradient is not finite in the step of samples {', '.join(names)}; "
+                f"correct them or lower --lr, or try --weights fp32 --no-bf16; then --overwrite"
             )
         lr = lr_at((before + self.used) / 2 / len(self.order), cfg)
         for group in self.optimizer.param_groups:
@@ -283,12 +285,11 @@ class Trainer:
         self.step += 1
         took = time.perf_counter() - start
         self.seconds += took
-        work = rate.operations(self.model.cfg, cfg.stage, tokens, n_images, cfg.row_tokens)
+        work = (tokens * self.work[0] + n_images * self.work[1]) / self.world[1]
         return {"step": self.step, "samples": self.used, **step_metrics(metrics, shares), "lr": lr,
                 "grad_norm": norm, "tokens_per_s": round(tokens / took),
                 "samples_per_s": round((self.used - before) / took, 2),
-                **{k: round(work / took / r / fsdp.world()[1], 4) for k, r in self.rates.items()},
-                "memory_gb": round(memory.peak_memory(cfg.device) / memory.GB, 2)}  # fmt: skip
+                **{k: round(work / took / r, 4) for k, r in self.rates.items()}}  # fmt: skip
 
     def loop(self, wandb=None):
         """Train to the end of the data -> True, or until Ctrl-C -> False."""
@@ -305,7 +306,9 @@ class Trainer:
                 if not batches:
                     self.counts = self.read
                     return True
-                metrics = self.train_step(batches, start) | held_out.log(self)
+                metrics = self.train_step(batches, start)
+                metrics["memory_gb"] = round(memory.peak_memory(device) / memory.GB, 2)
+                metrics |= held_out.log(self)
                 self.counts = counts
                 log.write(json.dumps(metrics) + "\n")
                 if wandb:
@@ -346,8 +349,9 @@ def train_stage(cfg):
         if not done:
             resume.save_point(trainer)
     if not done:
-        again = shlex.join(["python", *(word for word in sys.argv if word != "--overwrite")])
-        print(f"stopped after {trainer.used:,} samples; the same command continues: {again}")
+        words = [word for word in sys.argv if word != "--overwrite"]
+        again = shlex.join([*fsdp.launcher(), *words])
+        print(f"stopped after {trainer.used:,} samples; to continue: {again}")
         return False
     lines = loader.summary(trainer.counts, getattr(trainer.data, "rejected", []), cfg.row_tokens)
     model = fsdp.gather_model(trainer.model)

@@ -6,17 +6,17 @@ not converge that way. So each expert starts as a copy of the trained MLP that i
     dense          sparse, step 0                        after training
     x -> MLP       x -> router -> MLP, MLP, MLP, MLP     x -> router -> MLP1, MLP2, MLP3, MLP4
 
-With identical experts the router's weights, which sum to 1, cancel out: y = sum_k w_k MLP(x) =
-MLP(x). So step 0 loses nothing. The router starts random, so the experts then see different tokens
-and grow apart. No noise is added.
+With identical experts the weights w_k that mix them, which sum to 1, cancel out:
+y = sum_k w_k MLP(x) = MLP(x). So step 0 loses nothing. The router starts random, so the experts
+then see different tokens and grow apart. No noise is added.
 
     python upcycle.py SRC DST --parts clip,mlp --experts 4 --top-k 2
 
 `--parts clip,mlp,llm` upcycles the language model too (Table 3c). `--scratch clip` leaves the
-experts of that part random, for the rows of the ablation that show why copies matter.
+experts of that part random, for the ablation that shows why copies matter (docs/RESULTS.md).
 """
 
-import data  # noqa: F401  isort: skip  before torch: how OpenMP's threads wait
+import data  # noqa: F401  isort: skip  before torch: sets how OpenMP waits
 import argparse
 import copy
 import pathlib

@@ -20,27 +20,21 @@ from functools import partial
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
-sys.path.append(str(ROOT / "tests"))
 
-import mistral_common
 import sentencepiece
 import tokenizers
 import torch
 import transformers
-from test_chat_template import CHATML, LLAMA2, TEKKEN, UNKNOWN, V1, V3, from_common
-from test_layouts import ASKED, IMAGES, TOKENS, in_original_layout, llava_hf
-from test_tokenizer import MINI_JSON, reference_of, some_texts, spaces_by, with_words, write
-from tiny import tiny_cumo
 
-from clip_moe import CLIPVision
-from cumo import CuMo
+from bench import public_models as public
+from clip_moe import CLIPVision, CLIPVisionConfig
+from cumo import CuMo, CuMoConfig
 from data.chat import render
 from data.chat_template import native_template
 from data.tokenizer import Tokenizer
 from data.weights import read_config, write_json
-from llm import LLM
+from llm import LLM, LLMConfig
 
-MISTRAL = pathlib.Path(mistral_common.__file__).parent / "data"
 SMALL = dict(vocab_size=61, hidden_size=48, intermediate_size=72, num_hidden_layers=3,
              num_attention_heads=6, num_key_value_heads=2, initializer_range=0.15)  # fmt: skip
 LLAMA31 = dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0,
@@ -142,7 +136,11 @@ def vision(folder, options, written, processor):
 
 @torch.no_grad()
 def multimodal(folder, change):
-    model = tiny_cumo(experts=4, scales=(1, 3)).eval()
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(image_size=24, patch_size=8, dim=24, hidden_dim=40, n_layers=3,
+                              n_heads=2, scales=(1, 3), num_experts=4)  # fmt: skip
+    llm = LLMConfig(97, dim=32, hidden_dim=56, n_layers=2, n_heads=4, n_kv_heads=2)
+    model = CuMo(CuMoConfig(vision, llm, mlp_experts=4)).eval()
     model.save_pretrained(folder)
     write_json(folder / "config.json", read_config(folder) | change)
     images = torch.randn(1, 3, 24, 24)
@@ -151,11 +149,14 @@ def multimodal(folder, change):
 
 @torch.no_grad()
 def llava(folder, family, layout, change):
-    theirs = llava_hf(folder, family)
+    theirs = public.llava_hf(folder, family)
     if layout != "llava-hf":
-        in_original_layout(folder, family, whole=layout == "whole")
+        public.in_original_layout(folder, family, whole=layout == "whole")
     write_json(folder / "config.json", read_config(folder) | change)
-    return lambda: (CuMo.from_pretrained(folder)(TOKENS, IMAGES).logits, theirs(**ASKED).logits)
+    return lambda: (
+        CuMo.from_pretrained(folder)(public.TOKENS, public.IMAGES).logits,
+        theirs(**public.ASKED).logits,
+    )
 
 
 def models(only):
@@ -181,31 +182,34 @@ def with_added_tokens(encode, text):
 
 def tokens(folder):
     """Yields a row for each kind of tokenizer."""
-    texts = [" x", "▁x", *some_texts(3045, seed=11)]
-    sp = sentencepiece.SentencePieceProcessor(model_file=str(MISTRAL / "tokenizer.model.v1"))
-    shutil.copy(MISTRAL / "tokenizer.model.v1", folder / "tokenizer.model")
+    texts = [" x", "▁x", *public.some_texts(3045, seed=11)]
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(public.MISTRAL / "tokenizer.model.v1"))
+    shutil.copy(public.MISTRAL / "tokenizer.model.v1", folder / "tokenizer.model")
     yield "tokenizer.model", texts_that_differ(Tokenizer.from_pretrained(folder).encode,
                                                sp.encode, texts)  # fmt: skip
     (folder / "tokenizer.model").unlink()
     rng = random.Random(0)
     for scheme in ("Prepend", "always", "first", "never"):
-        spec = spaces_by(sp, scheme)
-        ours = Tokenizer.from_pretrained(write(folder, spec)).encode
+        spec = public.spaces_by(sp, scheme)
+        ours = Tokenizer.from_pretrained(public.write(folder, spec)).encode
         yield (
             f"tokenizer.json, spaces by {scheme}",
-            texts_that_differ(ours, reference_of(spec), texts),
+            texts_that_differ(ours, public.reference_of(spec), texts),
         )
-        spec, words = with_words(spec)
+        spec, words = public.with_words(spec)
         encode = tokenizers.Tokenizer.from_str(json.dumps(spec)).encode
         theirs = partial(with_added_tokens, encode)
         names = [{"id": i, "content": name, "special": True} for i, name in
                  enumerate(("<unk>", "<s>", "</s>"))]  # fmt: skip
         spec["added_tokens"] = names + spec["added_tokens"]
         mixed = ["".join(rng.choices([*words, " ", "a", "b "], k=9)) for _ in range(500)]
-        ours = Tokenizer.from_pretrained(write(folder, spec)).encode
+        ours = Tokenizer.from_pretrained(public.write(folder, spec)).encode
         yield f"the same, with {words[0]} added", texts_that_differ(ours, theirs, mixed)
-    ours = Tokenizer.from_pretrained(write(folder, MINI_JSON)).encode
-    yield "tokenizer.json, bytes", texts_that_differ(ours, reference_of(MINI_JSON), texts)
+    ours = Tokenizer.from_pretrained(public.write(folder, public.MINI_JSON)).encode
+    yield (
+        "tokenizer.json, bytes",
+        texts_that_differ(ours, public.reference_of(public.MINI_JSON), texts),
+    )
 
 
 def templates(folder):
@@ -213,19 +217,19 @@ def templates(folder):
     said = ["What is a cat?", "A cat.", "And\nthen?"]
     talk = [{"from": ("human", "gpt")[k % 2], "value": text} for k, text in enumerate(said)]
     v3 = "mistral_instruct_tokenizer_240323.model.v3"
-    known = {"Mistral v0.1, v0.2, Mixtral-8x7B": ("tokenizer.model.v1", V1),
-             "Mistral v0.3, Mixtral-8x22B": (v3, V3),
-             "Nemo (tekken)": ("tekken_240911.json", TEKKEN)}  # fmt: skip
-    refused = dict(itertools.islice(UNKNOWN.items(), 3))
-    others = {"Llama-2": LLAMA2} | CHATML | refused
+    known = {"Mistral v0.1, v0.2, Mixtral-8x7B": ("tokenizer.model.v1", public.V1),
+             "Mistral v0.3, Mixtral-8x22B": (v3, public.V3),
+             "Nemo (tekken)": ("tekken_240911.json", public.TEKKEN)}  # fmt: skip
+    refused = dict(itertools.islice(public.UNKNOWN.items(), 3))
+    others = {"Llama-2": public.LLAMA2} | public.CHATML | refused
     for name, (file, text) in itertools.chain(
         known.items(), ((name, ("tokenizer.model.v1", text)) for name, text in others.items())
     ):
         for old in ("tokenizer.model", "tekken.json", "tokenizer.json", "added_tokens.json"):
             (folder / old).unlink(missing_ok=True)
         own = "tekken.json" if file.startswith("tekken") else "tokenizer.model"
-        shutil.copy(MISTRAL / file, folder / own)
-        marks = {"<|im_start|>": 32000, "<|im_end|>": 32001} if name in CHATML else {}
+        shutil.copy(public.MISTRAL / file, folder / own)
+        marks = {"<|im_start|>": 32000, "<|im_end|>": 32001} if name in public.CHATML else {}
         (folder / "added_tokens.json").write_text(json.dumps(marks))
         (folder / "chat_template.jinja").write_text(text)
         tokenizer = Tokenizer.from_pretrained(folder)
@@ -235,7 +239,7 @@ def templates(folder):
             yield name, "refused: " + str(error).split(": ", 1)[-1]
             continue
         if name in known:
-            equal = render(talk, tokenizer, found)[0] == from_common(file, said)
+            equal = render(talk, tokenizer, found)[0] == public.from_common(file, said)
             found += ", equal to mistral-common" if equal else ", differs from mistral-common"
         yield name, found
 

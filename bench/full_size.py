@@ -102,7 +102,8 @@ def train_steps(cfg):
         for _ in range(cfg.steps):
             start, taken = time.perf_counter(), list(islice(batches, stage.accumulate))
             metrics = trainer.train_step(taken)
-            seen.append(metrics | {"seconds": time.perf_counter() - start})
+            peak = memory.peak_memory(stage.device) / memory.GB
+            seen.append(metrics | {"seconds": time.perf_counter() - start, "memory_gb": peak})
             show = {k: seen[-1][k] for k in ("step", "seconds", "tokens_per_s", "mfu", "memory_gb")}
             print(show, flush=True)
             recorded()
@@ -111,7 +112,7 @@ def train_steps(cfg):
     reserved = torch.cuda.max_memory_reserved() / memory.GB if "cuda" in stage.device else None
     found = {k: middle[k] for k in ("seconds", "tokens_per_s", "mfu", "memory_gb")}
     return found | {"seconds_first_step": seen[0]["seconds"], "reserved_gb": reserved,
-                    "estimate_gb": memory.total(plan) / memory.GB, "rate": trainer.rate,
+                    "estimate_gb": memory.total(plan) / memory.GB, "rate": trainer.rates["mfu"],
                     "weights": stage.weights, "moments": stage.moments,
                     "recompute": stage.recompute}  # fmt: skip
 

@@ -1,15 +1,6 @@
-"""Conversations to token ids and labels, in the prompt templates of the original.
+"""Conversations to token ids and labels, in the prompt templates of data/chat_template.py.
 
-    plain              <s><image>ANSWER\\n
     mistral_instruct   <s><s>[INST] <image>\\nQUESTION [/INST] ANSWER </s>[INST] NEXT [/INST] ...
-    chatml             <|im_start|>system\\n...<|im_end|>\\n
-                       <|im_start|>user\\n<image>\\nQUESTION<|im_end|>\\n
-                       <|im_start|>assistant\\nANSWER<|im_end|>\\n<|im_start|>user\\n ...
-
-`mistral_instruct_system` puts a system prompt before the first question. `chatml` has the system
-message that the model's own chat template adds by default, if there is one. `vicuna` is for
-LLaVA-1.5 (data/layouts.py). Three more are for language models alone (data/chat_template.py):
-mistral_v1, mistral_v3 and llama2.
 
 In a conversation without a picture `<image>` is text ("docker run <image>"). CuMo: a question's
 only tag moves to its front. Several keep their places; the original keeps one of them.
@@ -23,19 +14,14 @@ CuMo: the original makes labels from the finished text, by counting tokens betwe
 from the sample. Here a mark is ordinary text, and a sample with an empty turn is `Rejected`.
 """
 
+import re
 from functools import partial
 
-from data.chat_template import TEMPLATES, chatml
+from data.chat_template import CONTROL, FORMS, SMOL_SYSTEM, TEMPLATES, chatml
 
 IGNORE = -100  # label of a token that is not learned
 IMAGE_TOKEN = -200  # id of every visual token of an image
 IMAGE_TAG = "<image>"
-SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-SMOL_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-CONTROL = {"chatml": ("<|im_start|>", "<|im_end|>"), "mistral_v3": ("[INST]", "[/INST]")}
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
 
 
@@ -136,87 +122,39 @@ def encode_prompt(text, tokenizer, image_tokens, start=True):
     return ids
 
 
-def write_plain(turns, tokenizer, image_tokens):
-    """Yields (ids, learned): images and the caption. The question is ignored."""
-    n_images = turns[0]["value"].count(IMAGE_TAG)
-    yield [tokenizer.bos] + [IMAGE_TOKEN] * (n_images * image_tokens), False
-    for turn in turns[1:]:
-        yield tokenizer.encode(turn["value"] + "\n"), True
-
-
-def write_mistral(turns, tokenizer, image_tokens, template):
-    """Yields (ids, learned). `[INST]` and `[/INST]` are ordinary text here, as in Mistral-7B v0.1
-    and v0.2, and in Llama 2; `vicuna` has USER and ASSISTANT instead."""
-    system = f"<<SYS>>\n{SYSTEM}\n<</SYS>>\n\n" if template.endswith("system") else ""
-    own, llama = not template.startswith("mistral_instruct"), template == "llama2"
-    yield [tokenizer.bos] * (1 if own else 2), False  # CuMo: a second one from the template
-    for k, turn in enumerate(turns):
-        said = turn["value"].strip() if llama else turn["value"]
-        if k % 2 == 0:
-            yield [tokenizer.bos] * (llama and k > 0), False
-            text = f"[INST] {'' if k else system}{said} [/INST]"
-            if template == "vicuna":
-                text = f"{'' if k else SYSTEM + ' '}USER: {said} ASSISTANT:"
-            yield encode_prompt(text, tokenizer, image_tokens), False
-        else:
-            text = f" {said}" if template in ("mistral_v1", "vicuna") else f" {said} "
-            yield tokenizer.encode(text, start=False) + [tokenizer.eos], True
-
-
-def write_mistral_v3(turns, tokenizer, image_tokens):
-    """Yields (ids, learned). `[INST]` and `[/INST]` are control tokens, as in `mistral-common`."""
-    begin, end = (tokenizer.special[mark] for mark in CONTROL["mistral_v3"])
-    yield [tokenizer.bos], False
-    for k, turn in enumerate(turns):
-        if k % 2 == 0:
-            yield [begin, *encode_prompt(turn["value"], tokenizer, image_tokens), end], False
-        else:
-            yield tokenizer.encode(turn["value"].rstrip()) + [tokenizer.eos], True
-
-
-def write_chatml(turns, tokenizer, image_tokens):
-    """Yields (ids, learned), the ids that `transformers` makes with the model's own ChatML.
-
-    One exception: an answer is tokenized alone, as the model generates it. `transformers` may
-    merge blanks at the start of an answer with the line break before it.
-    """
-    begin, end = (tokenizer.special[mark] for mark in CONTROL["chatml"])
-    encode = partial(tokenizer.encode, start=tokenizer.again)  # text after a control token
-    line_break = encode("\n")
-    own, system = chatml(tokenizer), SMOL_SYSTEM  # a CuMo has learned it by default
-    if tokenizer.chat_template:
-        system = own["system"] if own else None
-    yield [tokenizer.bos] * bool(own and own["bos"]), False
-    if system:
-        yield [begin, *encode(f"system\n{system}"), end, *line_break], False
-    for k, turn in enumerate(turns):
-        if k % 2 == 0:
-            text = f"user\n{turn['value']}"
-            text = encode_prompt(text, tokenizer, image_tokens, tokenizer.again)
-            yield [begin, *text, end, *line_break], False
-            yield [begin, *encode("assistant\n")], False
-        else:
-            yield [*tokenizer.encode(turn["value"], start=False), end], True
-            yield line_break, False
+def encode_form(form, said, marks, encode):
+    """The ids of one of FORMS with a turn in it. A mark in the turn stays ordinary text."""
+    words, ids = {"{}": said, "{strip}": said.strip(), "{rstrip}": said.rstrip()}, []
+    for part in filter(None, re.split(f"({'|'.join(map(re.escape, marks))})", form)):
+        text = re.sub(r"{\w*}", lambda gap: words[gap[0]], part)
+        ids += [marks[part]] if part in marks else encode(text)
+    return ids
 
 
 def write(turns, tokenizer, template, image_tokens):
     """Turns that `check_turns` has accepted -> (ids, labels). image_tokens: as many for each
     picture; None: the conversation has no picture, and `<image>` is text."""
-    if image_tokens is not None:
-        turns = [turn | {"value": place_tags(turn["value"])} for turn in turns]
-    if template == "plain":
-        pieces = write_plain(turns, tokenizer, image_tokens)
-    elif template == "chatml":
-        pieces = write_chatml(turns, tokenizer, image_tokens)
-    elif template == "mistral_v3":
-        pieces = write_mistral_v3(turns, tokenizer, image_tokens)
-    else:
-        pieces = write_mistral(turns, tokenizer, image_tokens, template)
+    first, question, answer, after = FORMS[template]
+    if template == "chatml":  # a CuMo has learned SmolLM2's system message by default
+        first = (chatml(tokenizer) or "" if tokenizer.chat_template else SMOL_SYSTEM) + first
+    marks = {"<s>": tokenizer.bos, "</s>": tokenizer.eos}
+    marks |= {mark: tokenizer.special[mark] for mark in CONTROL.get(template, ())}
+    # SentencePiece puts a space before some texts: (after a mark, before an answer)
+    start = template != "chatml" or tokenizer.again, template in ("plain", "mistral_v3")
+    asked, answered = (partial(encode_prompt, tokenizer=tokenizer, image_tokens=image_tokens,
+                               start=spaced) for spaced in start)  # fmt: skip
     ids, labels = [], []
-    for piece, learned in pieces:
-        ids += piece
-        labels += piece if learned else [IGNORE] * len(piece)
+    for k, turn in enumerate(turns):
+        said = turn["value"] if image_tokens is None else place_tags(turn["value"])
+        if k % 2 == 0:
+            said = IMAGE_TAG * said.count(IMAGE_TAG) if template == "plain" else said
+            new = encode_form(question if k else first, said, marks, asked)
+            learned = []
+        else:
+            learned = encode_form(answer, said, marks, answered)
+            new = encode_form(after, said, marks, asked)
+        ids += learned + new
+        labels += learned + [IGNORE] * len(new)
     return ids, labels
 
 

@@ -1,7 +1,7 @@
-"""How a language model alone wants to be asked: the template of ours that its own file means.
+"""The prompt templates, and which of them a language model alone wants.
 
-A model brings its `chat_template`, a program in Jinja, which we do not run. We recognise by its
-text what these models have, and refuse everything else:
+A model brings its `chat_template`, a program in Jinja, which we do not run. We rewrite what it
+prints in the words of FORMS, and refuse a template that prints anything else around a question:
 
     mistral_v1   Mistral-7B-Instruct v0.1 and v0.2, Mixtral-8x7B: [INST] is ordinary text
     mistral_v3   Mistral-7B-Instruct v0.3, Mixtral-8x22B, Nemo: [INST] is a control token
@@ -14,74 +14,101 @@ A template that sets a system message of its own is recognised only in ChatML.
 import functools
 import re
 
-TEMPLATES = ("plain", "mistral_instruct", "mistral_instruct_system", "chatml", "mistral_v1",
-             "mistral_v3", "llama2", "vicuna")  # fmt: skip
-MESSAGE = r"message\['content'\]"
-QUESTION = rf"'( ?\[INST\] ?)'\+{MESSAGE}\+'( ?\[/INST\])'"
-WITH_SYSTEM = QUESTION.replace(r"'\+", r"'\+system_message\+'\n\n'\+", 1)
-ANSWER = rf"{{{{(?:' '\+)?{MESSAGE}(?:\|trim)?\+eos_token(?:\+' ')?}}}}"
-OWN_SYSTEM = r"set \w*system\w*\s*=\s*'|SYSTEM_PROMPT"  # a default that we would leave out
-LLAMA2 = (
-    "{{bos_token+'[INST] '+content.strip()+' [/INST]'}}",
-    "{{' '+content.strip()+' '+eos_token}}",
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-LLAMA2_CONTENT = {"message['content']",
-                  "'<<SYS>>\n'+system_message+'\n<</SYS>>\n\n'+message['content']"}  # fmt: skip
-CHATML = re.compile(
-    r"(?P<bos>{{bos_token}})?"
-    r"(?:{%if not add_generation_prompt is defined%}"
-    r"{%set add_generation_prompt ?= ?false%}{%endif%})?"
-    r"{%for message in messages%}"
-    r"(?:{%if loop\.first and messages\[0\]\['role'\] ?!= ?'system'%}"
-    r"{{'<\|im_start\|>system\n(?P<system>[^{}'+|]*)<\|im_end\|>\n'}}{%endif%})?"
-    r"{{'<\|im_start\|>'\+message\['role'\]\+'\n'\+message\['content'\]\+'<\|im_end\|>(?:'\+')?\n'}}"
-    r"{%endfor%}"
-    r"{%if add_generation_prompt%}{{'<\|im_start\|>assistant\n'}}{%endif%}"
+SMOL_SYSTEM = (
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    "<|im_end|>\n"
 )
+INST = "[INST] {} [/INST]"
+ASK = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+# template -> the first question, later ones, an answer, what follows it and is not learned. A turn
+# is written as it is {}, without blanks around it {strip}, or without those at its end {rstrip}.
+FORMS = {
+    "plain": ("<s>{}", "", "{}\n", ""),
+    "mistral_instruct": (f"<s><s>{INST}", INST, " {} </s>", ""),  # CuMo: twice <s>
+    "mistral_instruct_system": (f"<s><s>[INST] <<SYS>>\n{SYSTEM}\n<</SYS>>\n\n{{}} [/INST]",
+                                INST, " {} </s>", ""),
+    "chatml": (ASK, ASK, "{}<|im_end|>", "\n"),  # a system message comes before
+    "mistral_v1": (f"<s>{INST}", INST, " {}</s>", ""),
+    "mistral_v3": ("<s>[INST]{}[/INST]", "[INST]{}[/INST]", "{rstrip}</s>", ""),
+    "llama2": ("<s>[INST] {strip} [/INST]", "<s>[INST] {strip} [/INST]", " {strip} </s>", ""),
+    "vicuna": (f"<s>{SYSTEM} USER: {{}} ASSISTANT:", "USER: {} ASSISTANT:", " {}</s>", ""),
+}  # fmt: skip
+TEMPLATES = tuple(FORMS)
+CONTROL = {"chatml": ("<|im_start|>", "<|im_end|>"), "mistral_v3": ("[INST]", "[/INST]")}
+
+# A tag of Jinja, with the blanks that Jinja drops (transformers: trim_blocks, lstrip_blocks).
+TAG = re.compile(r"(?:\s*{([%{#])-|^[ \t]*{([%#])|{([%{#]))\s*(.*?)\s*(?:-[%}#]}\s*|[%#]}\n?|}})",
+                 re.S | re.M)  # fmt: skip
+IN_FORMS = {"bos_token": "'<s>'", "eos_token": "'</s>'", "system_message+'\n\n'+": "",
+            "message['content']|trim": "'{strip}'", "content.strip()": "'{strip}'",
+            "message['content']": "'{}'", "message['role']": "'{role}'"}  # fmt: skip
+CHATML = ["<|im_start|>{role}\n{}<|im_end|>\n", "<|im_start|>assistant\n"]
+BEFORE_CHATML = r"(<s>)?(<\|im_start\|>system\n[^{}<+|=]*<\|im_end\|>\n)?"
+CHATML_TAGS = {"if not add_generation_prompt is defined", "set add_generation_prompt=false",
+               "for message in messages", "if loop.first and messages[0]['role']!='system'",
+               "if add_generation_prompt", "endif", "endfor"}  # fmt: skip
+LLAMA2_TAGS = {"set content='{}'",
+               "set content='<<SYS>>\n'+system_message+'\n<</SYS>>\n\n{}'"}  # fmt: skip
+
+
+def in_one_way(tag):
+    """A tag of Jinja: the text that it prints, in the words of FORMS, or else its code."""
+    *kinds, code = tag.groups(default="")
+    code = re.sub(r"\s*([+|]|[!=]?=)\s*", r"\1", code.replace("\\n", "\n").replace('"', "'"))
+    code = re.sub(r"\b(messages?(?:\[0\])?)\.(role|content)\b", r"\1['\2']", code)
+    for jinja, form in IN_FORMS.items():
+        code = code.replace(jinja, form)
+    code = code.replace("'+'", "")
+    if "%" in kinds:
+        return f"{{%{code}%}}"
+    if "#" in kinds or code.startswith("raise_exception("):
+        return ""
+    return code[1:-1] if re.fullmatch("'[^']*'", code) else f"{{{{{code}}}}}"
 
 
 @functools.cache
-def in_one_way(text):
-    """A Jinja template, written in one way: blanks that Jinja drops, quotes, names of fields."""
-    text = re.sub(r"\s+(?={[%{]-)|(?<=-[%}]})\s+", "", text)
-    text = re.sub(r"%}\n", "%}", text)  # transformers: trim_blocks, and lstrip_blocks:
-    text = re.sub(r"^[ \t]+(?={%)|(?<=%})[ \t]+(?={%)", "", text, flags=re.M)
-    text = re.sub(r"({[%{])-?\s*", r"\1", text)
-    text = re.sub(r"\s*-?([%}]})", r"\1", text).strip()
-    text = text.replace("\\n", "\n").replace('"', "'")
-    text = re.sub(r"\b(messages?(?:\[0\])?)\.(role|content)\b", r"\1['\2']", text)
-    return re.sub(r"\s*([+|])\s*", r"\1", text)
+def read(template):
+    """A Jinja template -> ([the texts that it prints], {its other tags})."""
+    parts = re.split("{%(.*?)%}", TAG.sub(in_one_way, template.strip()), flags=re.S)
+    return [text for text in parts[::2] if text], {*parts[1::2]}
 
 
 def chatml(tokenizer):
-    """The match of CHATML with the model's own template, or None."""
-    return CHATML.fullmatch(in_one_way(tokenizer.chat_template))
+    """What the model's own ChatML prints before the first turn; None: its template is another."""
+    prints, tags = read(tokenizer.chat_template)
+    before, known = "".join(prints[:-2]), prints[-2:] == CHATML and tags <= CHATML_TAGS
+    return before if known and re.fullmatch(BEFORE_CHATML, before) else None
 
 
 def recognise(tokenizer):
     """The template of ours that the model's own one means; None: it is not known here."""
-    text, control = in_one_way(tokenizer.chat_template), "[INST]" in tokenizer.special
-    if text in TEMPLATES:  # named on the command line
-        return text
-    if not text and control:  # Mistral's own files
+    own, control = tokenizer.chat_template, "[INST]" in tokenizer.special
+    if own in FORMS:  # named on the command line
+        return own
+    if not own and control:  # Mistral's own files
         return "mistral_v3"
-    if chatml(tokenizer):
+    if chatml(tokenizer) is not None:
         return "chatml"
-    if re.search(OWN_SYSTEM, text):
-        return None
-    if all(written in text for written in LLAMA2):
-        sets = {*re.findall(r"{%set content ?= ?(.*?)%}", text, re.S)}
-        known = sets <= LLAMA2_CONTENT and text.count("[INST]") == 1 and not control
-        return "llama2" if known else None
-    asks = {*re.findall(QUESTION, text)}
-    others = "[INST]" in re.sub(f"{QUESTION}|{WITH_SYSTEM}", "", text)
-    if len(asks) != 1 or others or "{{bos_token}}" not in text or not re.search(ANSWER, text):
-        return None
-    begin, end = asks.pop()
-    if not control:
-        return "mistral_v1" if (begin.lstrip(), end) == ("[INST] ", " [/INST]") else None
-    spaced = "[INST] " if tokenizer.mark else "[INST]"  # SentencePiece puts the space itself
-    return "mistral_v3" if (begin, end) == (spaced, "[/INST]") else None
+    prints, tags = read(own)
+    names = ["mistral_v3"] if control else ["mistral_v1"]
+    if not control and {tag for tag in tags if tag.startswith("set content=")} <= LLAMA2_TAGS:
+        names.append("llama2")
+    if any(re.match(r"set \w*system\w*='", tag) for tag in tags) or "SYSTEM_PROMPT" in own:
+        return None  # a system message that we would leave out
+    asks = {text if control else text.removeprefix(" ") for text in prints if "INST]" in text}
+    bare = lambda text: re.sub(r"{\w+}", "{}", text.strip())
+    for name in names:
+        first, question, answer, _ = FORMS[name]
+        begins = ("<s>" in prints) == (first != question)
+        if tokenizer.mark:  # SentencePiece puts this space itself
+            question = question.replace("]{", "] {")
+        if asks == {question} and begins and bare(answer) in map(bare, prints):
+            return name
+    return None
 
 
 def native_template(tokenizer):

@@ -130,14 +130,13 @@ def llm_fields(config: dict) -> dict:
 
 def scaling_of(rope: dict) -> dict | None:
     """What `rescaled` needs; None: nothing is rescaled. ValueError for missing numbers."""
-    kind = rope["rope_type"]
+    kind, numbers = rope["rope_type"], {}
     for name in SCALED.get(kind, ()):
-        value = rope.get(name)
+        value = numbers[name] = rope.get(name)
         if type(value) not in (int, float) or not 0 < value < math.inf:
             raise ValueError(f"config.json: rope_type {kind!r} needs a positive {name}, not "
                              f"{value!r:.40}")  # fmt: skip
-    names = SCALED.get(kind)
-    return {"rope_type": kind} | {name: rope[name] for name in names} if names else None
+    return {"rope_type": kind} | numbers if numbers else None
 
 
 def window_of(config: dict, family: str) -> int | None:
@@ -153,15 +152,13 @@ def window_of(config: dict, family: str) -> int | None:
     return config["sliding_window"]
 
 
-def rescaled(frequency: torch.Tensor, scaling: dict | None) -> torch.Tensor:
+def rescaled(frequency: torch.Tensor, scaling: dict) -> torch.Tensor:
     """RoPE's frequencies for contexts longer than those of pretraining.
 
     linear: slow all pairs down by `factor`. llama3 (Llama 3.1 and later): slow down only the pairs
     that turn less than `low_freq_factor` times in the old context, those that turn more than
     `high_freq_factor` times stay, and between the two the change is gradual.
     """
-    if scaling is None:
-        return frequency
     slow = frequency / scaling["factor"]
     if scaling["rope_type"] == "linear":
         return slow
@@ -193,7 +190,7 @@ def clip_fields(config: dict) -> dict:
             or not kind and sizes):  # fmt: skip
         what = f"model_type {kind!r:.40}" if kind else "no image_size and patch_size"
         raise ValueError(f"this is no CLIP vision config: it has {what}; only CLIP's encoders are "
-                         f"supported, not {config!r:.99}")  # fmt: skip
+                         "supported, such as openai/clip-vit-large-patch14-336")  # fmt: skip
     vision = config.get("vision_config_dict") or vision  # as in transformers, this one decides
     check_whole(config)
     check_supported(vision, {"num_channels": [3]})

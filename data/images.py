@@ -33,18 +33,8 @@ class Unscaled(ValueError):
     """A picture whose grey values do not fit in 8 bits."""
 
 
-def turn_of(image):
-    """How to turn a picture as its camera says, or None."""
-    try:
-        return TURNS.get(image.getexif().get(ORIENTATION))
-    except Exception:  # damaged EXIF data raises many types
-        return None
-
-
 def check_grey(image):
     """`Unscaled` unless 8 bits can hold the values of a picture with 16, 32 or float bits each."""
-    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
-        return
     values = np.asarray(image)
     low, high = values.min(), values.max()
     share = image.mode == "F" and 0 < high <= 1  # 0 to 1 would become 0, 0, ... 1
@@ -57,8 +47,12 @@ def check_grey(image):
 def rgb(image, upright=True):
     """A PIL image as RGB, turned as its camera says if `upright`. `Unscaled` as in `check_grey`."""
     image.load()  # some formats have their EXIF data after the pixels
-    turn = turn_of(image) if upright else None
-    check_grey(image)
+    try:
+        turn = TURNS.get(image.getexif().get(ORIENTATION)) if upright else None
+    except Exception:  # damaged EXIF data raises many types
+        turn = None
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        check_grey(image)
     image = image.convert("RGB")
     image.info.clear()  # a second call must not turn it again
     return image if turn is None else image.transpose(turn)
@@ -117,12 +111,7 @@ def squared(image, size, mode="pad"):
     return image.crop((left, top, left + size, top + size))
 
 
-def pixels_of(image, size, mode="pad"):
-    """PIL image -> array [3, size, size], float32. ValueError as in `squared`."""
-    x = (np.asarray(squared(image, size, mode)).astype(np.float64) * (1 / 255)).astype(np.float32)
-    return ((x - MEAN) / STD).transpose(2, 0, 1).copy()
-
-
 def preprocess(image, size, mode="pad"):
     """PIL image -> tensor [3, size, size], float32. ValueError as in `squared`."""
-    return torch.from_numpy(pixels_of(image, size, mode))
+    x = (np.asarray(squared(image, size, mode)).astype(np.float64) * (1 / 255)).astype(np.float32)
+    return torch.from_numpy(((x - MEAN) / STD).transpose(2, 0, 1).copy())

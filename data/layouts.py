@@ -46,14 +46,12 @@ def cumo_config(config: dict) -> dict:
 
 def read_cumo(path, config: dict, headers: bool = False):
     """(name, tensor) pairs of a CuMo's or a LLaVA's checkpoint, under CuMo's names."""
-    whole = "vision_config" in config
-    for name, tensor in chain(read_tensors(path, headers), read_stage_files(path, headers)):
+    files = lambda headers: chain(read_tensors(path, headers), read_stage_files(path, headers))
+    whole = "vision_config" in config or any("vision_tower." in name for name, _ in files(True))
+    clip = () if whole else read_tensors(local_folder(config["mm_vision_tower"]), headers)
+    clip = (("vision_tower." + name, tensor) for name, tensor in clip)
+    for name, tensor in chain(files(headers), clip):
         for old, new in RENAMED:
             name = re.sub(old, new, name)
-        whole = whole or name.startswith(TOWER)
         if not re.search(UNUSED, name):
             yield name, tensor
-    tower = () if whole else read_tensors(local_folder(config["mm_vision_tower"]), headers)
-    for name, tensor in tower:
-        if not re.search(UNUSED, name):
-            yield TOWER + name.removeprefix("vision_model."), tensor

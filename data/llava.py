@@ -22,7 +22,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from data.chat import IGNORE, IMAGE_TAG, Rejected, check_turns, render, write
-from data.images import open_image, pixels_of
+from data.images import open_image, preprocess
 from data.records import Records
 
 PICTURE_KEY = re.compile(
@@ -244,7 +244,7 @@ def encode(sample, tokenizer, template, image_tokens, image_size, image_mode="pa
     pixels = []
     for image in images[: sum(turn["value"].count(IMAGE_TAG) for turn in turns)]:
         try:
-            pixels.append(pixels_of(image, image_size, image_mode))
+            pixels.append(preprocess(image, image_size, image_mode).numpy())
         except ValueError as error:
             path = getattr(image, "filename", "")
             raise Unreadable(sample["id"], path, str(error)) from None

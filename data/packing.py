@@ -60,20 +60,23 @@ def assemble(batch, length):
             "samples": sum(map(len, batch))}  # fmt: skip
 
 
-def collate(batch, image_tokens, rank=0, world=1):
-    """A packed batch -> the arguments of CuMo.forward for the rows of `rank` out of `world` ranks.
+def collate(batch, image_tokens, rank=0, world=1, device="cpu"):
+    """A packed batch -> the arguments of CuMo.forward for the rows of `rank` out of `world` ranks
+    (see `check_rows`), on `device`; a GPU copies them while the CPU goes on.
 
     "images" is missing if the batch has none, and empty if only rows of other ranks have some.
     """
     rows = len(batch["tokens"])
-    check_rows(rows, world)
     mine = slice(rank * rows // world, (rank + 1) * rows // world)
     given = {name: batch[name][mine] for name in ("tokens", "labels", "segments")}
     if len(batch["images"]):
         ends = (batch["tokens"] == IMAGE_TOKEN).sum(1).cumsum(0) // image_tokens
         ends = [0, *ends.tolist()]  # ends[r]: images of the rows before r
         given["images"] = batch["images"][ends[mine.start] : ends[mine.stop]]
-    return given
+    if not str(device).startswith("cuda"):
+        return {name: tensor.to(device) for name, tensor in given.items()}
+    return {name: tensor.pin_memory().to(device, non_blocking=True)
+            for name, tensor in given.items()}  # fmt: skip
 
 
 def step_shares(batches):
@@ -90,14 +93,6 @@ def step_shares(batches):
     ]  # fmt: skip
     totals = {name: max(1, sum(count[name] for count in counts)) for name in counts[0]}
     return [{name: n / totals[name] for name, n in count.items()} for count in counts]
-
-
-def to_device(given, device):
-    """The tensors of `collate` on `device`; a GPU copies them while the CPU goes on."""
-    if not device.startswith("cuda"):
-        return {name: tensor.to(device) for name, tensor in given.items()}
-    return {name: tensor.pin_memory().to(device, non_blocking=True)
-            for name, tensor in given.items()}  # fmt: skip
 
 
 def step_metrics(rows, shares):

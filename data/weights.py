@@ -30,12 +30,14 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -254,6 +256,20 @@ def load_into(
         raise ValueError(f"{source} does not fit this model; " + "; ".join(problems))
 
 
+class NoDraws(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not nn.init.normal_:
+            return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Modules built here are on the meta device: shapes without memory. No values are drawn, since
+    `normal_` on this device imports PyTorch's compiler, which takes more than a second."""
+    with torch.device("meta"), NoDraws():
+        yield
+
+
 def fill(
     model: nn.Module,
     read: Callable[[bool], Iterator[tuple[str, Tensor]]],
@@ -261,13 +277,14 @@ def fill(
     skip: Callable[[str], bool] = lambda name: False,
     source: str = "checkpoint",
 ) -> nn.Module:
-    """Load a model that was built on the meta device, and return it on `device` (None: CPU).
+    """Load a model that was built `on_meta`, and return it on `device` (None: CPU).
 
     `read(headers)` yields its tensors, as `read_tensors` does. ValueError as in `load_into`, raised
     from the headers alone, before any memory is allocated.
     """
     load_into(model.public_state_dict(), read(True), skip, source)
-    model = model.to_empty(device=device or "cpu")
+    # as `to_empty`, whose `empty_like` imports the compiler, see `on_meta`
+    model._apply(lambda x: torch.empty(x.shape, dtype=x.dtype, device=device or "cpu"))
     load_into(model.public_state_dict(keep_vars=True), read(False), skip, source, mapped=True)
     return model
 

@@ -3,13 +3,16 @@
 Blocks are compiled one by one. All blocks of a model share their code, so a 32-layer model takes as
 long as one layer. The rows of the language model have one length. The number of images differs from
 batch to batch, and the compiler makes new code for a single image and again beyond some sizes. Each
-takes 14 to 44 seconds, so on a GPU `warm_up` meets every number of images before the first step.
+takes 14 to 44 seconds, so `warm_up` meets every number of images before the first step.
 """
 
 import time
 
+import numpy as np
 import torch
 
+from data.chat import IGNORE, IMAGE_TOKEN
+from data.packing import assemble, collate
 from engine import fsdp
 
 LIMIT = 64  # variants of a block; beyond, PyTorch silently stops compiling (its default: 8)
@@ -25,18 +28,30 @@ def compile_blocks(model):
 
 
 def warm_up(trainer):
-    """Run the image half forward and backward for every number of images that a batch can hold."""
-    cfg, model = trainer.cfg, trainer.model
-    if not cfg.compile or not cfg.device.startswith("cuda"):
+    """A forward and backward pass for every number of images that this rank's rows can hold."""
+    cfg, model, start = trainer.cfg, trainer.model, time.perf_counter()
+    if not cfg.compile:
         return
-    start, most = time.perf_counter(), cfg.rows * cfg.row_tokens // model.image_tokens
-    most, side = most // fsdp.world()[1], model.cfg.vision.image_size
+    rows, side = cfg.rows // fsdp.world()[1], model.cfg.vision.image_size
+    most = rows * ((cfg.row_tokens - 2) // model.image_tokens)
+
+    def row(n_images):  # one sample: images, then two tokens, of which the second is learned
+        ids = [IMAGE_TOKEN] * (n_images * model.image_tokens) + [0, 0]
+        return [
+            (
+                ids,
+                [IGNORE] * (len(ids) - 1) + [0],
+                [np.zeros((3, side, side), np.float32)] * n_images,
+            )
+        ]
+
     for n in range(1, most + 1):
-        images = torch.zeros(n, 3, side, side, device=cfg.device)
+        batch = assemble([row(n // rows + (r < n % rows)) for r in range(rows)], cfg.row_tokens)
+        given = collate(batch, model.image_tokens, device=cfg.device)
         with torch.autocast(cfg.device, torch.bfloat16, cfg.bf16 and cfg.weights == "fp32"):
-            x = model.encode_images(images)
-        if x.requires_grad:
-            x.float().sum().backward()
+            loss = model(**given).loss
+        if loss.requires_grad:
+            loss.backward()
         model.zero_grad(set_to_none=True)
         if trainer.stop:
             return

@@ -82,7 +82,7 @@ class Printer:
     """Writes ids as text while they come, only whole characters, up to the first `stop` text."""
 
     def __init__(self, tokenizer, stop=(), write=None):
-        self.tokenizer, self.stop, self.ids, self.text, self.whole = tokenizer, stop, [], "", ""
+        self.tokenizer, self.stop, self.ids, self.shown, self.whole = tokenizer, stop, [], "", ""
         self.stopped = False  # whether the answer contains a stop text
         self.write = write or (lambda text: print(text, end="", flush=True))
 
@@ -95,17 +95,15 @@ class Printer:
         starts = {stop[:n] for stop in self.stop for n in range(1, len(stop))}
         held = max((len(start) for start in starts if text.endswith(start)), default=0)
         if not text.endswith("\ufffd"):  # half a character
-            self.show(self.whole if found else text[: len(text) - held])
+            ready = self.whole if found else text[: len(text) - held]
+            self.write(ready[len(self.shown) :])
+            self.shown = ready
         self.stopped = bool(found)
         return self.stopped
 
-    def show(self, text):
-        self.write(text[len(self.text) :])
-        self.text = text
-
     def finish(self):
         """The whole answer. Writes what was held back because a stop text could have begun."""
-        self.show(self.whole)
+        self.write(self.whole[len(self.shown) :])
         return self.whole
 
 
@@ -163,17 +161,12 @@ class Conversation:
         prompt(self.model, self.tokenizer, "What is this?", [image])
         return image
 
-    def turn(self, question, images, first, said=()):
-        """A question as a `Turn`; images: PIL, pixels or None."""
-        ids, pixels = prompt(self.model, self.tokenizer, question,
-                             () if images is None else images, first)  # fmt: skip
-        return Turn(question, ids, pixels, list(said))
-
     def ask(self, question, images=(), write=None, interrupted=lambda: False):
         """-> Answer. `write` gets its text piece by piece; `interrupted()` is called after each
         token and ends the answer. ValueError when not even the question has room."""
         start, first, ended = time.perf_counter(), [], []
-        turns = unseen = [*self.turns, self.turn(question, images, not self.turns)]
+        ids, pixels = prompt(self.model, self.tokenizer, question, images, not self.turns)
+        turns = unseen = [*self.turns, Turn(question, ids, pixels, [])]
         cache, new = self.cache, ids_of(turns)  # all turns, if the last answer failed
         if cache:
             unseen, new = turns[-1:], self.pending + turns[-1].ids
@@ -233,7 +226,9 @@ class Conversation:
             pixels = first.pixels
             if all(turn.pixels is None for turn in (first, *rest)):
                 pixels = gone.pixels
-            kept = [self.turn(first.question, pixels, True, first.said), *rest]
+            pixels = () if pixels is None else pixels
+            ids, pixels = prompt(self.model, self.tokenizer, first.question, pixels)
+            kept = [Turn(first.question, ids, pixels, first.said), *rest]
         return kept
 
 

@@ -282,7 +282,8 @@ class Step:
         self.cache, self.kept = cache, []  # owners of the memory that the pointers below refer to
         self.step = compile_step(TYPES[llm.head.weight.dtype], TYPES[cache.keys.dtype])
         pair = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32)
-        turn = rescaled(1 / cfg.rope_theta ** (pair / cfg.head_dim), cfg.rope_scaling)
+        turn = 1 / cfg.rope_theta ** (pair / cfg.head_dim)
+        turn = rescaled(turn, cfg.rope_scaling) if cfg.rope_scaling else turn
         layers = []
         for block, keys, values in zip(llm.model.layers, cache.keys, cache.values):
             norms = block.input_layernorm, block.post_attention_layernorm

@@ -43,6 +43,12 @@ def from_torchrun(name, default):
     return int(os.environ.get(name, default))
 
 
+def launcher():
+    """The words before train.py in the command that started this process."""
+    n = from_torchrun("LOCAL_WORLD_SIZE", 1)
+    return ["torchrun", f"--nproc_per_node={n}"] if n > 1 else ["python"]
+
+
 def start(device):
     """Join the other ranks if torchrun started several processes; only rank 0 prints."""
     if from_torchrun("WORLD_SIZE", 1) == 1:

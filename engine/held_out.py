@@ -57,10 +57,10 @@ def loss_of(model, batches, device, autocast):
     total, learned, before = 0.0, 0, model.training
     model.train()  # then the loss is computed in chunks, and nothing else differs
     for batch in batches:
-        mine = collate(batch, model.image_tokens, *fsdp.world())
+        given = collate(batch, model.image_tokens, *fsdp.world(), device)
         n = int((batch["labels"] != IGNORE).sum())
         with autocast():
-            out = model(**{name: x.to(device) for name, x in mine.items()})
+            out = model(**given)
         if n:
             total, learned = total + n * out.lm_loss.item(), learned + n
     model.train(before)

@@ -36,7 +36,7 @@ from clip_moe import CLIPVisionConfig
 from cumo import CuMo, CuMoConfig
 from data.hub import fetched, local_folder
 from data.packing import check_positions
-from data.weights import read_config
+from data.weights import on_meta, read_config
 from engine import fsdp, resume
 from engine.optim import WEIGHTS, bytes_per_parameter
 from llm import LOGITS_AT_ONCE, LLMConfig
@@ -203,7 +203,7 @@ def make_plan(
     cfg: CuMoConfig, stage: int, tokens: int, learning: list[str] | None = None, **choices
 ) -> Plan:
     """The plan of a stage that trains the submodules `learning` (None: as the paper does)."""
-    with torch.device("meta"):
+    with on_meta():
         model = CuMo(cfg)
     sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in model.named_children()}
     if learning is None:

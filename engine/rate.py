@@ -30,29 +30,30 @@ PEAKS = {
 }
 
 
-def operations(cfg: CuMoConfig, stage: int, tokens: int, images: int, row_tokens: int) -> float:
-    """Floating-point operations of a training step, forward and backward, as MFU counts them:
-    without recomputation and without the scores that attention masks out.
+def operations(cfg: CuMoConfig, stage: int, row_tokens: int) -> tuple[float, float]:
+    """Floating-point operations of a training step for (a token of the text, an image), forward and
+    backward, as MFU counts them: without recomputation and without the scores that attention masks
+    out.
 
     For each token, a weight costs 2 in the forward pass, 2 for the gradient of its input and 2 for
     its own gradient. In stage 1, CLIP has no backward pass and the language model does not learn.
     """
     vision, llm = cfg.vision, cfg.llm
     clip, text = {1: (2, 4), 2: (6, 6), 3: (6, 6)}[stage]
-    n_clip = sum(clip_tokens(cfg, images))
+    n_clip = sum(clip_tokens(cfg, 1))
     side = vision.image_size // vision.patch_size
     active = vision.top_k if vision.num_experts else 1
     per_token = (4 + 2 * active * vision.hidden_dim / vision.dim) * vision.dim**2
     seen = 2 * (1 + side**2) * vision.dim  # q k and probs v, for each key seen
-    work = clip * n_clip * (vision.n_layers - 1) * (per_token + seen)
+    image = clip * n_clip * (vision.n_layers - 1) * (per_token + seen)
     features = vision.dim * len(vision.scales)
     active = cfg.mlp_top_k if cfg.mlp_experts else 1
-    work += 6 * images * side**2 * active * (features + llm.dim) * llm.dim
+    image += 6 * side**2 * active * (features + llm.dim) * llm.dim
     q, kv = llm.n_heads * llm.head_dim, llm.n_kv_heads * llm.head_dim
     active = llm.top_k if llm.num_experts else 1
     per_token = 2 * llm.dim * (q + kv) + 3 * active * llm.dim * llm.hidden_dim
     seen = 2 * min(row_tokens / 2, llm.sliding_window or row_tokens) * q
-    return work + text * tokens * (llm.n_layers * (per_token + seen) + llm.vocab_size * llm.dim)
+    return text * (llm.n_layers * (per_token + seen) + llm.vocab_size * llm.dim), image
 
 
 def has_fast_bf16(device) -> bool:

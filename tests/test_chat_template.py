@@ -1,7 +1,6 @@
 """A language model alone is asked as its own template says, id by id, or its template is refused.
 
-References: `mistral-common` for Mistral's, `transformers.apply_chat_template` for the others. The
-templates are those of the models' own files, without the parts for tools.
+References: `mistral-common` for Mistral's, `transformers.apply_chat_template` for the others.
 """
 
 import functools
@@ -9,105 +8,26 @@ import json
 import shutil
 
 import pytest
-from test_tokenizer import MINI_JSON, MISTRAL, mistral, sentencepiece_json, sp  # noqa: F401
+from test_tokenizer import mistral, sp  # noqa: F401
 
+from bench.public_models import (
+    CHATML,
+    LATER_V1,
+    LLAMA2,
+    MINI_JSON,
+    MISTRAL,
+    TEKKEN,
+    UNKNOWN,
+    V1,
+    V3,
+    WITH_TOOLS,
+    from_common,
+    sentencepiece_json,
+)
 from data.chat import render
 from data.chat_template import chatml, native_template
 from data.tokenizer import Tokenizer
 
-V1 = (  # Mistral-7B-Instruct-v0.1, in the first version of its file
-    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != "
-    "(loop.index0 % 2 == 0) %}{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
-    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
-    "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token + ' ' }}{% else %}"
-    "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
-)
-LATER = """{%- if messages[0]["role"] == "system" %}
-    {%- set system_message = messages[0]["content"] %}
-    {%- set loop_messages = messages[1:] %}
-{%- else %}
-    {%- set loop_messages = messages %}
-{%- endif %}
-
-{{- bos_token }}
-{%- for message in loop_messages %}
-    {%- if message["role"] == "user" %}
-        {%- if loop.first and system_message is defined %}
-            {{- "BEGIN" + system_message + "\\n\\n" + message["content"] + "END" }}
-        {%- else %}
-            {{- "BEGIN" + message["content"] + "END" }}
-        {%- endif %}
-    {%- elif message["role"] == "assistant" %}
-        {{- " " + message["content"]|trim + eos_token}}
-    {%- else %}
-        {{- raise_exception("Only user and assistant roles are supported") }}
-    {%- endif %}
-{%- endfor %}
-"""
-LATER_V1, V3, TEKKEN = (
-    LATER.replace("BEGIN", begin).replace("END", end)
-    for begin, end in ((" [INST] ", " [/INST]"), ("[INST] ", "[/INST]"), ("[INST]", "[/INST]"))
-)
-LLAMA2 = (
-    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
-    "{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}"
-    "{% set system_message = false %}{% endif %}{% for message in loop_messages %}"
-    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
-    "{% if loop.index0 == 0 and system_message != false %}"
-    "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}"
-    "{% else %}{% set content = message['content'] %}{% endif %}{% if message['role'] == 'user' %}"
-    "{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
-    "{% elif message['role'] == 'assistant' %}"
-    "{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
-DOLPHIN = (
-    "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}"
-    "{% endif %}{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + "
-    "message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
-    "{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-OPENHERMES = DOLPHIN[DOLPHIN.index("{% for") :]
-HERMES_PRO = "{{bos_token}}" + OPENHERMES
-ASSISTANT = (
-    "{%- for message in messages %}\n"
-    "    {%- if loop.first and messages[0].role != \"system\" %}\n"
-    "        {{- \"<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n\" }}\n"
-    "    {%- endif %}\n"
-    "    {{- \"<|im_start|>\" + message.role + \"\\n\" + message.content + \"<|im_end|>\\n\" }}\n"
-    "{%- endfor %}\n"
-    "{%- if add_generation_prompt %}\n"
-    "    {{- \"<|im_start|>assistant\\n\" }}\n"
-    "{%- endif %}"
-)  # fmt: skip
-CHATML = {"OpenHermes": OPENHERMES, "Dolphin": DOLPHIN, "Hermes 2 Pro": HERMES_PRO,
-          "a helpful assistant": ASSISTANT}  # fmt: skip
-UNKNOWN = {
-    "Zephyr, TinyLlama-Chat": (
-        "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + "
-        "message['content'] + eos_token }}\n{% elif message['role'] == 'assistant' %}\n"
-        "{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n{% endfor %}"
-    ),
-    "Llama 3": (
-        "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = "
-        "'<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | "
-        "trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}"
-        "{% endif %}{{ content }}{% endfor %}"
-    ),
-    "Vicuna": (
-        "{% for message in messages %}{% if message['role'] == 'user' %}{{ 'USER: ' + "
-        "message['content'] + ' ' }}{% else %}{{ 'ASSISTANT: ' + message['content'] + eos_token }}"
-        "{% endif %}{% endfor %}"
-    ),
-    "Mistral with a system message of its own": "{% set default_system_message = 'Be brief.' %}"
-    + V1,
-    "another question": V1.replace("'[INST] ' + message", "'[INST] Answer: ' + message"),
-    "one more output of [INST]": V1 + "{{ '[INST] more' }}",
-    "Llama 2 with a system message of its own": LLAMA2.replace("= false", "= 'Be kind.'"),
-    "Llama 2, other letters": LLAMA2.replace("\\n<</SYS>>", "<</SYS>>"),
-    "ChatML that adds a line": OPENHERMES.replace("{% endfor %}", "\n{% endfor %}"),
-    "ChatML that thinks": OPENHERMES.replace("assistant\n'", "assistant\n<think>\n'"),
-}
 TALKS = [["What is a cat?"], [" What? "], ["What?", "A cat.", "And\nthen?"],
          ["Is <s>[INST] x</s> text?", "  Yes. ", "<|im_end|> too?", "é 你", "😀"]]  # fmt: skip
 SENT = pytest.mark.parametrize("said", TALKS, ids=lambda said: repr(said)[:20])
@@ -119,26 +39,6 @@ def turns(said):
 
 def messages(said):
     return [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(said)]
-
-
-@functools.cache
-def common(file):
-    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-
-    return MistralTokenizer.from_file(str(MISTRAL / file))
-
-
-def from_common(file, said):
-    """The ids of `mistral-common`, whose requests are checked by its own rules."""
-    pytest.importorskip("mistral_common")
-    from mistral_common.protocol.instruct.messages import AssistantMessage, UserMessage
-    from mistral_common.protocol.instruct.request import ChatCompletionRequest
-
-    kinds = UserMessage, AssistantMessage
-    request = ChatCompletionRequest(
-        messages=[kinds[k % 2](content=text) for k, text in enumerate(said)]
-    )
-    return common(file).encode_chat_completion(request).tokens
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +62,7 @@ def mistral_with(tmp_path_factory):
     ("tokenizer.model.v1", LATER_V1, "mistral_v1"),
     ("mistral_instruct_tokenizer_240216.model.v2", V3, "mistral_v3"),
     ("mistral_instruct_tokenizer_240323.model.v3", V3, "mistral_v3"),
+    ("mistral_instruct_tokenizer_240323.model.v3", WITH_TOOLS, "mistral_v3"),
     ("mistral_instruct_tokenizer_240323.model.v3", "", "mistral_v3"),
     ("tekken_240911.json", TEKKEN, "mistral_v3"),
     ("tekken_240911.json", "", "mistral_v3"),
@@ -231,7 +132,7 @@ def test_only_who_says_so_is_told_that_it_is_somebody(name, tmp_path):
     ours = Tokenizer.from_pretrained(tmp_path)
     text = ours.decode(render(turns(["What?"]), ours, native_template(ours))[0])
     assert "SmolLM" not in text and ("helpful" in text) == (name == "a helpful assistant")
-    assert bool(chatml(ours)["bos"]) == (name == "Hermes 2 Pro")
+    assert chatml(ours).startswith("<s>") == (name == "Hermes 2 Pro")
 
 
 @pytest.mark.parametrize("name", UNKNOWN)

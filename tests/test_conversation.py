@@ -11,8 +11,8 @@ from PIL import Image
 from tiny import ROOT, tiny_cumo
 
 from cumo import IMAGE_TOKEN
-from data.chat import SYSTEM as WORDS
 from data.chat import TEMPLATES, end_tokens, render, render_next
+from data.chat_template import SYSTEM as WORDS
 from data.images import preprocess
 from data.tokenizer import Tokenizer
 from engine.conversation import Conversation, Printer, prompt

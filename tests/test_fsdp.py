@@ -21,7 +21,7 @@ from tiny import tiny_cumo
 import train
 from cumo import IGNORE, IMAGE_TOKEN, CuMo
 from data.packing import collate
-from engine import fsdp
+from engine import compiling, fsdp
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "data" / "mini" / "llm" / "tokenizer.json"
@@ -189,6 +189,27 @@ def test_two_processes_log_the_held_out_loss_of_one(flags, tmp_path):
     one, many = ([row.get("val_loss") for row in metrics(tmp_path / k)] for k in ("one", "many"))
     assert [x is None for x in one] == [x is None for x in many]
     assert [x for x in many if x] == pytest.approx([x for x in one if x], rel=1e-5)
+
+
+def compiled_work(cfg):
+    """Train with compiled blocks (traced, not translated); after the warm-up a new trace fails."""
+    compile_module, warm_up = torch.nn.Module.compile, compiling.warm_up
+
+    def then_no_more(trainer):
+        warm_up(trainer)
+        torch.compiler.set_stance("fail_on_recompile")
+
+    with pytest.MonkeyPatch.context() as patch:
+        eager = functools.partialmethod(compile_module, backend="eager")
+        patch.setattr(torch.nn.Module, "compile", eager)
+        patch.setattr(compiling, "warm_up", then_no_more)
+        work(cfg)
+
+
+def test_nothing_compiles_after_the_warm_up_in_two_processes(flags, one, tmp_path):
+    cfg = configured(flags, tmp_path, compile=True)
+    end(begin(2, compiled_work, cfg))
+    assert_same_training(one, tmp_path)
 
 
 def tiny_batch():

@@ -80,6 +80,14 @@ def test_imports_point_down(file):
     assert not up, f"{name_of(file)} imports from above: {up}"
 
 
+@pytest.mark.parametrize("file", PRODUCT, ids=name_of)
+def test_the_product_imports_no_test(file):
+    own = {path.stem for path in (ROOT / "tests").glob("*.py")}
+    modules = {line.split()[1].split(".")[0] for line in file.read_text().splitlines()
+               if line.lstrip().startswith(("import ", "from "))}  # fmt: skip
+    assert not modules & own
+
+
 @pytest.mark.parametrize("name", ["train", "sample", "eval"])
 def test_extras_are_imported_under_a_flag_only(name):
     file = ROOT / f"{name}.py"

@@ -5,69 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import TOKENIZER
 
 import train
+from bench.public_models import ASKED, IMAGES, TOKENS, in_original_layout, llava_hf
 from cumo import IMAGE_TOKEN, CuMo
-from data.chat import SYSTEM, render
+from data.chat import render
+from data.chat_template import SYSTEM
 from data.configs import cumo_fields
 from data.tokenizer import Tokenizer
-from data.weights import read_config, read_tensors, write_json, write_tensors
+from data.weights import read_config
 from sample import load_model
 
 transformers = pytest.importorskip("transformers")
-IMAGES = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
-TOKENS = torch.tensor([[1, 5, *[IMAGE_TOKEN] * 9, 7, 9], [1, *[IMAGE_TOKEN] * 9, 11, 3, 8]])
-PLACE = 1025  # llava-hf's id of a visual token
-ASKED = dict(input_ids=TOKENS.masked_fill(TOKENS == IMAGE_TOKEN, PLACE), pixel_values=IMAGES,
-             attention_mask=torch.ones_like(TOKENS))  # fmt: skip
-TOWER = "model.vision_tower.vision_tower.vision_model."
-
-
-def llava_hf(folder, family):
-    """A tiny llava-hf checkpoint with random weights -> the model of transformers."""
-    torch.manual_seed(0)
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2,
-        image_size=24, patch_size=8)  # fmt: skip
-    text = getattr(transformers, f"{family}Config")(
-        vocab_size=1032, hidden_size=32, intermediate_size=56, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.15)  # fmt: skip
-    config = transformers.LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=PLACE
-    )
-    model = transformers.LlavaForConditionalGeneration(config).eval()
-    model.save_pretrained(folder)
-    shutil.copy(TOKENIZER, folder)
-    return model
-
-
-def in_original_layout(folder, family, whole):
-    """Write the checkpoint in `folder` as LLaVA does; `whole`: with its CLIP in the same file."""
-    names = {"language_model.model.": "model.", "language_model.lm_head.": "lm_head.",
-             "multi_modal_projector.linear_1.": "model.mm_projector.0.",
-             "multi_modal_projector.linear_2.": "model.mm_projector.2.",
-             "vision_tower.": TOWER}  # fmt: skip
-    tensors = {}
-    for name, tensor in read_tensors(folder):
-        (old,) = (old for old in names if name.startswith(old))
-        tensors[names[old] + name.removeprefix(old)] = tensor
-    config = read_config(folder)
-    clip = folder / "openai"
-    if not whole:
-        ours = [name for name in tensors if name.startswith(TOWER)]
-        write_tensors(clip, {name.removeprefix(TOWER): tensors.pop(name) for name in ours})
-    else:
-        tensors["model.image_newline"] = torch.zeros(32)  # LLaVA-1.6 has it; one tile needs none
-    write_tensors(folder, tensors)
-    write_json(clip / "config.json", config["vision_config"])
-    write_json(folder / "config.json", config["text_config"] | {
-        "model_type": "llava_mistral" if family == "Mistral" else "llava_llama",
-        "image_aspect_ratio": "pad", "mm_projector_type": "mlp2x_gelu", "use_mm_proj": True,
-        "mm_hidden_size": 24, "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
-        "mm_patch_merge_type": "flat", "image_grid_pinpoints": [[336, 672]],
-        "mm_resampler_type": None, "mm_use_im_start_end": False, "mm_vision_tower": str(clip)},
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("family, template", [("Llama", "vicuna"), ("Mistral", "mistral_v1")])

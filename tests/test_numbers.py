@@ -63,7 +63,7 @@ def test_a_number_that_is_none_stops_with_the_samples_of_its_batch(
         trainer.train_step([batch])
     names = ", ".join(trainer.data.name(i) for i in trainer.order[: batch["samples"]].tolist())
     message = str(caught.value)
-    assert f"not finite in the batch of samples {names}; correct" in message and "\n" not in message
+    assert f"not finite in the step of samples {names}; correct" in message and "\n" not in message
     assert trainer.step == 0  # and no weight has taken the step
     for name, p in trainer.model.named_parameters():
         assert torch.equal(p.nan_to_num(), before[name].nan_to_num()), name

@@ -193,8 +193,8 @@ def test_figures_of_the_readme_are_the_measured_ones():
     accuracy = runs["bf16"]["accuracy"]
     shares = [accuracy[split]["model"]["all"] for split in results.SPLITS]
     shares = [round(100 * x) for x in (*shares, accuracy["new"]["blank"]["all"])]
-    words = (r"answers (\d+) % of questions about new scenes exactly, (\d+) % where .*? (\d+) % in "
-             r"a style .*? painted over it answers (\d+) %")  # fmt: skip
+    words = (r"answers (\d+) % of questions about new scenes exactly, (\d+) % about pairs .*? "
+             r"(\d+) % in a style .*? (\d+) % when it is shown an empty picture")  # fmt: skip
     assert shares == stated(words)
     assert shares[:1] == stated(r"answers (\d+) % of questions about new scenes \|")
     rows = {row["label"]: row for group in results.ablations(bench("ablations/results"))

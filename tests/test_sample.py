@@ -48,6 +48,17 @@ def ask(monkeypatch, capsys):
     return run
 
 
+def test_an_answer_does_not_wait_for_the_import_of_a_compiler(model_dir):
+    """torch._dynamo and sympy take more than a second, and only --compile needs them."""
+    script = ("import sys, sample; sample.main();"
+              "print('imported:', {'sympy', 'torch._dynamo'} & {*sys.modules})")  # fmt: skip
+    flags = ["--model", model_dir, "--image", ROOT / "cat.jpg", "--max-new-tokens", "2"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *flags], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout.endswith("imported: set()\n"), done.stdout + done.stderr
+
+
 def command(model_dir, *flags):
     return [
         sys.executable,

@@ -6,7 +6,6 @@ Independent references: Hugging Face's `tokenizers`, `sentencepiece` on Mistral'
 
 import base64
 import copy
-import functools
 import json
 import pathlib
 import random
@@ -15,37 +14,26 @@ import shutil
 import pytest
 from given import given, settings, st
 
+from bench.public_models import (
+    ALPHABETS,
+    MINI,
+    MINI_JSON,
+    MISTRAL,
+    added,
+    reference_of,
+    sentencepiece_json,
+    some_texts,
+    spaces_by,
+    with_words,
+    write,
+)
 from data.tokenizer import Tokenizer, byte_alphabet, merge_pair, protobuf, train_bpe
 
 mistral_common = pytest.importorskip("mistral_common")
 sentencepiece = pytest.importorskip("sentencepiece")
 tokenizers = pytest.importorskip("tokenizers")
-MINI = pathlib.Path(__file__).parents[1] / "data" / "mini" / "llm"
-MINI_JSON = json.loads((MINI / "tokenizer.json").read_text())
-MISTRAL = pathlib.Path(mistral_common.__file__).parent / "data"
 
-# Words, digits, runs of blanks, marks, joined emoji, scripts with and without pieces.
-ALPHABETS = [
-    "abcdefghij THE 's 're ", "0123456789½²٣Ⅷ ", "   \t\n\r\u00a0\u3000", "<s></s>[INST]<0x41>",
-    "éüñß\u0301\u0308", "привет Ελλάδα", "你好世界　が한국어", "😀👩\u200d🚀\ufe0f𐍈𓀀",
-    "▁\u2581 -_=.,#*/",
-]  # fmt: skip
 text = st.one_of(st.text(max_size=40), st.text(st.sampled_from("".join(ALPHABETS)), max_size=60))
-
-
-def some_texts(n, seed=0):
-    """Thousands of such texts, faster than hypothesis draws them."""
-    rng = random.Random(seed)
-    for _ in range(n):
-        letters = "".join(rng.choices(ALPHABETS, k=3))
-        yield "".join(rng.choices(letters, k=rng.randrange(60)))
-
-
-def write(folder, spec, **config):
-    (folder / "tokenizer.json").write_text(json.dumps(spec))
-    if config:
-        (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +51,6 @@ def mistral(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sp():
     return sentencepiece.SentencePieceProcessor(model_file=str(MISTRAL / "tokenizer.model.v1"))
-
-
-def reference_of(spec):
-    """The encoder of `tokenizers`, kept from recognising special tokens in text."""
-    library = tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": []}))
-    return lambda text: library.encode(text, add_special_tokens=False).ids
 
 
 MINI_REFERENCE = reference_of(MINI_JSON)
@@ -228,36 +210,6 @@ def test_later_models_of_mistral_read_too(tmp_path):
             assert ours.encode(text) == reference.encode(text)
 
 
-@functools.cache
-def pieces_and_merges(sp):
-    """The vocabulary of a tokenizer.model, and the merges that Hugging Face's converter finds."""
-    vocab = {sp.id_to_piece(i): i for i in range(len(sp))}
-    merges = []
-    for piece, i in vocab.items():
-        cuts = ((piece[:k], piece[k:]) for k in range(1, len(piece)) if i > 258)
-        cuts = sorted((vocab[a], vocab[b], a, b) for a, b in cuts if a in vocab and b in vocab)
-        merges += [(sp.get_score(i), [a, b]) for _, _, a, b in cuts]
-    merges.sort(key=lambda merge: -merge[0])
-    return vocab, [pair for _, pair in merges]
-
-
-def sentencepiece_json(sp):
-    """Mistral's tokenizer.json, made from its tokenizer.model."""
-    vocab, merges = pieces_and_merges(sp)
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    model = {"type": "BPE", "dropout": None, "unk_token": "<unk>", "fuse_unk": True,
-             "continuing_subword_prefix": None, "end_of_word_suffix": None, "byte_fallback": True,
-             "vocab": vocab, "merges": merges}  # fmt: skip
-    prepend = {"type": "Prepend", "prepend": "▁"}
-    normalizer = {"type": "Sequence", "normalizers": [prepend, replace]}
-    return MINI_JSON | {
-        "normalizer": normalizer,
-        "pre_tokenizer": None,
-        "decoder": None,
-        "model": model,
-    }
-
-
 def test_sentencepiece_in_a_tokenizer_json_gives_the_same_ids(mistral, sp, tmp_path):
     spec = sentencepiece_json(sp)
     ours, reference = Tokenizer.from_pretrained(write(tmp_path, spec)), reference_of(spec)
@@ -265,23 +217,6 @@ def test_sentencepiece_in_a_tokenizer_json_gives_the_same_ids(mistral, sp, tmp_p
     for text in some_texts(1000, seed=3):
         assert ours.encode(text) == mistral.encode(text) == reference(text)
         assert ours.encode(text, start=False) == mistral.encode(text, start=False)
-
-
-STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
-WRITTEN_BACK = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "ByteFallback"}, {"type": "Fuse"}]  # fmt: skip
-
-
-def spaces_by(sp, scheme):
-    """Mistral's tokenizer.json as transformers 5 saves it, or transformers 4 (Prepend)."""
-    spec = sentencepiece_json(sp)
-    steps = WRITTEN_BACK + [STRIP] * (scheme != "never")
-    spec["decoder"] = {"type": "Sequence", "decoders": steps}
-    if scheme != "Prepend":
-        spec["normalizer"] = None
-        spec["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "split": False,
-                                 "prepend_scheme": scheme}  # fmt: skip
-    return spec
 
 
 SCHEMES = pytest.mark.parametrize("scheme", ["Prepend", "always", "first", "never"])
@@ -330,18 +265,6 @@ def test_other_ways_to_write_spaces_are_refused_by_name(change, complaint, sp, t
 
 
 # ----------------------------------------------------------------------------------- added tokens
-
-
-def added(content, i, **flags):
-    usual = dict(special=False, normalized=True, single_word=False, lstrip=False, rstrip=False)
-    return {"id": i, "content": content} | usual | flags
-
-
-def with_words(spec, **flags):
-    """Non-special added tokens, one of which begins like another."""
-    n, texts = len(spec["model"]["vocab"]), ["<think>", "<think>!", "éë¿", "a b", "</think>"]
-    words = [added(text, n + k, **flags) for k, text in enumerate(texts)]
-    return spec | {"added_tokens": words}, texts
 
 
 @pytest.mark.parametrize("normalized", [True, False])

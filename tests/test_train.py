@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -487,7 +488,7 @@ def test_a_gradient_that_is_not_finite_names_the_samples(weights, finished, tmp_
     next(trainer.model.parameters()).register_hook(spoil)
     used = train.Trainer(cfg).train_step([next(trainer.batches())])["samples"]
     names = ", ".join(f"train-describe-0-{i}" for i in trainer.order[:used].tolist())
-    with pytest.raises(ValueError, match=f"not finite in the batch of samples {names}; correct"):
+    with pytest.raises(ValueError, match=f"not finite in the step of samples {names}; correct"):
         trainer.train_step([next(trainer.batches())])
 
 
@@ -501,7 +502,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(weights, finished, tmp_path
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0 and "the same command continues" in output
+    assert process.returncode == 0 and "to continue: " in output
     state = json.loads((tmp_path / "stage1" / "train.json").read_text())
     assert not state["finished"]
     steps = len(losses_of(tmp_path / "stage1"))
@@ -525,8 +526,25 @@ def test_a_second_ctrl_c_does_not_cut_the_last_save(weights, tmp_path, monkeypat
         monkeypatch.setattr(owner, name, interrupted(getattr(owner, name)))
     monkeypatch.setattr(sys, "argv", command(weights, tmp_path, "--stage", "1")[1:])
     train.main()
-    assert "the same command continues" in capsys.readouterr().out
+    assert "to continue: " in capsys.readouterr().out
     assert torch.load(tmp_path / "stage1" / "resume.pt", weights_only=True)["step"] == 1
+
+
+@pytest.mark.parametrize("ranks, start", [(None, "python"), ("1", "python"),
+                                          ("2", "torchrun --nproc_per_node=2")])  # fmt: skip
+def test_the_command_that_continues_is_printed_as_it_must_be_typed(
+    weights, tmp_path, monkeypatch, capsys, ranks, start
+):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if ranks:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    step = train.Trainer.train_step
+    monkeypatch.setattr(train.Trainer, "train_step",
+                        lambda *x: (os.kill(os.getpid(), signal.SIGINT), step(*x))[1])  # fmt: skip
+    argv = command(weights, tmp_path, "--stage", "1")[1:]
+    monkeypatch.setattr(sys, "argv", [*argv, "--overwrite"])
+    train.main()
+    assert f"to continue: {start} {shlex.join(argv)}\n" in capsys.readouterr().out
 
 
 def test_stage_3_runs_what_it_needs_and_says_so(weights, tmp_path, monkeypatch, capsys):
