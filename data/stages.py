@@ -28,7 +28,7 @@ PAPER = {
 }
 MINI = {
     1: dict(template=PLAIN,  lr=2e-3,   samples=3_000, row_tokens=280),
-    2: dict(template=CHAT,   lr=2.5e-4, samples=3_500, rows=6, row_tokens=400),
+    2: dict(template=CHAT,   lr=2.5e-4, samples=2_500, rows=6, row_tokens=400),
     3: dict(template=CHAT,   lr=2e-4,   samples=6_000, rows=6, row_tokens=400),
 }
 SMOL_MINI = {

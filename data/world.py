@@ -372,8 +372,8 @@ def of_picture(k, kind, question, rng):
 
 def ask_ordinal(scenes, rng):
     """(type, question, answer) about the first, second or third of several pictures."""
-    k = pick(rng, *range(len(scenes)), 1)  # the second is the hardest to find
-    if rng.random() < 0.2:
+    k = int(rng.integers(len(scenes)))
+    if rng.random() < 0.1:
         return "describe", f"Describe the {ORDINALS[k]} picture.", caption(scenes[k])
     kind, question, answer = questions(scenes[k], rng, 1, ASKED)[0]
     return kind, of_picture(k, kind, question, rng), answer
@@ -453,7 +453,7 @@ class World:
         elif self.task == "describe" or (train and not several and rng.random() < 0.1):
             turns = descriptions(scenes, rng)
         else:
-            turns = conversation(scenes, rng, int(rng.integers(3, 10 if several else 6)))
+            turns = conversation(scenes, rng, int(rng.integers(3, 9 if several else 6)))
         return {"id": self.name(i),
                 "images": [draw(scene, rng if self.augment else None) for scene in scenes],
                 "conversations": records(turns),

@@ -64,7 +64,7 @@ def test_seeded_samples_are_those_that_were_measured():
             for sample in World(split, task, 20, seed=0):
                 digest.update(repr((sample["conversations"], sample["types"])).encode())
     # another digest: bench/mini.json was measured on other samples; measure it again
-    assert digest.hexdigest()[:16] == "ebe25265a1b414d0"
+    assert digest.hexdigest()[:16] == "56e58797f0f8c3dd"
 
 
 @pytest.mark.parametrize("task", World.tasks)
