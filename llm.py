@@ -167,7 +167,7 @@ class Cache:
 
     def extend(self, slots, new):
         """Store new [B, *, T, ...]; return everything that its T queries may look at."""
-        one = new.shape[2] == 1  # `visible` is `slots` itself: it gets the write below
+        one = new.shape[2] == 1  # then the write below goes to `visible` too
         visible = slots if one else torch.cat((slots[:, :, : self.start], new), dim=2)
         slots.index_copy_(2, self.slots_T, new[:, :, -self.size :].to(slots.dtype))
         return visible[:, :, : self.view] if one else visible
@@ -321,7 +321,7 @@ class LLM(nn.Module):
         """Mean cross-entropy of predicting labels[:, t + 1] from x[:, t], x as from `hidden`.
 
         IGNORE labels do not count. If all labels are IGNORE, the loss is 0 (CuMo's code: NaN). The
-        first label of a packed document must be IGNORE: x before it is another document's.
+        first label of a packed document must be IGNORE: the x before it is another document's.
         """
         x, targets, head = x[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), self.head.weight
         if not torch.is_grad_enabled():  # without detach, ChunkedLoss would compute gradients

@@ -45,7 +45,7 @@ ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu, "silu": F.silu,
 
 # checkpointed(block, x) recomputes the block in the backward pass instead of keeping activations.
 # Recomputed probabilities may differ in the last bit, but a token must meet the same experts again.
-# So the result of each sort is kept. (Code compiled for a GPU needs no copy: it repeats its bits.)
+# So the result of each sort is kept. (Compiled GPU code just sorts again and gets the same bits.)
 checkpointed = partial(
     checkpoint,
     use_reentrant=False,
@@ -214,8 +214,8 @@ class Experts(nn.Module):
 
 
 class Bias(torch.autograd.Function):
-    """b [E, F] -> the bias of each row's expert [M, F]. Its gradient is one matrix product, summed
-    in float32, instead of an addition per row."""
+    """b [E, F] -> the bias of each row's expert [M, F]. Its gradient is one matrix product
+    instead of an addition per row."""
 
     @staticmethod
     def forward(ctx, b_EF, expert_M, onehot_ME):

@@ -210,7 +210,7 @@ def build(cfg):
     model.cfg.balance_coef, model.cfg.z_coef = cfg.balance_coef, cfg.z_coef
     known = model.cfg.template if cfg.init else ""
     model.cfg.image_mode, model.cfg.template = cfg.image_mode, cfg.template
-    if cfg.template == "plain":  # fits captions only: keep another for questions
+    if cfg.template == "plain":  # for captions only: store one for questions
         model.cfg.template = known or template_of(Tokenizer.from_pretrained(source))
     return model, source
 
