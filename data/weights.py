@@ -28,6 +28,7 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -349,7 +350,8 @@ def _map_file(file: Path, start: int, headers: bool) -> dict[str, Tensor]:
                 return _first_of((name, opened.get_tensor(name)) for name in names)
         # files older than torch 1.6 are no zip archives and cannot be mapped
         mapped = zipfile.is_zipfile(file)
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings(action="ignore"):  # on unusual pickles, PyTorch gives advice
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged or incomplete ({error}); fetch it again") from None
     except Exception as error:  # a damaged pickle can raise anything

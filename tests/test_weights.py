@@ -314,3 +314,17 @@ def test_quantised_weights_without_their_scales_are_refused(kind, name, tmp_path
 def test_a_byte_order_mark_in_config_json_is_no_error(tmp_path):
     (tmp_path / "config.json").write_text('{"dim": 4}', encoding="utf-8-sig")
     assert read_config(tmp_path) == {"dim": 4}
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_pickle_of_any_protocol_brings_none_of_the_advice_of_pytorch(
+    protocol, tmp_path, recwarn, capsys
+):
+    tensors = {"a": torch.arange(6.0).view(2, 3)}
+    torch.save(tensors, tmp_path / "pytorch_model.bin", pickle_protocol=protocol)
+    if protocol < 4:
+        assert_same(tmp_path, tensors)
+    else:
+        with pytest.raises(ValueError, match=r"cannot be read as weights \(.*safetensors instead"):
+            dict(read_tensors(tmp_path))
+    assert not recwarn.list and capsys.readouterr() == ("", "")
