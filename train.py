@@ -344,13 +344,13 @@ def train_stage(cfg):
     resume.check_disk(cfg, plan, steps)
     resume.open_stage(trainer, state)
     with resume.stop_on_signals(trainer), memory.advice(plan, cfg.device):
-        compiling.warm_up(trainer)
+        compiling.warm_up(trainer, plan.images)
         done = trainer.loop(wandb)
         if not done:
             resume.save_point(trainer)
     if not done:
         words = [word for word in sys.argv if word != "--overwrite"]
-        again = shlex.join([*fsdp.launcher(), *words])
+        again = f"{fsdp.launcher()} {shlex.join(words)}"
         print(f"stopped after {trainer.used:,} samples; to continue: {again}")
         return False
     lines = loader.summary(trainer.counts, getattr(trainer.data, "rejected", []), cfg.row_tokens)

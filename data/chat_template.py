@@ -1,7 +1,8 @@
 """The prompt templates, and which of them a language model alone wants.
 
 A model brings its `chat_template`, a program in Jinja, which we do not run. We rewrite what it
-prints in the words of FORMS, and refuse a template that prints anything else around a question:
+prints in the words of FORMS, and refuse one that prints anything else around a question (with
+control tokens, other texts may belong to its tools):
 
     mistral_v1   Mistral-7B-Instruct v0.1 and v0.2, Mixtral-8x7B: [INST] is ordinary text
     mistral_v3   Mistral-7B-Instruct v0.3, Mixtral-8x22B, Nemo: [INST] is a control token
@@ -101,8 +102,11 @@ def recognise(tokenizer):
         return None  # a system message that we would leave out
     asks = {text if control else text.removeprefix(" ") for text in prints if "INST]" in text}
     bare = lambda text: re.sub(r"{\w+}", "{}", text.strip())
+    rest = {bare(text) for text in prints if "INST]" not in text} - {"", "<s>", "</s>"}
     for name in names:
         first, question, answer, _ = FORMS[name]
+        if not control and not rest <= {bare(answer)}:
+            continue  # it prints a text that we would leave out
         begins = ("<s>" in prints) == (first != question)
         if tokenizer.mark:  # SentencePiece puts this space itself
             question = question.replace("]{", "] {")

@@ -258,6 +258,8 @@ def load_into(
 
 
 class NoDraws(TorchFunctionMode):
+    """Skips `nn.init.normal_`."""
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is not nn.init.normal_:
             return function(*args, **(kwargs or {}))

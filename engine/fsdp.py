@@ -45,8 +45,9 @@ def from_torchrun(name, default):
 
 def launcher():
     """The words before train.py in the command that started this process."""
-    n = from_torchrun("LOCAL_WORLD_SIZE", 1)
-    return ["torchrun", f"--nproc_per_node={n}"] if n > 1 else ["python"]
+    n, here = from_torchrun("WORLD_SIZE", 1), from_torchrun("LOCAL_WORLD_SIZE", 1)
+    several = f"--nnodes={n // here} ... " if n > here else ""
+    return f"torchrun {several}--nproc_per_node={here}" if n > 1 else "python"
 
 
 def start(device):

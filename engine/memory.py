@@ -51,6 +51,7 @@ GB = 2**30
 CARDS = (24, 48, 80, 141)  # GB: RTX 4090, L40S, A100 or H100, H200
 FREE = 0.95  # share of the memory that an estimate may fill
 PROGRAM = int(0.35 * GB)  # PyTorch and this code in main memory
+SPARSE = int(0.4 * GB)  # measured: experts' bf16 products on a CPU, of ever new sizes, take more
 
 # (weights, moments) from the most exact to the smallest
 LADDER = (("fp32", "fp32"), ("bf16-master", "fp32"), ("bf16-master", "bf16"), ("bf16-sr", "bf16"))
@@ -184,8 +185,8 @@ def kept(plan: Plan) -> tuple[int, int, int]:
 def activations(plan: Plan) -> int:
     """Bytes that a batch takes at its peak: what is kept, and what one operation needs besides.
 
-    Three numbers are fitted to bench/mock_card.json: a layer under way takes 1.3 times what it
-    keeps; the allocator loses 5 % and 1.25 layers of CLIP between blocks of unequal size.
+    Three numbers are fitted to a GPU (bench/mock_card.json): a layer under way takes 1.3 times what
+    it keeps; the allocator loses 5 % and 1.25 layers of CLIP between blocks of unequal size.
     """
     llm, (clip, connector, text) = plan.model.llm, kept(plan)
     logits = min(LOGITS_AT_ONCE, plan.tokens * llm.vocab_size)
@@ -195,8 +196,9 @@ def activations(plan: Plan) -> int:
         work = max(work, 1.3 * plan.tokens * llm_bytes(plan))
     layer = max(clip_tokens(plan.model, plan.images)) * clip_bytes(plan)
     peak = max(clip + connector + text + work, clip + 1.3 * layer)
-    # on a CPU, tensors of ever new sizes leave about as much of the heap unused
-    return int(2 * peak if plan.cpu else 1.05 * peak + 1.25 * layer * (plan.stage > 1))
+    if plan.cpu:  # tensors of ever new sizes leave part of the heap unused
+        return int((2 if plan.bf16 else 1.5) * peak)
+    return int(1.05 * peak + 1.25 * layer * (plan.stage > 1))
 
 
 def make_plan(
@@ -276,7 +278,9 @@ def estimate(plan: Plan) -> dict[str, int]:
     parameters, learning = (n // plan.processes for n in (plan.parameters, plan.learning))
     parts = {"weights": parameters * size, "gradients": learning * size,
              "optimizer": learning * more, "activations": activations(plan)}  # fmt: skip
-    return parts | ({"program": PROGRAM} if plan.cpu else {})
+    experts = (plan.model.vision.num_experts, plan.model.mlp_experts, plan.model.llm.num_experts)
+    program = PROGRAM + SPARSE * bool(any(experts) and plan.bf16)
+    return parts | ({"program": program} if plan.cpu else {})
 
 
 def total(plan: Plan) -> int:

@@ -88,6 +88,16 @@ def begin(folder):
     shutil.rmtree(gone, ignore_errors=True)
 
 
+def outdate(cfg):
+    """Mark the later stages as not finished: a stage replaces the weights they started from."""
+    for stage in range(cfg.stage + 1, 4):
+        folder = stage_dir(cfg, stage)
+        state = read_state(folder)
+        if state and state["finished"] and not state["config"].get("init"):
+            write_json(folder / "train.json", state | {"finished": False})
+            print(f"{folder} started from the stage that begins again: it has to be trained again")
+
+
 def differences(settings, state):
     """["lr was 0.1, now 0.2", ...] for each of the `settings` that differs from a stage's."""
     then, now = state["config"], json.loads(json.dumps(settings))
@@ -240,6 +250,7 @@ def open_stage(trainer, state):
         print(f"stage {trainer.cfg.stage}: resumed after {trainer.used:,} samples")
     elif fsdp.is_main():
         begin(trainer.folder)
+        outdate(trainer.cfg)
     if fsdp.is_main():
         state = {"finished": False, "data": trainer.records, "config": asdict(trainer.cfg)}
         write_json(trainer.folder / "train.json", state)

@@ -148,6 +148,15 @@ def shallow(tokenizer, template):
     return copy
 
 
+@pytest.mark.parametrize("extra", ["{{ 'You are a pirate.' }}", "You are a pirate.\n"])
+@pytest.mark.parametrize("own", [V1, LLAMA2])
+@pytest.mark.parametrize("end", [False, True])
+def test_a_text_of_its_own_around_the_turns_is_not_left_out(own, extra, end, mistral):  # noqa: F811
+    native_template(shallow(mistral, own))
+    with pytest.raises(ValueError, match="chat_template is not known here"):
+        native_template(shallow(mistral, own + extra if end else extra + own))
+
+
 def test_a_template_for_other_control_tokens_is_refused(mistral, tmp_path):  # noqa: F811
     shutil.copy(
         MISTRAL / "mistral_instruct_tokenizer_240323.model.v3", tmp_path / "tokenizer.model"

@@ -195,8 +195,8 @@ def compiled_work(cfg):
     """Train with compiled blocks (traced, not translated); after the warm-up a new trace fails."""
     compile_module, warm_up = torch.nn.Module.compile, compiling.warm_up
 
-    def then_no_more(trainer):
-        warm_up(trainer)
+    def then_no_more(trainer, most):
+        warm_up(trainer, most)
         torch.compiler.set_stance("fail_on_recompile")
 
     with pytest.MonkeyPatch.context() as patch:

@@ -69,6 +69,17 @@ def plan_of(model, batch, stage, **choices):
                             n_images=len(batch[1]), **choices)  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["mini", "mini_float32"])
+def test_the_estimate_of_the_demo_on_a_cpu_is_within_a_fifth_of_its_peak(name, tmp_path):
+    run = json.loads((ROOT / "bench" / f"{name}.json").read_text())
+    for stage, peak in run["peak_memory_gb"].items():
+        given = dict(preset="mini", device="cpu", bf16=run["precision"] == "bf16")
+        given |= dict(weights="fp32", moments="fp32", out=str(tmp_path))
+        plan = train.stage_plan(train.resolve(given, int(stage)))
+        needs = sum(memory.estimate(plan).values()) / memory.GB
+        assert needs == pytest.approx(peak, rel=0.2), f"stage {stage}"
+
+
 PRECISIONS = {"float32": ("fp32", False), "autocast": ("fp32", True), "bf16": ("bf16-sr", True)}
 
 

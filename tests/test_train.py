@@ -25,7 +25,7 @@ import data.weights
 import train
 from data import hub
 from data.stages import STAGES
-from engine import resume
+from engine import fsdp, resume
 from engine.optim import param_groups
 
 ROOT = Path(__file__).parents[1]
@@ -530,21 +530,47 @@ def test_a_second_ctrl_c_does_not_cut_the_last_save(weights, tmp_path, monkeypat
     assert torch.load(tmp_path / "stage1" / "resume.pt", weights_only=True)["step"] == 1
 
 
-@pytest.mark.parametrize("ranks, start", [(None, "python"), ("1", "python"),
-                                          ("2", "torchrun --nproc_per_node=2")])  # fmt: skip
 def test_the_command_that_continues_is_printed_as_it_must_be_typed(
-    weights, tmp_path, monkeypatch, capsys, ranks, start
+    weights, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    if ranks:
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
     step = train.Trainer.train_step
     monkeypatch.setattr(train.Trainer, "train_step",
                         lambda *x: (os.kill(os.getpid(), signal.SIGINT), step(*x))[1])  # fmt: skip
     argv = command(weights, tmp_path, "--stage", "1")[1:]
     monkeypatch.setattr(sys, "argv", [*argv, "--overwrite"])
     train.main()
-    assert f"to continue: {start} {shlex.join(argv)}\n" in capsys.readouterr().out
+    assert f"to continue: python {shlex.join(argv)}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "ranks, here, start",
+    [("1", "1", "python"), ("2", "2", "torchrun --nproc_per_node=2"),
+     ("4", "2", "torchrun --nnodes=2 ... --nproc_per_node=2")],
+)  # fmt: skip
+def test_several_processes_continue_with_torchrun(monkeypatch, ranks, here, start):
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    assert fsdp.launcher() == start
+
+
+def test_a_stage_that_begins_again_outdates_those_that_started_from_it(
+    weights, finished, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    run_stages(weights, out, 2, overwrite=True)
+    said = capsys.readouterr().out
+    assert f"{out / 'stage3'} started from the stage that begins again" in said
+    assert "stage1 started" not in said
+    states = [json.loads((out / f"stage{k}" / "train.json").read_text()) for k in (1, 2, 3)]
+    assert [state["finished"] for state in states] == [True, True, False]
+    run_stages(weights, out, 3)
+    assert "stage 3: finished in" in capsys.readouterr().out, "trained, not skipped"
+    run_stages(weights, tmp_path / "own", 3, init=str(finished / "stage2"))
+    shutil.copytree(out / "stage2", tmp_path / "own" / "stage2")
+    run_stages(weights, tmp_path / "own", 2, overwrite=True, init=str(out / "stage1"))
+    state = json.loads((tmp_path / "own" / "stage3" / "train.json").read_text())
+    assert state["finished"], "it started from another folder"
 
 
 def test_stage_3_runs_what_it_needs_and_says_so(weights, tmp_path, monkeypatch, capsys):
