@@ -24,6 +24,7 @@ from bench.speed import conditions
 from data.weights import write_json
 
 SETTINGS = {
+    "as train.py chooses": {"GOMP_SPINCOUNT": "", "OMP_WAIT_POLICY": ""},
     "libgomp": {"GOMP_SPINCOUNT": "300000", "OMP_WAIT_POLICY": ""},
     **{f"spin {n}": {"GOMP_SPINCOUNT": str(n)} for n in (300, 1_000, 3_000, 10_000, 30_000)},
     "passive": {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": ""},
