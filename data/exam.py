@@ -24,8 +24,9 @@ def exam(split, n, seed):
     while len(asked) < n:
         rng = np.random.default_rng((seed, world.SPLITS.index(split), 99, i))
         i += 1
-        scene = world.sample_scene(rng, split)
-        kind = world.QUESTION_TYPES[len(asked) % len(world.QUESTION_TYPES)]
+        kind, types = list(world.KINDS.items())[len(asked) % len(world.KINDS)]
+        scene = world.sample_scene(rng, split, kind)
+        kind = types[len(asked) // len(world.KINDS) % len(types)]
         pair = world.ASK[kind](scene, rng)
         if pair:
             asked.append((kind, *pair, world.draw(scene)))

@@ -20,32 +20,46 @@ Samples have the form of LLaVA's, `{"id", "images", "conversations": [{"from": "
 ...}, ...]}`, with PIL images instead of paths, and the `types` of the questions.
 """
 
-import functools
-import json
-import pathlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from data.chat import IMAGE_TAG
+from data.drawings import (
+    CATEGORIES,
+    COLORS,
+    CONCEPTS,
+    SIDE,
+    TRAIN_STYLES,
+    atlas,
+    backgrounds,
+    between_styles,
+    pick,
+    recolor,
+    warp,
+)
 from data.flags import READ, Parser, run
+from data.signs import (
+    NUMBERS,
+    Chart,
+    ask_bars,
+    ask_compare,
+    ask_height,
+    ask_read,
+    ask_tallest,
+    draw_chart,
+    draw_sign,
+    sample_chart,
+    sample_sign,
+)
+from data.signs import caption as caption_of_signs
 
-HERE = pathlib.Path(__file__).resolve().parent / "emoji"
-SIDE, GLYPH = 64, 64  # side in pixels of a scene and of a glyph in the atlas
 SPLITS = ("train", "new", "pairs", "style")
-TRAIN_STYLES = ("noto", "twemoji", "openmoji", "emojione", "oldnoto", "fxemoji", "streamline")
 STYLES = dict.fromkeys(SPLITS, TRAIN_STYLES) | {"style": ("fluent",)}
 PLACES = ("at the top left", "at the top right", "at the bottom left", "at the bottom right")
 MIDDLE = "in the middle"
-NUMBERS = ("zero", "one", "two", "three", "four")
 ORDINALS = ("first", "second", "third")
-COLORS = {"white": (250, 250, 250), "gray": (150, 150, 150), "black": (20, 20, 20),
-          "red": (220, 50, 50), "green": (60, 170, 80), "blue": (70, 110, 230),
-          "yellow": (250, 220, 80), "purple": (150, 80, 190)}  # fmt: skip
-CONCEPTS_JSON = json.loads((HERE / "concepts.json").read_text())
-CATEGORIES = {name: concept["category"] for name, concept in CONCEPTS_JSON.items()}
-CONCEPTS = tuple(CATEGORIES)
 PAIRS = [(c, d) for i, c in enumerate(CONCEPTS) for d in CONCEPTS[:i]]
 HELD_OUT = frozenset(  # a tenth of all unordered pairs; no training scene contains one
     frozenset(PAIRS[k])
@@ -55,9 +69,19 @@ PARTNERS = {  # concept -> the concepts it meets only in the split `pairs`
     c: sorted(d for d in CONCEPTS if frozenset((c, d)) in HELD_OUT) for c in CONCEPTS
 }
 SEVERAL = 0.5  # share of conversations about 2 or 3 pictures
-QUESTION_TYPES = ("what", "existence", "count", "where", "kind", "background", "side", "list")
+KINDS = {  # of pictures -> the types of questions about them
+    "things": ("what", "existence", "count", "where", "kind", "background", "side", "list"),
+    "words": ("read",),
+    "charts": ("tallest", "height", "bars", "compare"),
+}
+SHARES = (0.5, 0.3, 0.2)  # of the kinds in training
+QUESTION_TYPES = sum(KINDS.values(), ())
 # In training the harder types are asked more often.
-ASKED = (*QUESTION_TYPES, "existence", "existence", "kind", "list")
+ASKED = {
+    "things": (*KINDS["things"], "existence", "existence", "kind", "list"),
+    "words": ("read", "read", "read", "existence", "what", "where", "background"),
+    "charts": (*KINDS["charts"], "height", "existence", "background"),
+}
 
 
 @dataclass(frozen=True)
@@ -74,6 +98,12 @@ class Scene:
     background: str
     objects: tuple  # tuple of Object, in reading order
     style: str
+    signs: tuple = ()  # tuple of Sign, from top to bottom
+    chart: Chart | None = None
+
+    @property
+    def kind(self):
+        return "charts" if self.chart else "words" if self.signs else "things"
 
 
 # ------------------------------------------------------------------------------------- words
@@ -103,32 +133,11 @@ def short_caption(scene):
 
 
 def caption(scene):
-    objects = ", ".join(f"{a(o.name)} {o.place}" for o in scene.objects)
-    return f"on a {scene.background} background: {objects}."
+    objects = [f"{a(o.name)} {o.place}" for o in scene.objects]
+    return f"on a {scene.background} background: {', '.join(caption_of_signs(scene) + objects)}."
 
 
 # ------------------------------------------------------------------------------------- scenes
-
-
-@functools.cache
-def atlas(style):
-    """The glyphs of one style, [concepts, 64, 64, 4] uint8, in the order of CONCEPTS."""
-    sheet = np.asarray(Image.open(HERE / f"{style}.webp").convert("RGBA"))
-    columns = sheet.shape[1] // GLYPH
-    tiles = sheet.reshape(-1, GLYPH, columns, GLYPH, 4).swapaxes(1, 2)
-    return tiles.reshape(-1, GLYPH, GLYPH, 4)[: len(CONCEPTS)]
-
-
-@functools.cache
-def backgrounds(style):
-    """concept -> the background colours from which most of its pixels clearly differ; none if the
-    style lacks the concept."""
-    allowed = {}
-    for name, glyph in zip(CONCEPTS, atlas(style)):
-        pixels = glyph[glyph[..., 3] > 128][:, :3].astype(float)
-        far = {c: np.linalg.norm(pixels - rgb, axis=1) > 80 for c, rgb in COLORS.items()}
-        allowed[name] = {c for c, differs in far.items() if differs.sum() > 0.6 * len(pixels)}
-    return allowed
 
 
 def pick_names(rng, split, n):
@@ -144,12 +153,33 @@ def pick_names(rng, split, n):
             return [names[i] for i in rng.permutation(n)]
 
 
-def sample_scene(rng, split, n_objects=None):
-    """A random scene of `split` with `n_objects` (None: 1 to 4) objects; at least 2 in `pairs`.
-    ValueError for an unknown split."""
-    assert n_objects in (None, 1, 2, 3, 4), "one object in each cell of a 2x2 grid"
+def sample_scene(rng, split, kind=None):
+    """A random scene of `split`, of one of KINDS (None: any). ValueError for an unknown split."""
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is unknown; the emoji world has {', '.join(SPLITS)}")
+    kind = kind or str(rng.choice(tuple(KINDS), p=SHARES))
+    if kind == "things":
+        return sample_things(rng, split)
+    background, style = pick(rng, *COLORS), pick(rng, *STYLES[split])
+    if kind == "charts":
+        return Scene(background, (), style, chart=sample_chart(rng, split, background))
+    where = pick(
+        rng, (MIDDLE,), ("at the top",), ("at the bottom",), ("at the top", "at the bottom")
+    )
+    if where[0] == MIDDLE or len(where) == 2:
+        signs = tuple(sample_sign(rng, split, place, background) for place in where)
+        return Scene(background, (), style, signs)
+    half = 2 if where[0] == "at the top" else 0  # the things stand in the other half
+    scene = sample_things(
+        rng, split, int(rng.integers(2 if split == "pairs" else 1, 3)), (half, half + 1)
+    )
+    return replace(scene, signs=(sample_sign(rng, split, where[0], scene.background),))
+
+
+def sample_things(rng, split, n_objects=None, cells=(0, 1, 2, 3)):
+    """A scene of 1 to 4 things in `cells` of a 2x2 grid; at least 2 in `pairs`. One thing alone is
+    in the middle, unless there are fewer cells."""
+    assert n_objects in (None, 1, 2, 3, 4), "one object in each cell of a 2x2 grid"
     looks = []  # (style, background) in which all objects exist and are clearly seen
     while not looks:
         n = n_objects or int(rng.choice(4, p=(0.25, 0.3, 0.3, 0.15))) + 1
@@ -159,64 +189,29 @@ def sample_scene(rng, split, n_objects=None):
                  if (colors := set.intersection(*sets))]  # fmt: skip
     style, colors = pick(rng, *looks)
     color = pick(rng, *colors)
-    cells = sorted(rng.permutation(4)[: len(names)])
+    middle = len(names) == 1 and len(cells) == 4
+    cells = sorted(rng.permutation(cells)[: len(names)])
     objects = []
     for name, cell in zip(names, cells):
-        size = int(rng.integers(38, 59) if len(names) == 1 else rng.integers(24, 32))
-        room = SIDE - size if len(names) == 1 else SIDE // 2 - size
-        dx, dy = (room // 2, room // 2) if len(names) == 1 else rng.integers(0, room + 1, size=2)
-        x0, y0 = (0, 0) if len(names) == 1 else (cell % 2 * SIDE // 2, cell // 2 * SIDE // 2)
-        place = MIDDLE if len(names) == 1 else PLACES[cell]
+        size = int(rng.integers(38, 59) if middle else rng.integers(24, 32))
+        room = SIDE - size if middle else SIDE // 2 - size
+        dx, dy = (room // 2, room // 2) if middle else rng.integers(0, room + 1, size=2)
+        x0, y0 = (0, 0) if middle else (cell % 2 * SIDE // 2, cell // 2 * SIDE // 2)
+        place = MIDDLE if middle else PLACES[cell]
         box = (int(x0 + dx), int(y0 + dy), size)
         angle, mirrored = float(rng.uniform(-12, 12)), bool(rng.random() < 0.5)
         objects.append(Object(name, place, box, angle, mirrored))
     return Scene(color, tuple(objects), style)
 
 
-def between_styles(style, k, rng):
-    """Drawing `k` of a style, mixed with that of another training style (if it has the concept)."""
-    glyph, other = (atlas(s)[k].astype(np.float32) for s in (style, pick(rng, *TRAIN_STYLES)))
-    share = min(1, rng.uniform(0.4, 1.3)) if other.any() else 1
-    own_alpha, other_alpha = share * glyph[..., 3:], (1 - share) * other[..., 3:]
-    rgb = own_alpha * glyph[..., :3] + other_alpha * other[..., :3]
-    alpha = own_alpha + other_alpha
-    return np.concatenate([rgb / alpha.clip(1), alpha], -1).round().astype(np.uint8)
-
-
-def recolor(glyph, rng):
-    """The glyph in other colours: channels mixed, saturation changed, lit from one side, and with
-    the relief of a rounded body."""
-    rgb = glyph[..., :3].astype(np.float32)
-    mix = np.eye(3, dtype=np.float32) + rng.normal(0, 0.1, (3, 3)).astype(np.float32)
-    mix /= mix.sum(1, keepdims=True)
-    gray = rgb.mean(-1, keepdims=True)
-    rgb = gray + (rgb @ mix.T - gray) * rng.uniform(0.5, 1.3)
-    slope = rng.normal(0, 0.25, 2)
-    y, x = np.mgrid[-0.5 : 0.5 : GLYPH * 1j, -0.5 : 0.5 : GLYPH * 1j]
-    light = rng.uniform(0.8, 1.15) + slope[0] * y + slope[1] * x
-    body = Image.fromarray(glyph[..., 3]).filter(ImageFilter.GaussianBlur(rng.uniform(2, 6)))
-    body = np.asarray(body, np.float32) / 255
-    light += rng.uniform(0, 0.8) * (np.roll(body, rng.integers(-5, 6, size=2), (0, 1)) - body)
-    rgb = rgb * light[..., None] + rng.normal(0, 12)
-    return np.concatenate([rgb.clip(0, 255).astype(np.uint8), glyph[..., 3:]], -1)
-
-
-def warp(glyph, angle, rng):
-    """The glyph (PIL) rotated, sheared, narrower or lower, and sometimes blurred."""
-    if rng.random() < 0.3:
-        glyph = glyph.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 1.5)))
-    cos, sin = np.cos(np.radians(angle)), np.sin(np.radians(angle))
-    matrix = np.array([[cos, -sin], [sin, cos]])
-    matrix += rng.uniform(-0.15, 0.15, (2, 2)) + np.diag(rng.uniform(0, 0.2, 2))
-    shift = GLYPH / 2 * (1 - matrix.sum(1))  # the centre stays
-    affine = np.concatenate([matrix, shift[:, None]], axis=1).ravel().tolist()
-    return glyph.transform((GLYPH, GLYPH), Image.Transform.AFFINE, affine, Image.BILINEAR)
-
-
 def draw(scene, rng=None, scale=1):
     """The picture of a scene, RGB, 64 pixels wide and high, times `scale`. With `rng`, each glyph
     is mixed with another style, recoloured and warped (augmentation)."""
     canvas = Image.new("RGB", (SIDE * scale, SIDE * scale), COLORS[scene.background])
+    if scene.chart:
+        draw_chart(canvas, scene.chart, scene.style, scale, rng)
+    for sign in scene.signs:
+        draw_sign(canvas, sign, scene.style, scale, rng)
     for o in scene.objects:
         k = CONCEPTS.index(o.name)
         glyph = recolor(between_styles(scene.style, k, rng), rng) if rng else atlas(scene.style)[k]
@@ -233,16 +228,14 @@ def draw(scene, rng=None, scale=1):
 # ------------------------------------------------------------------------------------- questions
 
 
-def pick(rng, *options):
-    return options[rng.integers(len(options))]
-
-
 def ask_what(scene, rng):
+    if not scene.objects:
+        return None
     if scene.objects[0].place == MIDDLE:
         q = pick(rng, "What is in the picture?", "What is this?", "What do you see?")
         return q, a(scene.objects[0].name)
     taken = {o.place: a(o.name) for o in scene.objects}
-    free = [p for p in PLACES if p not in taken]
+    free = [p for p in PLACES if p not in taken and not scene.signs]
     place = pick(rng, *free) if free and rng.random() < 0.1 else pick(rng, *taken)
     q = pick(rng, f"What is {place}?", f"What do you see {place}?")
     return q, taken.get(place, "nothing")
@@ -250,10 +243,14 @@ def ask_what(scene, rng):
 
 def ask_existence(scene, rng):
     present = sorted({o.name for o in scene.objects})
-    if rng.random() < 0.5:
+    if present and rng.random() < 0.5:
         name, answer = pick(rng, *present), "yes"
     else:
-        kinds = {CATEGORIES[n] for n in present} if rng.random() < 0.5 else set(CATEGORIES.values())
+        kinds = (
+            {CATEGORIES[n] for n in present}
+            if present and rng.random() < 0.5
+            else set(CATEGORIES.values())
+        )
         # never ask about a held-out partner: training would teach that such pairs do not occur
         partner = {p for name in present for p in PARTNERS[name]}
         absent = [c for c in CONCEPTS if c not in present and c not in partner]
@@ -322,14 +319,18 @@ def ask_list(scene, rng):
 
 ASK = {"what": ask_what, "existence": ask_existence, "count": ask_count,
        "where": ask_where, "kind": ask_kind, "background": ask_background,
-       "side": ask_side, "list": ask_list}  # fmt: skip
+       "side": ask_side, "list": ask_list, "read": ask_read, "tallest": ask_tallest,
+       "height": ask_height, "bars": ask_bars, "compare": ask_compare}  # fmt: skip
 DESCRIBE = "Describe the picture."
 
 
-def questions(scene, rng, n, types=QUESTION_TYPES):
-    """`n` different questions about a scene, of random types: [(type, question, answer)]."""
-    asked = []
-    while len(asked) < n:
+def questions(scene, rng, n, types=None):
+    """At most `n` different questions about a scene, of random types (None: as in training, or
+    {kind: types}): [(type, question, answer)]."""
+    asked, types = [], (types or ASKED)[scene.kind]
+    for _ in range(8 * n):  # a sign and a bar allow only a few
+        if len(asked) == n:
+            break
         kind = types[rng.integers(len(types))]
         pair = ASK[kind](scene, rng)
         if pair and pair[0] not in [q for _, q, _ in asked]:
@@ -375,7 +376,7 @@ def ask_ordinal(scenes, rng):
     k = int(rng.integers(len(scenes)))
     if rng.random() < 0.1:
         return "describe", f"Describe the {ORDINALS[k]} picture.", caption(scenes[k])
-    kind, question, answer = questions(scenes[k], rng, 1, ASKED)[0]
+    kind, question, answer = questions(scenes[k], rng, 1)[0]
     return kind, of_picture(k, kind, question, rng), answer
 
 
@@ -388,7 +389,7 @@ def conversation(scenes, rng, n):
     together, turns = rng.random() < 0.6, []
     groups = [len(scenes)] if together else range(1, len(scenes) + 1)
     for shown in groups:  # this many pictures have been shown
-        asked = questions(scenes[shown - 1], rng, max(1, n // len(groups)), ASKED)
+        asked = questions(scenes[shown - 1], rng, max(1, n // len(groups)))
         for k in range(len(asked)) if shown > 1 else ():
             if rng.random() < 0.85:
                 pair = ask_which(scenes[:shown], rng) if rng.random() < 0.35 else None
@@ -447,7 +448,11 @@ class World:
         if several:
             scenes = sample_scenes(rng, self.split, int(rng.integers(2, 4)))
         else:
-            scenes = [sample_scene(rng, self.split, n_objects=1 if self.task == "name" else None)]
+            scenes = [
+                sample_things(rng, self.split, 1)
+                if self.task == "name"
+                else sample_scene(rng, self.split)
+            ]
         if self.task == "name":
             turns = [("name", f"{IMAGE_TAG}\n{DESCRIBE}", short_caption(scenes[0]))]
         elif self.task == "describe" or (train and not several and rng.random() < 0.1):

@@ -32,16 +32,17 @@ from data.tokenizer import Tokenizer, train_bpe
 from data.weights import write_json, write_tensors
 from engine.rate import has_fast_bf16
 from llm import LLM, LLMConfig
-from runs.make.text_world import FOUND, GRID, PATCH, blur, text_batch
+from runs.make.text_world import FOUND, GRID, PATCH, blur, letter_middles, text_batch
 
 MINI = ROOT / "data" / "mini"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 
 
 def corpus(n=6000):
     """Text for the tokenizer: captions, questions and answers in their template, and names."""
     for i in range(n):
         rng = np.random.default_rng((9, i))
-        scene = world.sample_scene(rng, "train")
+        scene = world.sample_things(rng, "train")
         yield from (world.caption(scene) + "\n", world.short_caption(scene) + "\n")
         several = world.conversation(world.sample_scenes(rng, "train", 3), rng, 4)
         turns = world.questions(scene, rng, 4) + several
@@ -196,8 +197,9 @@ def set_lr(optimizers, lr, step, steps):
 
 
 def phrases():
-    """The phrases of the text tower: every concept and every background colour."""
-    return [world.a(c) for c in world.CONCEPTS] + [f"a {c} background" for c in world.COLORS]
+    """The phrases of the text tower: every concept, every background colour, every letter."""
+    colors = [f"a {c} background" for c in world.COLORS]
+    return [world.a(c) for c in world.CONCEPTS] + colors + [f"the sign {c}" for c in LETTERS]
 
 
 def patch_targets(scene):
@@ -209,20 +211,34 @@ def patch_targets(scene):
         distance = np.hypot(x - left - size / 2, y - top - size / 2) / size
         target[distance < 0.6] = IGNORE
         target[distance < 0.45] = world.CONCEPTS.index(o.name)
+    first_letter = len(world.CONCEPTS) + len(world.COLORS)
+    for sign in scene.signs:
+        left, top, width, height = sign.box
+        plate = (np.abs(x - left - width / 2) < width / 2 + 4) & (
+            np.abs(y - top - height / 2) < height / 2 + 4
+        )
+        target[plate] = IGNORE
+        rows = plate & (np.abs(y - top - height / 2) < 0.3 * height + 1)
+        for letter, middle in zip(sign.text, letter_middles(sign)):
+            target[rows & (np.abs(x - middle) < 4)] = first_letter + LETTERS.index(letter)
     return target.ravel()
 
 
-def picture_batch(split, seed, step, n, p_single, augment=True):
+def picture_batch(split, seed, step, n, p_single, augment=True, signs=0.0):
     """`n` scenes -> images [n, 3, 64, 64], patch targets [n, 64], true phrases [n, phrases]."""
     images, targets, truths = [], [], np.zeros((n, len(phrases())), dtype=bool)
     for i in range(n):
         rng = np.random.default_rng((seed, world.SPLITS.index(split), step, i))
         single = rng.random() < p_single
         n_objects = 1 if single else int(rng.choice(4, p=(0.15, 0.1, 0.25, 0.5))) + 1
-        scene = world.sample_scene(rng, split, n_objects if split == "train" else None)
+        if rng.random() < signs:
+            scene = world.sample_scene(rng, split, "words")
+        else:
+            scene = world.sample_things(rng, split, n_objects if split == "train" else None)
         images.append(preprocess(world.draw(scene, rng if augment else None), world.SIDE))
         targets.append(patch_targets(scene))
-        truths[i, np.unique(targets[-1][targets[-1] >= 0])] = True
+        seen = np.unique(targets[-1][targets[-1] >= 0])
+        truths[i, seen[seen < len(world.CONCEPTS) + len(world.COLORS)]] = True
     return torch.stack(images), torch.from_numpy(np.stack(targets)), torch.from_numpy(truths)
 
 

@@ -22,6 +22,7 @@ import torch
 from data import world
 from data.chat import IGNORE, IMAGE_TOKEN, render
 from data.packing import assemble
+from data.signs import bar_boxes, font
 
 PATCH, GRID = 8, 8
 ROWS, LENGTH = 6, 400  # rows of a batch, tokens of a row
@@ -29,13 +30,18 @@ FOUND = ("nothing", *world.PLACES, world.MIDDLE, "several")  # results of lookin
 
 
 def text_picture(scene, rng, noise=1.0):
-    """64 words, one for each 8x8 patch in reading order: its object or the background colour.
+    """64 words, one for each 8x8 patch in reading order: its object, letter or colour.
 
     With noise (0 to 1: how often) an object has fuzzy edges, and up to half of its patches have
     another word, mostly one of a few names with which this object is confused.
     """
     words = np.full((GRID, GRID), scene.background, dtype=object)
     y, x = np.mgrid[:GRID, :GRID] * PATCH + PATCH / 2
+    boxes = bar_boxes(scene.chart) if scene.chart else ()
+    for (left, top, width, _), (color, _) in zip(boxes, scene.chart.bars if boxes else ()):
+        words[(x >= left - 2) & (x < left + width + 2) & (y >= top)] = color
+    for sign in scene.signs:
+        write_sign(words, sign, x, y, rng if rng.random() < noise else None)
     noisy = rng.random() < 0.75 * noise
     for o in scene.objects:
         left, top, size = o.box
@@ -47,7 +53,32 @@ def text_picture(scene, rng, noise=1.0):
             mistaken = [world.CONCEPTS[i] for i in rng.integers(len(world.CONCEPTS), size=3)]
             others = (mistaken[0], mistaken[0], *mistaken, scene.background)
             words[wrong] = [others[i] for i in rng.integers(len(others), size=wrong.sum())]
-    return " " + " ".join(words.ravel())
+    return list(words.ravel())
+
+
+def letter_middles(sign):
+    """The x of the middle of each letter of a sign, in pixels."""
+    left, _, width, height = sign.box
+    x0, y0, x1, y1 = font(100).getbbox(sign.text)
+    scale = min(0.9 * width / (x1 - x0), 0.78 * height / (y1 - y0))
+    length = font(100).getlength
+    start = left + width / 2 - scale * length(sign.text) / 2
+    return [start + scale * (length(sign.text[:k]) + length(letter) / 2)
+            for k, letter in enumerate(sign.text)]  # fmt: skip
+
+
+def write_sign(words, sign, x, y, rng):
+    """Each letter in the patch of its middle, or below if that is taken; the plate around them.
+    With `rng` some letters are shifted."""
+    left, top, width, height = sign.box
+    words[(x >= left) & (x < left + width) & (y >= top) & (y < top + height)] = sign.plate
+    line = min(GRID - 2, int((top + height / 2) / PATCH - 0.5 * (rng is not None and rng.random())))
+    taken = set()
+    for letter, middle in zip(sign.text, letter_middles(sign)):
+        column = int((middle + (rng.uniform(-2, 2) if rng is not None else 0)) / PATCH)
+        row = line + (column in taken)
+        taken.add(column)
+        words[row, min(column, GRID - 1)] = letter
 
 
 def blur(x, place, noise=1.0):
@@ -91,8 +122,15 @@ def telegrams(scene, rng):
 
 
 def written(scene, rng, noise):
-    """A scene as a text picture or a caption, at random."""
+    """A scene as a text picture (64 words) or a caption, at random."""
     return text_picture(scene, rng, noise) if rng.random() < 0.8 else " " + world.caption(scene)
+
+
+def encode_written(text, tokenizer):
+    """The ids of a caption or, one each, of the words of a text picture."""
+    if isinstance(text, str):
+        return tokenizer.encode(text)
+    return [tokenizer.encode(word if len(word) == 1 else f" {word}")[0] for word in text]
 
 
 def telegraph_sample(tokenizer, rng, noise):
@@ -101,8 +139,8 @@ def telegraph_sample(tokenizer, rng, noise):
     ids, labels, place, found = [tokenizer.bos] * 2, [IGNORE] * 2, [IGNORE] * 2, [IGNORE] * 2
     start = tokenizer.encode("[INST] ")
     for k in range(1 + (rng.random() < 0.4 * noise)):
-        scene = world.sample_scene(rng, "train", n_objects=int(rng.integers(2, 5)))
-        words = tokenizer.encode(written(scene, rng, noise))
+        scene = world.sample_things(rng, "train", int(rng.integers(2, 5)))
+        words = encode_written(written(scene, rng, noise), tokenizer)
         ids += [tokenizer.eos] * k + start + words
         place += [IGNORE] * (k + len(start)) + place_of(words)
         labels += [IGNORE] * (len(ids) - len(labels))
@@ -118,7 +156,10 @@ def telegraph_sample(tokenizer, rng, noise):
 
 
 # The questions that a small model learns last are asked more often.
-HARD = world.QUESTION_TYPES + ("existence", "where", "kind", "side", "count", "list")
+HARD = world.KINDS | {
+    "things": (*world.KINDS["things"], "existence", "where", "kind", "side", "count", "list"),
+    "words": world.ASKED["words"],
+}
 
 
 def dialogue_sample(tokenizer, rng, split, noise):
@@ -130,7 +171,7 @@ def dialogue_sample(tokenizer, rng, split, noise):
         texts = [text_picture(scene, rng, noise) for scene in scenes]
     else:
         scenes = [world.sample_scene(rng, split)]
-        kinds, n = HARD if split == "train" else world.QUESTION_TYPES, int(rng.integers(2, 10))
+        kinds, n = HARD if split == "train" else world.KINDS, int(rng.integers(2, 10))
         turns = world.questions(scenes[0], rng, n, kinds)
         described = ("describe", world.DESCRIBE, world.caption(scenes[0]))
         turns.insert(int(rng.integers(len(turns) + 1)), described)
@@ -155,7 +196,7 @@ def place_of(words):
 
 def render_text(turns, tokenizer, texts):
     """(ids, labels, place) of [(type, question, answer)], with texts in the place of images."""
-    texts = [tokenizer.encode(text) for text in texts]
+    texts = [encode_written(text, tokenizer) for text in texts]
     tags = sum(question.count(world.IMAGE_TAG) for _, question, _ in turns)
     ids, labels = render(world.records(turns), tokenizer, image_tokens=1, n_images=tags)
     place, at = [IGNORE] * len(ids), 0
