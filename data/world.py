@@ -328,9 +328,9 @@ def questions(scene, rng, n, types=None):
     """At most `n` different questions about a scene, of random types (None: as in training, or
     {kind: types}): [(type, question, answer)]."""
     asked, types = [], (types or ASKED)[scene.kind]
-    for _ in range(8 * n):  # a sign and a bar allow only a few
-        if len(asked) == n:
-            break
+    tries = 0
+    while not asked or len(asked) < n and tries < 8 * n:  # a sign allows only a few
+        tries += 1
         kind = types[rng.integers(len(types))]
         pair = ASK[kind](scene, rng)
         if pair and pair[0] not in [q for _, q, _ in asked]:
