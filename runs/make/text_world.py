@@ -22,7 +22,7 @@ import torch
 from data import world
 from data.chat import IGNORE, IMAGE_TOKEN, render
 from data.packing import assemble
-from data.signs import bar_boxes, font
+from data.signs import NUMBERS, ask_bars, ask_compare, ask_tallest, bar_boxes, font
 
 PATCH, GRID = 8, 8
 ROWS, LENGTH = 6, 400  # rows of a batch, tokens of a row
@@ -100,6 +100,14 @@ def telegrams(scene, rng):
     They take a quarter of the tokens of full questions. Each is asked only once, because a repeated
     question could be answered by copying.
     """
+    if scene.kind == "charts":
+        asked = [(f"{color}:", NUMBERS[height]) for color, height in scene.chart.bars]
+        pairs = [ask(scene, rng) for ask in (ask_tallest, ask_compare, ask_bars)]
+        asked += [(q.lower(), answer) for q, answer in filter(None, pairs)]
+        return [asked[i] for i in rng.permutation(len(asked))]
+    if scene.kind == "words":
+        asked = [(f"sign {sign.place}:", sign.text) for sign in scene.signs]
+        return [asked[i] for i in rng.permutation(len(asked))]
     names = [o.name for o in scene.objects]
     kinds = [world.CATEGORIES[name] for name in names]
     place = {o: o.place.split(" ", 2)[2] for o in scene.objects}  # "top left", "middle"
@@ -139,7 +147,10 @@ def telegraph_sample(tokenizer, rng, noise):
     ids, labels, place, found = [tokenizer.bos] * 2, [IGNORE] * 2, [IGNORE] * 2, [IGNORE] * 2
     start = tokenizer.encode("[INST] ")
     for k in range(1 + (rng.random() < 0.4 * noise)):
-        scene = world.sample_things(rng, "train", int(rng.integers(2, 5)))
+        if rng.random() < 0.3:
+            scene = world.sample_things(rng, "train", int(rng.integers(2, 5)))
+        else:
+            scene = world.sample_scene(rng, "train", world.pick(rng, "words", "words", "charts"))
         words = encode_written(written(scene, rng, noise), tokenizer)
         ids += [tokenizer.eos] * k + start + words
         place += [IGNORE] * (k + len(start)) + place_of(words)
