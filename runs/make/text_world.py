@@ -14,6 +14,7 @@ language model must let all patches of an object vote, where otherwise it would 
 """
 
 import functools
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -56,6 +57,14 @@ def text_picture(scene, rng, noise=1.0):
     return list(words.ravel())
 
 
+def with_other_texts(scene, rng):
+    """The scene with strings of random letters on its signs: they must be read, not guessed."""
+    letters = list("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
+    texts = ["".join(rng.choice(letters, rng.integers(2, 6))) for _ in scene.signs]
+    signs = tuple(replace(sign, text=text) for sign, text in zip(scene.signs, texts))
+    return replace(scene, signs=signs)
+
+
 def letter_middles(sign):
     """The x of the middle of each letter of a sign, in pixels."""
     left, _, width, height = sign.box
@@ -76,9 +85,10 @@ def write_sign(words, sign, x, y, rng):
     taken = set()
     for letter, middle in zip(sign.text, letter_middles(sign)):
         column = int((middle + (rng.uniform(-2, 2) if rng is not None else 0)) / PATCH)
-        row = line + (column in taken)
+        while column in taken and column < GRID - 1:
+            column += 1
         taken.add(column)
-        words[row, min(column, GRID - 1)] = letter
+        words[line, min(column, GRID - 1)] = letter
 
 
 def blur(x, place, noise=1.0):
@@ -151,6 +161,7 @@ def telegraph_sample(tokenizer, rng, noise):
             scene = world.sample_things(rng, "train", int(rng.integers(2, 5)))
         else:
             scene = world.sample_scene(rng, "train", world.pick(rng, "words", "words", "charts"))
+            scene = with_other_texts(scene, rng)
         words = encode_written(written(scene, rng, noise), tokenizer)
         ids += [tokenizer.eos] * k + start + words
         place += [IGNORE] * (k + len(start)) + place_of(words)
@@ -178,10 +189,14 @@ def dialogue_sample(tokenizer, rng, split, noise):
     at most LENGTH tokens."""
     if rng.random() < 0.75:
         scenes = world.sample_scenes(rng, split, world.pick(rng, 2, 3, 3))
+        if split == "train":
+            scenes = [with_other_texts(scene, rng) for scene in scenes]
         turns = world.conversation(scenes, rng, int(rng.integers(3, 10)))
         texts = [text_picture(scene, rng, noise) for scene in scenes]
     else:
         scenes = [world.sample_scene(rng, split)]
+        if split == "train":
+            scenes = [with_other_texts(scene, rng) for scene in scenes]
         kinds, n = HARD if split == "train" else world.KINDS, int(rng.integers(2, 10))
         turns = world.questions(scenes[0], rng, n, kinds)
         described = ("describe", world.DESCRIBE, world.caption(scenes[0]))
