@@ -303,7 +303,9 @@ def other_jobs(cfg):
             job.wait()
         raise
     if failed:
-        raise ValueError(f"another job failed: {pathlib.Path(cfg.out, f'job-{failed[0]}.log')}")
+        log = pathlib.Path(cfg.out, f"job-{failed[0]}.log")
+        last = log.read_text().strip().splitlines()[-1:]
+        raise ValueError(f"another job failed, see {log}: {''.join(last)}")
 
 
 def main():

@@ -109,7 +109,8 @@ def compare(ours, reference):
     """Answers of paired seeds, (right, loss) [seeds, splits, questions] each -> {kind of picture or
     "all": {"right" (percent) | "loss": (mean, low, high) of the difference}}.
 
-    Questions are drawn within a kind of picture, so that each kind keeps its share of all."""
+    Questions are drawn within a kind of picture, so that each kind keeps its share of all.
+    """
     right, loss = (np.float32(x) - np.float32(y) for x, y in zip(ours, reference))
     both = np.concatenate([100 * right, loss])  # [2 * seeds, splits, questions]
     kinds, parts = kinds_of(both.shape[-1]), {}

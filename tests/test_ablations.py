@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import signal
-import subprocess
 import sys
 import time
 
@@ -84,7 +82,9 @@ def start(tmp_path, monkeypatch, *flags):
         (tmp_path / "demo" / f"stage{stage}").mkdir(parents=True, exist_ok=True)
         state = '{"finished": true, "config": {}}'
         (tmp_path / "demo" / f"stage{stage}" / "train.json").write_text(state)
-    monkeypatch.setattr(sys, "argv", ["ablations.py", "--jobs=1", *folders, *flags])
+    monkeypatch.setattr(
+        sys, "argv", ["ablations.py", "--jobs=1", "--questions=40", *folders, *flags]
+    )
     ablations.main()
     return json.loads((tmp_path / "bench" / "results.json").read_text())
 
@@ -125,9 +125,9 @@ def test_finished_runs_are_kept_and_an_interrupted_one_is_run_again(tmp_path, mo
     assert start(tmp_path, monkeypatch, "--rows=c-llm", "--seeds=1") == found and len(calls) == 5
     kept = verdicts.read_answers(tmp_path / "bench" / "exam.npz")
     assert sorted(kept) == sorted(f"{r['name']}-{r['seed']}" for r in found["rows"])
-    right, loss = verdicts.unpack(kept["c-llm-1"], (3, 4000))
+    right, loss = verdicts.unpack(kept["c-llm-1"], (3, 40))
     assert right[0, :4].tolist() == [True, False] * 2 and loss[0, 1] == pytest.approx(1.5, rel=0.05)
-    with pytest.raises(ValueError, match="of 1600 samples and 4000 questions; name another"):
+    with pytest.raises(ValueError, match="of 1600 samples and 40 questions; name another"):
         start(tmp_path, monkeypatch, "--samples=64")
 
 
@@ -144,7 +144,7 @@ def test_two_commands_never_train_the_same_run(tmp_path, monkeypatch):
     with ablations.lock(tmp_path / "out" / "f-top1-0") as ours:
         assert ours
         (tmp_path / "bench").mkdir()
-        (tmp_path / "bench" / "results.json").write_text(json.dumps(content(questions=4000)))
+        (tmp_path / "bench" / "results.json").write_text(json.dumps(content(questions=40)))
         assert not start(tmp_path, monkeypatch, "--rows=f-top1", "--seeds=0")["rows"]
 
 
@@ -207,63 +207,51 @@ def test_picture_is_drawn_from_the_rows_so_far(tmp_path):
 
 JOB = """
 import pathlib, sys, time
-sys.path.insert(0, {root!r})
-from runs import ablations
-
-def work(cfg, name, seed):
-    pathlib.Path(cfg.out, f"{{name}}-{{seed}}.begun").touch()
+assert sys.argv[1:] == ["--rows=c", "--jobs", "0"], sys.argv
+pathlib.Path(__file__).with_name("begun").touch()
+try:
     time.sleep({seconds})
-    if name == {fails!r}:
-        raise ValueError("no such thing")
-
-ablations.train_and_examine, ablations.publish_run = work, lambda cfg, row: None
-ablations.draw_ablations = lambda groups, file: None
-from data.flags import run
-if __name__ == "__main__":
-    ablations.SCRIPT = __file__
-    run(ablations.main)
+except KeyboardInterrupt:
+    pathlib.Path(__file__).with_name("stopped").touch()
+sys.exit({status!r})
 """
 
 
-@pytest.fixture
-def start_jobs(tmp_path):
-    """Starts the command with work that only takes time; nothing is left running."""
-    started = []
-
-    def start(seconds, fails=""):
-        script = tmp_path / "job.py"
-        script.write_text(JOB.format(root=str(ROOT), seconds=seconds, fails=fails))
-        words = [sys.executable, str(script), "--rows=f", "--seeds=0", "--jobs=3"]
-        words += [f"--{k}={tmp_path / k}" for k in ("demo", "out", "bench")]
-        started.append(subprocess.Popen(words, stdout=-1, stderr=-1, text=True))
-        return started[0]
-
-    yield start
-    for job in started:
-        if job.poll() is None:
-            job.send_signal(signal.SIGINT)
-            job.wait()
+def other_jobs(tmp_path, monkeypatch, seconds=0, status=0):
+    """`ablations.other_jobs` of --jobs 2, the other one with work that only takes time."""
+    (tmp_path / "job.py").write_text(JOB.format(seconds=seconds, status=status))
+    monkeypatch.setattr(ablations, "SCRIPT", tmp_path / "job.py")
+    monkeypatch.setattr(sys, "argv", ["ablations.py", "--rows=c"])
+    return ablations.other_jobs(ablations.AblationConfig(jobs=2, out=str(tmp_path / "out")))
 
 
-def test_one_command_keeps_several_jobs_busy_and_ctrl_c_stops_them_all(tmp_path, start_jobs):
-    job, until = start_jobs(seconds=600), time.time() + 120
-    while len(list(tmp_path.glob("out/*.begun"))) < 3:  # at the same time
-        assert job.poll() is None and time.time() < until
-        time.sleep(0.05)
-    job.send_signal(signal.SIGINT)
-    said = job.communicate(timeout=60)[1]
-    assert job.returncode == 1 and "the same command continues" in said
-    for name in ("b-cumo-0", "f-top1-0", "f-top4-0"):
-        with ablations.lock(tmp_path / "out" / name, wait=False) as ours:
-            assert ours, "another job still works"
+def test_the_other_jobs_are_waited_for_and_a_failed_one_is_one_line(tmp_path, monkeypatch):
+    with other_jobs(tmp_path, monkeypatch, seconds=0.5):
+        pass
+    assert (tmp_path / "begun").exists()
+    with pytest.raises(ValueError, match="another job failed, see .*job-1.log: no such thing"):
+        with other_jobs(tmp_path, monkeypatch, status="no such thing"):
+            pass
 
 
-def test_a_job_that_fails_is_one_line_with_its_log(tmp_path, start_jobs):
-    job = start_jobs(seconds=1, fails="f-top4")
-    said = job.communicate(timeout=120)[1].strip().splitlines()[-1]
-    assert job.returncode == 1 and said.startswith("error: ")
-    logs = [(tmp_path / "out" / f"job-{k}.log").read_text() for k in (1, 2)]
-    assert "no such thing" in said + "".join(logs)
+def test_ctrl_c_stops_the_other_jobs_too(tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        with other_jobs(tmp_path, monkeypatch, seconds=600):
+            until = time.time() + 60
+            while not (tmp_path / "begun").exists() and time.time() < until:
+                time.sleep(0.02)
+            raise KeyboardInterrupt
+    assert (tmp_path / "stopped").exists()
+
+
+def test_a_job_of_another_command_trains_and_writes_no_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "train_and_examine", lambda cfg, *run: run)
+    monkeypatch.setattr(ablations, "publish_run", lambda cfg, run: published.append(run))
+    monkeypatch.setattr(ablations, "draw_ablations", lambda *_: pytest.fail("drawn"))
+    published, words = [], [f"--out={tmp_path}", f"--bench={tmp_path}", "--jobs=0", "--rows=c"]
+    monkeypatch.setattr(sys, "argv", ["ablations.py", *words, "--seeds=4"])
+    ablations.main()
+    assert published == [("b-cumo", 4), ("c-llm", 4)]
 
 
 @pytest.mark.slow

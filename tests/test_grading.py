@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import TOKENIZER, tiny_cumo
+from tiny import ROOT, TOKENIZER, tiny_cumo
 
 from cumo import CuMo
 from data.chat import IGNORE, render
@@ -79,6 +79,20 @@ def test_examine_keeps_every_answer(model, tmp_path, monkeypatch):
     assert summary["accuracy"]["pairs"] == pytest.approx(right[1].mean(), abs=1e-5)
     assert summary["loss"]["style"] == pytest.approx(loss[2].mean(), abs=1e-5)
     assert summary["active_parameters"] < summary["parameters"]
+
+
+@pytest.mark.slow
+def test_one_pass_grades_the_demo_as_generation_does():
+    folder = ROOT / "out" / "stage3"
+    if not (folder / "model.safetensors").is_file():
+        pytest.skip("needs a finished demo in out/")
+    model, tokenizer = CuMo.from_pretrained(folder).eval(), Tokenizer.from_pretrained(folder)
+    asked = exam("new", 60, 1) + exam("pairs", 60, 1)
+    right, _ = grade(model, tokenizer, asked)
+    _, questions, truths, pictures = zip(*asked)
+    said = answer_batch(model, tokenizer, questions, pictures)
+    differ = [one[1:3] for one, ok, text in zip(asked, right, said) if ok != (text == one[2])]
+    assert not differ, "a near tie, or the same text with other tokens"
 
 
 # ------------------------------------------------------------------------------ a wide CLIP
