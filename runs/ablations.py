@@ -1,16 +1,17 @@
 """The paper's ablations (Table 3) in miniature: one change at a time, everything else equal.
 
-    python runs/ablations.py                       # every row, three seeds
+    python runs/ablations.py                       # every row, on two cores
     python runs/ablations.py --rows a,f-top1       # a whole group, or single rows
-    python runs/ablations.py --samples 64 --questions 16 --out out/try --bench out/try
+    python runs/ablations.py --samples 64 --questions 48 --out out/try --bench out/try
 
 Every run is a stage 3 from the same stage 2, with the same questions in the same order for all rows
-of a seed, and an exam on held-out scenes (eval.py). A run that is in several groups of the table is
-trained once. Missing stages 1 and 2 in out/ are trained first. Ctrl-C stops it; the same command
-continues and skips finished runs. A run uses one thread: to use two cores, start the command twice,
-and each process takes the remaining runs.
+of a seed, and an exam on held-out scenes (runs/grading.py), the same for all. Rows that carry a
+verdict of the paper have five seeds, the others three. A run that is in several groups is trained
+once. Missing stages 1 and 2 in out/ are trained first. Ctrl-C stops it; the same command continues
+and skips finished runs. A run uses one thread; --jobs processes each take the next open run.
 
-Then `python runs/results.py` writes the table from bench/ablations/results.json.
+The results go to bench/ablations/, and `python runs/results.py` writes the table of docs/RESULTS.md
+from there (runs/verdicts.py).
 """
 
 import contextlib
@@ -24,23 +25,21 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
-from functools import partial
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+SCRIPT = pathlib.Path(__file__).resolve()
+ROOT = SCRIPT.parents[1]
 sys.path.insert(0, str(ROOT))
-from cumo import CuMo
-from data.exam import SPLITS, exam
-from data.flags import parse, run
-from data.tokenizer import Tokenizer
+from data.flags import check_numbers, parse, run
 from data.weights import write_json
 from engine.resume import is_finished, read_state
-from eval import EvalConfig, accuracy, answer_batch
-from mlp_moe import SparseMoE
-from runs import results
+from runs import results, verdicts
+from runs.grading import examine
 from runs.pictures import draw_ablations
+from runs.wide import widen
 
 FROZEN = dict(freeze="clip")  # as in LLaVA
 NO_LOSSES = dict(balance_coef=0, z_coef=0)
@@ -51,6 +50,7 @@ RUNS = {  # flags of train.py that differ from CuMo's own stage 3
     "a-losses": FROZEN | dict(upcycle="mlp"),
     "a-8": FROZEN | dict(upcycle="mlp", num_experts=8),
     "b-clip": dict(upcycle="mlp"),
+    "b-wide": dict(upcycle="mlp", init="wide"),
     "b-cumo": {},
     "b-8": dict(num_experts=8),
     "b-scratch": dict(scratch="clip"),
@@ -61,11 +61,18 @@ RUNS = {  # flags of train.py that differ from CuMo's own stage 3
     "f-top1": dict(top_k=1),
     "f-top4": dict(top_k=4),
 }
-# The table's groups. Each row ends with the paper's SQA, TextVQA, MM-Vet and SEED, if it has them.
+# Rows with a verdict of the paper: dense or MLP-MoE or CLIP-MoE, CLIP frozen or not, 1 or 2 scales,
+# from scratch. They get more seeds.
+SEEDS = {name: range(5) for name in ("a-dense", "a-losses", "b-clip", "b-wide", "b-cumo", "d-12",
+                                     "a-scratch", "b-scratch")}  # fmt: skip
+SEEDS |= {name: range(3) for name in RUNS if name not in SEEDS}
+# The table's groups. The first row is the reference. Each row ends with the paper's SQA, TextVQA,
+# MM-Vet and SEED, if it has them.
 CUMO = (72.8, 59.7, 35.4, 69.8)
 NO_PFT = (71.7, 59.3, 34.3, 69.6)
 NOT_TRIED = "not in the paper"
 MLP_MOE = (73.5, 57.4, 33.1, 67.4)
+UNFROZEN = (72.0, 58.9, 34.7, 69.0)
 GROUPS = [
     ("a", "connector sparse (MLP-MoE), CLIP frozen", [
         ("a-dense", "dense", (72.8, 57.6, 32.1, 66.4)),
@@ -76,7 +83,8 @@ GROUPS = [
     ]),
     ("b", "CLIP sparse too (CLIP-MoE)", [
         ("a-losses", "MLP-MoE, CLIP frozen", MLP_MOE),
-        ("b-clip", "CLIP unfrozen", (72.0, 58.9, 34.7, 69.0)),
+        ("b-clip", "CLIP unfrozen", UNFROZEN),
+        ("b-wide", "... its MLPs twice as wide", NOT_TRIED),
         ("b-cumo", "... 2 of 4 experts (CuMo)", CUMO),
         ("b-8", "... 2 of 8 experts", (71.0, 59.0, 33.6, 69.2)),
         ("b-scratch", "... CLIP's from scratch", "did not converge"),
@@ -99,19 +107,28 @@ GROUPS = [
         ("b-cumo", "2 of 4", NOT_TRIED),
         ("f-top4", "4 of 4", NOT_TRIED),
     ]),
+    ("g", "CLIP sparse instead of dense, both unfrozen", [
+        ("b-clip", "dense", UNFROZEN),
+        ("b-cumo", "2 of 4 experts (CuMo)", CUMO),
+    ]),
+    ("h", "the same at equal active parameters", [
+        ("b-wide", "dense, MLPs twice as wide", NOT_TRIED),
+        ("b-cumo", "2 of 4 experts (CuMo)", NOT_TRIED),
+    ]),
 ]  # fmt: skip
 
 
 @dataclass
 class AblationConfig:
     rows: str = ""  # names of runs, or letters of groups, as in a,f-top1; empty: all
-    seeds: tuple = (0, 1, 2)  # of the questions, their order and the routers
+    seeds: tuple = ()  # of the questions, their order and the routers; empty: 0 to 4, or 0 to 2
     samples: int = 1600  # of stage 3
-    questions: int = 400  # of the exam, a split
+    questions: int = 4000  # of the exam, a split
+    jobs: int = 2  # processes, each with its own run; 0: one, which writes no table at the end
     threads: int = 1  # of a training; two are faster, but take more CPU time
     demo: str = "out"  # folder of stages 1 and 2
     out: str = "out/ablations"  # folder of the runs
-    bench: str = "bench/ablations"  # folder of results.json and ablations.png
+    bench: str = "bench/ablations"  # folder of results.json, exam.npz and ablations.png
 
 
 def chosen_runs(rows):
@@ -126,11 +143,19 @@ def chosen_runs(rows):
     return [name for name in RUNS if name in names]
 
 
+def start_of(cfg, name):
+    """The folder of the stage that a run starts from."""
+    flags = {"init": 2} | RUNS[name]
+    if "scales" in flags:
+        return pathlib.Path(cfg.out, f"scales-{flags['scales']}", "stage2")
+    if flags["init"] == "wide":
+        return pathlib.Path(cfg.out, "wide", "stage2")
+    return pathlib.Path(cfg.demo, f"stage{flags['init']}")
+
+
 def command(cfg, name, seed):
     """The command of a training, as words; its --out also gets the log and the CPU time."""
-    flags = {"init": 2} | RUNS[name]
-    folder = pathlib.Path(cfg.out, f"scales-{flags['scales']}") if "scales" in flags else cfg.demo
-    flags["init"] = pathlib.Path(folder, f"stage{flags['init']}")
+    flags = {"init": ""} | RUNS[name] | {"init": start_of(cfg, name)}
     flags |= dict(seed=seed, samples=cfg.samples, out=pathlib.Path(cfg.out, f"{name}-{seed}"))
     words = (w for k, v in flags.items() for w in ("--" + k.replace("_", "-"), str(v)))
     return ["python", "train.py", "--stage", "3", *words]
@@ -178,39 +203,25 @@ def run_training(words, folder):
     return seconds
 
 
-def parameters(model):
-    """(all, active) parameters of a model; a token activates K of the E experts."""
-    total = sum(p.numel() for p in model.parameters())
-    idle = 0
-    for module in model.modules():
-        if isinstance(module, SparseMoE):
-            share = 1 - module.gate.top_k / len(module.gate.weight)
-            idle += round(share * sum(p.numel() for p in module.experts.parameters()))
-    return total, total - idle
-
-
-def examine(folder, questions):
-    """Accuracy by split of the checkpoint in `folder`, and its parameters."""
-    model = CuMo.from_pretrained(folder, device=EvalConfig.device).eval()
-    ask = partial(answer_batch, model, Tokenizer.from_pretrained(folder))
-    shares = {}
-    for split in SPLITS:
-        asked = exam(split, questions, EvalConfig.seed)
-        shares[split] = accuracy(ask, asked, EvalConfig.batch, split)["all"]
-    total, active = parameters(model)
-    return {"accuracy": shares, "parameters": total, "active_parameters": active}
+def prepare(cfg, folder, scales=""):
+    """Make the stage in `folder` that runs start from, unless it is finished."""
+    with lock(folder.parent):  # shared by runs and seeds
+        if is_finished(folder):
+            return
+        if folder == start_of(cfg, "b-wide"):
+            narrow = pathlib.Path(cfg.demo, "stage2")
+            prepare(cfg, narrow)
+            return widen(narrow, folder)
+        flags = ["--stage", folder.name[-1], "--out", str(folder.parent)]
+        flags += ["--scales", scales] if scales else []
+        run_training(["python", "train.py", *flags], folder.parent)
 
 
 def train_and_examine(cfg, name, seed):
     """Train and examine one run -> its row of results.json."""
     words = command(cfg, name, seed)
     folder = pathlib.Path(words[words.index("--out") + 1])
-    before = pathlib.Path(words[words.index("--init") + 1])
-    with lock(before.parent):  # shared by the seeds
-        if not is_finished(before):
-            scales = ["--scales", RUNS[name]["scales"]] if "scales" in RUNS[name] else []
-            flags = ["--stage", before.name[-1], "--out", str(before.parent), *scales]
-            run_training(["python", "train.py", *flags], before.parent)
+    prepare(cfg, start_of(cfg, name), RUNS[name].get("scales"))
     seconds = run_training(words, folder)
     if not is_finished(folder / "stage3"):
         raise ValueError(f"{folder} was interrupted; the same command continues")
@@ -253,32 +264,75 @@ def merge(content, row):
     return content | {"rows": rows}
 
 
+def publish_run(cfg, row):
+    """Add a run to --bench: first its answers, then its row, which marks it as finished."""
+    run, file = f"{row['name']}-{row['seed']}", pathlib.Path(cfg.bench, "exam.npz")
+    with np.load(pathlib.Path(cfg.out, run, "stage3", "exam.npz")) as exam:
+        packed = verdicts.pack(exam["right"], exam["loss"])
+    with lock(pathlib.Path(cfg.out)):
+        verdicts.write_answers(file, verdicts.read_answers(file) | {run: packed})
+        write_json(file.with_name("results.json"), merge(read_results(cfg), row))
+
+
+def planned(cfg):
+    """[(run, seed)]: first every row once, then every row with its second seed, and so on."""
+    seeds = {name: cfg.seeds or SEEDS[name] for name in chosen_runs(cfg.rows)}
+    every = sorted({seed for some in seeds.values() for seed in some})
+    return [(name, seed) for seed in every for name in seeds if seed in seeds[name]]
+
+
+@contextlib.contextmanager
+def other_jobs(cfg):
+    """Start --jobs - 1 other processes with the same command, and wait for them at the end.
+
+    An exception here, such as Ctrl-C, stops them too. ValueError if one of them failed.
+    """
+    pathlib.Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    words, jobs = [sys.executable, str(SCRIPT), *sys.argv[1:], "--jobs", "0"], []
+    for k in range(1, cfg.jobs):
+        with open(pathlib.Path(cfg.out, f"job-{k}.log"), "w") as log:
+            # In a session of its own, Ctrl-C reaches it once: from here.
+            jobs.append(subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True))
+    try:
+        yield
+        failed = [k for k, job in enumerate(jobs, 1) if job.wait()]
+    except BaseException:
+        for job in jobs:
+            job.send_signal(signal.SIGINT)
+        for job in jobs:
+            job.wait()
+        raise
+    if failed:
+        log = pathlib.Path(cfg.out, f"job-{failed[0]}.log")
+        last = log.read_text().strip().splitlines()[-1:]
+        raise ValueError(f"another job failed, see {log}: {''.join(last)}")
+
+
 def main():
     cfg, _ = parse(AblationConfig, description=__doc__.split("\n")[0])
-    if min(cfg.samples, cfg.questions, cfg.threads) < 1:
-        raise ValueError(f"--samples {cfg.samples}, --questions {cfg.questions} and --threads "
-                         f"{cfg.threads} must be 1 or more")  # fmt: skip
+    check_numbers(cfg, counts=("samples", "questions", "threads"))
     os.chdir(ROOT)
     os.environ["OMP_NUM_THREADS"] = str(cfg.threads)
     torch.set_num_threads(cfg.threads)
-    file = pathlib.Path(cfg.bench, "results.json")
-    todo = [(name, seed) for seed in cfg.seeds for name in chosen_runs(cfg.rows)]
-    bar = tqdm(todo, unit="run")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    read_results(cfg)  # refuses other lengths before any job starts
+    bar = tqdm(planned(cfg), unit="run")
     try:
-        for name, seed in bar:
-            bar.set_description(f"{name}, seed {seed}")
-            with lock(pathlib.Path(cfg.out, f"{name}-{seed}"), wait=False) as ours:
-                done = {(row["name"], row["seed"]) for row in read_results(cfg)["rows"]}
-                if not ours or (name, seed) in done:
-                    continue
-                row = train_and_examine(cfg, name, seed)
-                with lock(pathlib.Path(cfg.out)):
-                    write_json(file, merge(read_results(cfg), row))
+        with other_jobs(cfg):
+            for name, seed in bar:
+                bar.set_description(f"{name}, seed {seed}")
+                with lock(pathlib.Path(cfg.out, f"{name}-{seed}"), wait=False) as ours:
+                    done = {(row["name"], row["seed"]) for row in read_results(cfg)["rows"]}
+                    if ours and (name, seed) not in done:
+                        publish_run(cfg, train_and_examine(cfg, name, seed))
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command continues")
-    content = read_results(cfg)
-    print(results.ablations_table(content))
-    draw_ablations(results.ablations(content), file.with_name("ablations.png"))
+    if not cfg.jobs:
+        return
+    bench = pathlib.Path(cfg.bench)
+    groups = verdicts.ablations(read_results(cfg), verdicts.read_answers(bench / "exam.npz"))
+    print(*verdicts.tables(groups), sep="\n\n")
+    draw_ablations(groups, bench / "ablations.png")
 
 
 if __name__ == "__main__":

@@ -249,78 +249,80 @@ def draw_ratios(run, file):
 # ---------------------------------------------------------------------------- the ablations
 
 
-def draw_difference(axis, y, value, seeds, color, reach):
-    """A bar at `value`, a circle for each of the `seeds`; an arrow if `value` is off the scale."""
-    if abs(value) > reach - 0.5:
-        sign = 1 if value > 0 else -1
-        axis.plot(sign * (reach - 0.3), y, ">" if sign > 0 else "<", color=color, markersize=8)
-        said = f"{value:+.1f}" + (f" ({min(seeds):+.1f} to {max(seeds):+.1f})" if seeds else "")
-        axis.text(sign * (reach - 0.7), y, said, fontsize=9, va="center",
+VERDICTS = {"confirmed": COLORS[2], "contradicted": COLORS[5], "undecided": GRAY,
+            "better": COLORS[0], "worse": COLORS[0], "": GRAY}  # fmt: skip
+MARKERS = {"things": "o", "words": "s", "charts": "^"}  # kinds of pictures
+
+
+def draw_row(axis, y, row, reach):
+    """A row of `draw_ablations`: the difference with its interval, each kind of picture as a small
+    marker below, the paper's difference, and the verdict at the right."""
+    right = dict(fontsize=10, va="center", transform=axis.get_yaxis_transform())
+    color = VERDICTS[row["verdict"]]
+    if not row["found"]:
+        said = f"{row['means']['all'][0]:.1f} %" if row["runs"] else "not measured"
+        axis.text(1.02, y, said, **right)
+        return
+    mean, low, high = row["found"]["all"]["right"]
+    axis.text(1.02, y, row["verdict"] or "one seed", color=color, **right)
+    if abs(mean) > reach - 0.5:
+        sign = 1 if mean > 0 else -1
+        axis.plot(sign * (reach - 0.3), y, ">" if sign > 0 else "<", color=color, markersize=9)
+        said = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+        said += "" if row["paper"] is None else f"; the paper {row['paper']:+.1f}"
+        axis.text(sign * (reach - 0.7), y, said, fontsize=10, va="center",
                   ha="right" if sign > 0 else "left")  # fmt: skip
         return
-    axis.plot(value, y, "|", color=color, markersize=15, markeredgewidth=3, zorder=4)
-    axis.plot(seeds, [y] * len(seeds), "o-", color=COLORS[4], markersize=5, linewidth=2, zorder=5,
-              markerfacecolor="white", markeredgecolor="black", markeredgewidth=0.8)  # fmt: skip
+    axis.plot([low, high], [y, y], color=color, linewidth=3, solid_capstyle="butt", zorder=3)
+    axis.plot(mean, y, "o", color=color, markersize=8, zorder=4)
+    for kind, marker in MARKERS.items():
+        value = row["found"][kind]["right"][0]
+        if abs(value) < reach:
+            axis.plot(value, y + 0.3, marker, color=COLORS[4], markersize=4.5, zorder=3)
+    if row["paper"] is not None:
+        axis.plot(row["paper"], y, "D", markersize=8, markeredgewidth=1.6, zorder=5,
+                  markerfacecolor="none", markeredgecolor="black")  # fmt: skip
 
 
 def draw_ablations(groups, file, reach=6):
-    """Draw differences to each group's first row: ours with every seed, and the paper's.
+    """Draw each row's difference to the first of its group, ours and the paper's, in points.
 
-    `groups` come from `ablations` in runs/results.py. A difference of more than `reach` points is
-    an arrow with its number, so that small differences stay visible.
+    `groups` come from runs/verdicts.py. A difference of more than `reach` points is an arrow with
+    its number, so that small differences stay visible.
     """
     plt = pyplot()
     if not plt:
         return
-    n_lines = sum(len(group["rows"]) + 1.5 for group in groups)
-    figure, (ours, paper) = plt.subplots(1, 2, sharex=True, sharey=True, layout="constrained",
-                                         figsize=(11, 0.28 * n_lines + 1.9))  # fmt: skip
-    sides = ((ours, "difference", "average", COLORS[0]),
-             (paper, "paper", "paper_average", COLORS[5]))  # fmt: skip
+    n_lines = sum(len(group["rows"]) + 1.4 for group in groups)
+    figure, axis = plt.subplots(layout="constrained", figsize=(8.3, 0.3 * n_lines + 1.6))
     y, ticks = 0, []
     for group in groups:
-        top, (first, *_) = y, group["rows"]
+        top = y
         ticks.append((y, f"({group['group']}) {group['title']}"))
-        for row in group["rows"]:
+        for k, row in enumerate(group["rows"]):
             y += 1
-            ticks.append((y, row["label"] + (" (reference)" if row is first else "")))
-            for axis, key, average, color in sides:
-                if row[key] is not None:
-                    seeds = row["averages"] if axis is ours else []
-                    seeds = sorted(seed - first["average"] for seed in seeds)
-                    draw_difference(axis, y, row[key], seeds, color, reach)
-                else:
-                    remark = row["paper_remark"] if axis is paper else "not measured"
-                    axis.text(0.2, y, remark, fontsize=9, va="center", style="italic")
-                if row[average] is not None:
-                    axis.text(1.01, y, f"{row[average]:.1f}", va="center", fontsize=9,
-                              transform=axis.get_yaxis_transform())  # fmt: skip
-        for axis in (ours, paper):
-            axis.axhspan(top + 0.5, y + 0.5, color="#F4F4F4", zorder=0)
-            axis.plot([0, 0], [top + 0.5, y + 0.5], color="black", linewidth=0.8, zorder=1)
-        if first["averages"]:
-            spread = [seed - first["average"] for seed in first["averages"]]
-            ours.fill_betweenx([top + 0.5, y + 0.5], min(spread), max(spread), color="#D3E6F2",
-                               linewidth=0, zorder=0.5)  # fmt: skip
-        y += 1.5
-    ours.set_yticks(*zip(*ticks), fontsize=9)
-    for label in ours.get_yticklabels():
+            ticks.append((y, row["label"] + (" (reference)" if not k else "")))
+            draw_row(axis, y, row, reach)
+        axis.axhspan(top + 0.5, y + 0.5, color="#F4F4F4", zorder=0)
+        axis.plot([0, 0], [top + 0.5, y + 0.5], color="black", linewidth=1, zorder=1)
+        y += 1.4
+    axis.set_yticks(*zip(*ticks), fontsize=10)
+    for label in axis.get_yticklabels():
         label.set_fontweight("bold" if label.get_text().startswith("(") else "normal")
-    ours.set(xlim=(-reach, reach), ylim=(y - 0.8, -0.7))
-    ours.set_title("this miniature: percent of exact answers,\nmean of three splits (right margin)",
-                   fontsize=10)  # fmt: skip
-    paper.set_title("the paper, Table 3: mean of SQA, TextVQA,\nMM-Vet and SEED (right margin)",
-                    fontsize=10)  # fmt: skip
-    for axis in (ours, paper):
-        axis.set_xlabel("points above the reference")
-        axis.grid(axis="x", color="#DDDDDD", linewidth=0.6)
-        axis.set_axisbelow(True)
-        axis.tick_params(axis="y", length=0)
-        axis.spines[["top", "right", "left"]].set_visible(False)
-    said = ("Thick mark: mean; circles: our seeds; blue band: the seeds of the reference; arrow: "
-            'off the scale. "...": the row above, with this change.')  # fmt: skip
-    figure.supxlabel(said, fontsize=9)
-    save_figure(figure, file)
+    axis.set(xlim=(-reach, reach), ylim=(y - 0.8, -0.7))
+    axis.set_xlabel("exact answers, points above the reference of the group", fontsize=10)
+    axis.grid(axis="x", color="#DDDDDD", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.tick_params(axis="y", length=0)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    legend = [plt.Line2D([], [], color=GRAY, marker="o", linewidth=3, markersize=8),
+              plt.Line2D([], [], color="black", marker="D", linewidth=0, markerfacecolor="none"),
+              *(plt.Line2D([], [], color=COLORS[4], marker=marker, linewidth=0, markersize=5)
+                for marker in MARKERS.values())]  # fmt: skip
+    names = ["this miniature, 95 % interval", "the paper, Table 3", *MARKERS]
+    figure.legend(legend, names, ncols=len(names), loc="outside upper center", frameon=False,
+                  fontsize=10, columnspacing=1.2, handletextpad=0.4)  # fmt: skip
+    save_figure(figure, file, dpi=200)
 
 
 def main():

@@ -30,7 +30,7 @@ from engine import memory
 from eval import answer_batch
 from extras import plots
 from extras.plots import draw_answers, draw_load, draw_losses, draw_routing, read_metrics
-from runs import tables
+from runs import tables, verdicts
 from runs.pictures import draw_ablations, draw_architecture, draw_ratios, shown, variant
 from runs.tables import table
 
@@ -123,86 +123,8 @@ def sparse_block():
     return table(("stage 3", *SPLITS, "seconds"), *rows)
 
 
-def ablations(content):
-    """The groups of runs/ablations.py with their measures.
-
-    Each row gets its accuracy by split, the mean of the splits of each seed (`averages`, percent),
-    and its `difference` to the group's first row, here and in the paper (None: not measured). The
-    remark "within the spread" marks a difference smaller than the range of the seeds of this row or
-    of the first.
-    """
-    groups = []
-    for group in content["groups"]:
-        rows = []
-        for line in group["rows"]:
-            runs = [run for run in content["rows"] if run["name"] == line["name"]]
-            splits = {s: [100 * run["accuracy"][s] for run in runs] for s in SPLITS}
-            averages = [mean(shares) for shares in zip(*splits.values())]
-            row = {"label": line["label"], "runs": runs, "splits": splits, "averages": averages,
-                   "average": mean(averages)}  # fmt: skip
-            known = not isinstance(line["paper"], str)
-            row["paper_average"] = mean(line["paper"]) if known else None
-            row["paper_remark"] = "" if known else line["paper"]
-            rows.append(row)
-            for key, average in (("difference", "average"), ("paper", "paper_average")):
-                there = None not in (row[average], rows[0][average])
-                # rounded: Python 3.12 sums more exactly than earlier versions
-                row[key] = round(row[average] - rows[0][average], 9) if there else None
-            row["remark"] = ""
-            if row["difference"] is not None and len(rows) > 1:
-                pair = row["averages"], rows[0]["averages"]
-                if min(map(len, pair)) == 1:
-                    row["remark"] = "one seed"
-                elif abs(row["difference"]) < max(max(values) - min(values) for values in pair):
-                    row["remark"] = "within the spread"
-        groups.append(group | {"rows": rows})
-    return groups
-
-
 def mean(values):
     return sum(values) / len(values) if values else None
-
-
-def ablations_table(content):
-    head = ("stage 3", *SPLITS, "difference", "in the paper", "active / all, M", "CPU seconds")
-    lines = []
-    for group in ablations(content):
-        for i, row in enumerate(group["rows"]):
-            title = "" if i else f"**({group['group']}) {group['title']}**: "
-            cells, run = [title + row["label"]], (row["runs"] or [None])[0]
-            for values in row["splits"].values():
-                spread = f"{min(values):.1f} to {max(values):.1f}" if values else ""
-                cells.append(f"{mean(values):.1f} ({spread})" if values else "not measured")
-            for key in ("difference", "paper"):
-                cells.append(f"{row[key]:+.1f}" if i and row[key] is not None else "")
-            cells[-1] += row["paper_remark"]
-            cells[-2] += row["remark"] and f", {row['remark']}"
-            size = [run[k] / 1e6 for k in ("active_parameters", "parameters")] if run else []
-            cells.append(" / ".join(f"{n:.1f}" for n in size))
-            seconds = mean([run["cpu_seconds"] for run in row["runs"]])
-            cells.append(f"{seconds:.0f}" if run else "")
-            lines.append(cells)
-    return table(head, *lines)
-
-
-def ablations_block():
-    file = ROOT / "bench" / "ablations" / "results.json"
-    if not file.is_file():
-        return "Not measured yet."
-    content = json.loads(file.read_text())
-    seeds = {run["seed"] for run in content["rows"]}
-    last = content["rows"][-1]
-    lines = [
-        ablations_table(content),
-        "",
-        f"Percent of {content['questions']} questions a split answered exactly, after "
-        f"{content['samples']} samples of stage 3: mean, and lowest to highest, "
-        f"of {len(seeds)} seeds; {last['machine']}, {last['precision']}.",
-    ]
-    if file.with_name("ablations.png").is_file():
-        picture = "../bench/ablations/ablations.png"
-        lines += ["", f"![The differences of the table, ours and the paper's]({picture})"]
-    return "\n".join(lines)
 
 
 def cards():
@@ -277,7 +199,7 @@ BLOCKS = {  # page -> {block: the function that writes it}
         "demo": demo_block,
         "results": results_block,
         "sparse": sparse_block,
-        "ablations": ablations_block,
+        "ablations": verdicts.ablations_block,
         "performance": performance_block,
         "bandwidth": bandwidth_block,
         "busy": tables.busy_block,
@@ -387,8 +309,8 @@ def draw(out):
     draw_routing(model, open_image(ROOT / "cat.jpg"), bench / "expert_map.png")
     draw_ratios(speed(), bench / "amd-epyc-bfloat16.png")
     draw_architecture(bench / "architecture.png")
-    file = bench / "ablations" / "results.json"
-    draw_ablations(ablations(json.loads(file.read_text())), file.with_name("ablations.png"))
+    if found := verdicts.read_content():
+        draw_ablations(verdicts.ablations(*found), verdicts.FOLDER / "ablations.png")
 
 
 def collect_sparse(out):

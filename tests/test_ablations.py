@@ -3,26 +3,33 @@
 import json
 import shutil
 import sys
+import time
 
+import numpy as np
 import pytest
 from refused import refusal
 from tiny import ROOT
 
 from data.flags import parse
-from runs import ablations, results
+from runs import ablations, verdicts
 from train import TrainConfig, resolve
 
 
-def row(name, seed, *percent, seconds=10):
-    shares = dict(zip(results.SPLITS, (p / 100 for p in percent)))
-    return {"name": name, "seed": seed, "accuracy": shares, "parameters": 12_000_000,
-            "active_parameters": 8_000_000, "cpu_seconds": seconds, "machine": "a machine",
-            "precision": "bf16"}  # fmt: skip
+def row(name, seed, seconds=10):
+    return {"name": name, "seed": seed, "parameters": 12_000_000, "active_parameters": 8_000_000,
+            "cpu_seconds": seconds, "machine": "a machine", "precision": "bf16",
+            "commit": "abc"}  # fmt: skip
 
 
-def content(*rows):
-    cfg = ablations.AblationConfig(bench="nowhere")
+def content(*rows, questions=6):
+    cfg = ablations.AblationConfig(bench="nowhere", questions=questions)
     return ablations.read_results(cfg) | {"rows": list(rows)}
+
+
+def answers(*shares, questions=6):
+    """Answers of a run, packed: of each split of so many questions, the first ones are right."""
+    right = np.arange(questions) < np.array(shares)[:, None] * questions
+    return verdicts.pack(right, np.where(right, 0.1, 2.0))
 
 
 @pytest.mark.parametrize("name", ablations.RUNS)
@@ -32,15 +39,15 @@ def test_flags_of_every_row_are_a_valid_stage_3(name):
     cfg = resolve({k: getattr(cfg, k) for k in given}, 3)
     assert cfg.samples == 1600 and cfg.seed == 1 and cfg.out == f"out/ablations/{name}-1"
     scales = "".join(map(str, cfg.scales))
-    assert cfg.init == {"1": "out"}.get(scales, f"out/ablations/scales-1,{scales[-1]}") + (
-        "/stage1" if name == "e-without" else "/stage2"
-    )
+    folder = {"1": "out"}.get(scales, f"out/ablations/scales-1,{scales[-1]}")
+    folder = "out/ablations/wide" if name == "b-wide" else folder
+    assert cfg.init == folder + ("/stage1" if name == "e-without" else "/stage2")
 
 
 def test_rows_of_a_group_differ_only_in_the_flags_of_the_group():
     differ = {"a": "upcycle scratch balance_coef z_coef num_experts",
-              "b": "freeze upcycle scratch num_experts", "c": "upcycle", "d": "scales",
-              "e": "init", "f": "top_k"}  # fmt: skip
+              "b": "freeze upcycle scratch num_experts init", "c": "upcycle", "d": "scales",
+              "e": "init", "f": "top_k", "g": "upcycle", "h": "upcycle init"}  # fmt: skip
     used = set()
     for group, _, lines in ablations.GROUPS:
         flags = [ablations.RUNS[name] for name, *_ in lines]
@@ -53,8 +60,19 @@ def test_rows_of_a_group_differ_only_in_the_flags_of_the_group():
 def test_rows_are_named_one_by_one_or_by_group():
     assert ablations.chosen_runs("") == list(ablations.RUNS)
     assert ablations.chosen_runs("f-top1,c") == ["b-cumo", "c-llm", "f-top1"]
-    with pytest.raises(ValueError, match="--rows 'g': choose from a, b, c"):
-        ablations.chosen_runs("a,g")
+    with pytest.raises(ValueError, match="--rows 'z': choose from a, b, c"):
+        ablations.chosen_runs("a,z")
+
+
+def test_rows_that_carry_a_verdict_have_five_seeds_and_every_row_three():
+    plan = ablations.planned(ablations.AblationConfig())
+    seeds = {name: [s for run, s in plan if run == name] for name in ablations.RUNS}
+    more = {name for name in seeds if len(seeds[name]) >= 5}
+    assert more == set("a-dense a-scratch a-losses b-clip b-wide b-cumo b-scratch d-12".split())
+    assert min(map(len, seeds.values())) == 3
+    assert [seed for _, seed in plan] == sorted(seed for _, seed in plan), "whole tables first"
+    few = ablations.planned(ablations.AblationConfig(rows="a-8,b-cumo", seeds=(7, 1)))
+    assert few == [("a-8", 1), ("b-cumo", 1), ("a-8", 7), ("b-cumo", 7)]
 
 
 def start(tmp_path, monkeypatch, *flags):
@@ -64,7 +82,9 @@ def start(tmp_path, monkeypatch, *flags):
         (tmp_path / "demo" / f"stage{stage}").mkdir(parents=True, exist_ok=True)
         state = '{"finished": true, "config": {}}'
         (tmp_path / "demo" / f"stage{stage}" / "train.json").write_text(state)
-    monkeypatch.setattr(sys, "argv", ["ablations.py", *folders, *flags])
+    monkeypatch.setattr(
+        sys, "argv", ["ablations.py", "--jobs=1", "--questions=40", *folders, *flags]
+    )
     ablations.main()
     return json.loads((tmp_path / "bench" / "results.json").read_text())
 
@@ -87,9 +107,13 @@ def test_finished_runs_are_kept_and_an_interrupted_one_is_run_again(tmp_path, mo
         (folder / "stage3" / "train.json").write_text(json.dumps(state))
         return 12.34
 
-    measured = {k: v for k, v in row("", 0, 90, 80, 70).items() if "a" in k and k != "name"}
+    def examine(folder, n):
+        right = np.arange(3 * n).reshape(3, n) % 2 == 0
+        np.savez(folder / "exam.npz", right=right, loss=1.5 - right)
+        return {"parameters": 12, "active_parameters": 8}
+
     monkeypatch.setattr(ablations, "run_training", train)
-    monkeypatch.setattr(ablations, "examine", lambda folder, questions: measured)
+    monkeypatch.setattr(ablations, "examine", examine)
     with pytest.raises(SystemExit, match="the same command continues"):
         start(tmp_path, monkeypatch, "--rows=c", "--seeds=0,1")
     assert calls == ["b-cumo-0", "c-llm-0"]
@@ -97,15 +121,22 @@ def test_finished_runs_are_kept_and_an_interrupted_one_is_run_again(tmp_path, mo
     assert calls[2:] == ["c-llm-0", "b-cumo-1", "c-llm-1"]
     assert [(r["name"], r["seed"]) for r in found["rows"]] == [
         ("b-cumo", 0), ("b-cumo", 1), ("c-llm", 0), ("c-llm", 1)]  # fmt: skip
-    assert found["rows"][0]["groups"] == list("bcdef") and found["rows"][0]["cpu_seconds"] == 12.3
+    assert found["rows"][0]["groups"] == list("bcdefgh") and found["rows"][0]["cpu_seconds"] == 12.3
     assert start(tmp_path, monkeypatch, "--rows=c-llm", "--seeds=1") == found and len(calls) == 5
-    with pytest.raises(ValueError, match="of 1600 samples and 400 questions; name another"):
+    kept = verdicts.read_answers(tmp_path / "bench" / "exam.npz")
+    assert sorted(kept) == sorted(f"{r['name']}-{r['seed']}" for r in found["rows"])
+    right, loss = verdicts.unpack(kept["c-llm-1"], (3, 40))
+    assert right[0, :4].tolist() == [True, False] * 2 and loss[0, 1] == pytest.approx(1.5, rel=0.05)
+    with pytest.raises(ValueError, match="of 1600 samples and 40 questions; name another"):
         start(tmp_path, monkeypatch, "--samples=64")
 
 
 def test_the_command_without_flags_continues_the_published_results():
     cfg = ablations.AblationConfig(bench=str(ROOT / "bench" / "ablations"))
-    assert len(ablations.read_results(cfg)["rows"]) == 3 * len(ablations.RUNS)
+    done = [(row["name"], row["seed"]) for row in ablations.read_results(cfg)["rows"]]
+    assert sorted(done) in ([], sorted(ablations.planned(cfg))), "nothing or everything"
+    kept = verdicts.read_answers(ROOT / "bench" / "ablations" / "exam.npz")
+    assert sorted(kept) == sorted(f"{name}-{seed}" for name, seed in done)
 
 
 def test_two_commands_never_train_the_same_run(tmp_path, monkeypatch):
@@ -113,7 +144,7 @@ def test_two_commands_never_train_the_same_run(tmp_path, monkeypatch):
     with ablations.lock(tmp_path / "out" / "f-top1-0") as ours:
         assert ours
         (tmp_path / "bench").mkdir()
-        (tmp_path / "bench" / "results.json").write_text(json.dumps(content()))
+        (tmp_path / "bench" / "results.json").write_text(json.dumps(content(questions=40)))
         assert not start(tmp_path, monkeypatch, "--rows=f-top1", "--seeds=0")["rows"]
 
 
@@ -137,50 +168,90 @@ def test_cpu_seconds_of_every_attempt_are_counted_and_a_failure_is_one_line(tmp_
         ablations.run_training(["python", "-c", "exit('no such thing')"], tmp_path / "run")
 
 
-def test_differences_smaller_than_the_spread_of_the_seeds_are_called_so():
-    def remark(first, second):
-        rows = [row("e-without", s, x, x, x) for s, x in enumerate(first)]
-        rows += [row("b-cumo", s, x, x, x) for s, x in enumerate(second)]
-        (group,) = (g for g in results.ablations(content(*rows)) if g["group"] == "e")
-        assert group["rows"][0]["remark"] == "", "the first row is compared with nothing"
-        return group["rows"][1]["remark"]
-
-    assert remark([80, 82], [81, 83]) == "within the spread"  # 1 of 2
-    assert remark([80, 80], [82, 85]) == ""  # 3.5 of 3
-    assert remark([85, 80], [80, 79]) == "within the spread", "the first row's spread counts too"
-    assert remark([80, 80], [80.5, 80.5]) == "", "equal seeds have no spread"
-    assert remark([80], [81]) == "one seed"
-    assert remark([], [81]) == ""
-
-
-def test_block_of_the_readme_shows_every_row_with_its_spread_and_the_papers(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "ROOT", tmp_path)
-    assert results.ablations_block() == "Not measured yet."
-    rows = [row("e-without", 0, 50, 40, 30, seconds=9), row("e-without", 1, 52, 41, 30),
-            row("b-cumo", 0, 90, 85, 60), row("b-cumo", 1, 91, 86, 60, seconds=13)]  # fmt: skip
-    (tmp_path / "bench" / "ablations").mkdir(parents=True)
-    file = tmp_path / "bench" / "ablations" / "results.json"
-    file.write_text(json.dumps(content(*rows)))
-    lines = results.ablations_block().splitlines()
-    table = [line for line in lines if line.startswith("|")]
-    assert len({line.count("|") for line in table}) == 1
-    assert len(table) == 2 + sum(len(group[2]) for group in ablations.GROUPS)
-    at = next(i for i, line in enumerate(lines) if "**(e) pre-finetuning" in line)
-    assert lines[at : at + 2] == [
-        "| **(e) pre-finetuning (stage 2)**: without | 51.0 (50.0 to 52.0) | 40.5 (40.0 to 41.0) | "
-        "30.0 (30.0 to 30.0) |  |  | 8.0 / 12.0 | 10 |",
-        "| with | 90.5 (90.0 to 91.0) | 85.5 (85.0 to 86.0) | 60.0 (60.0 to 60.0) | +38.2 | +2.2 | "
-        "8.0 / 12.0 | 12 |",
-    ]
-    assert "400 questions a split" in lines[-1] and "of 2 seeds; a machine, bf16" in lines[-1]
-    assert "not measured" in lines[at - 1], "a row without results yet"
+def test_block_of_the_page_gives_a_verdict_on_every_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(verdicts, "FOLDER", tmp_path)
+    assert verdicts.ablations_block() == "Not measured yet."
+    rows = [row("e-without", 0, 9), row("e-without", 1), row("b-cumo", 0), row("b-cumo", 1, 13),
+            row("d-12", 1)]  # fmt: skip
+    bad, good = answers(1 / 6, 0, 0), answers(1, 1, 1 / 2)  # the first questions are right
+    (tmp_path / "results.json").write_text(json.dumps(content(*rows)))
+    runs = {"e-without-0": bad, "e-without-1": bad, "b-cumo-0": good, "b-cumo-1": good}
+    verdicts.write_answers(tmp_path / "exam.npz", runs | {"d-12-1": bad})
+    lines = verdicts.ablations_block().splitlines()
+    tables = [line for line in lines if line.startswith("|")]
+    size = 2 + sum(len(group[2]) for group in ablations.GROUPS)
+    assert len(tables) == 2 * size
+    for part in (tables[:size], tables[size:]):
+        assert len({line.count("|") for line in part}) == 1
+    verdict, kinds = (i for i, line in enumerate(lines) if "**(e) pre-finetuning" in line)
+    assert lines[verdict].endswith("without | 5.6 |  |  |  | 1.962 |  |")
+    assert lines[verdict + 1].startswith("| with | 83.3 | +77.8 | +2.2 | confirmed: +")
+    assert lines[kinds].endswith("without | 16.7 % | 0.0 % |  | 0.0 % | 16.7 | 0.0 | 0.0 | 2 | "
+                                 "8.0 / 12.0 | 10 |")  # fmt: skip
+    assert "| +3.5 |" in lines[kinds + 1] and lines[kinds + 1].endswith("| 8.0 / 12.0 | 12 |")
+    (single,) = (line for line in tables[:size] if line.startswith("| 1 and 2 |"))
+    assert "| 5.6 | -77.8 | +0.5 | one seed |" in single
+    assert "not measured" in lines[verdict - 1], "a row without results yet"
+    note = "6 questions a split, after 1,600 samples of stage 3; a machine, bf16, commit abc."
+    assert note in lines
 
 
 def test_picture_is_drawn_from_the_rows_so_far(tmp_path):
     pytest.importorskip("matplotlib")
-    rows = [row("a-dense", 0, 80, 80, 80), row("a-8", 0, 81, 79, 83), row("b-8", 1, 9, 9, 9)]
-    ablations.draw_ablations(results.ablations(content(*rows)), tmp_path / "ablations.png")
+    rows = [row("a-dense", 0), row("a-dense", 1), row("a-8", 0), row("a-8", 1), row("b-8", 1)]
+    runs = {f"{r['name']}-{r['seed']}": answers(r["seed"], 1, 0.5) for r in rows}
+    groups = verdicts.ablations(content(*rows), runs)
+    ablations.draw_ablations(groups, tmp_path / "ablations.png")
     assert (tmp_path / "ablations.png").stat().st_size > 10_000
+
+
+JOB = """
+import pathlib, sys, time
+assert sys.argv[1:] == ["--rows=c", "--jobs", "0"], sys.argv
+pathlib.Path(__file__).with_name("begun").touch()
+try:
+    time.sleep({seconds})
+except KeyboardInterrupt:
+    pathlib.Path(__file__).with_name("stopped").touch()
+sys.exit({status!r})
+"""
+
+
+def other_jobs(tmp_path, monkeypatch, seconds=0, status=0):
+    """`ablations.other_jobs` of --jobs 2, the other one with work that only takes time."""
+    (tmp_path / "job.py").write_text(JOB.format(seconds=seconds, status=status))
+    monkeypatch.setattr(ablations, "SCRIPT", tmp_path / "job.py")
+    monkeypatch.setattr(sys, "argv", ["ablations.py", "--rows=c"])
+    return ablations.other_jobs(ablations.AblationConfig(jobs=2, out=str(tmp_path / "out")))
+
+
+def test_the_other_jobs_are_waited_for_and_a_failed_one_is_one_line(tmp_path, monkeypatch):
+    with other_jobs(tmp_path, monkeypatch, seconds=0.5):
+        pass
+    assert (tmp_path / "begun").exists()
+    with pytest.raises(ValueError, match="another job failed, see .*job-1.log: no such thing"):
+        with other_jobs(tmp_path, monkeypatch, status="no such thing"):
+            pass
+
+
+def test_ctrl_c_stops_the_other_jobs_too(tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        with other_jobs(tmp_path, monkeypatch, seconds=600):
+            until = time.time() + 60
+            while not (tmp_path / "begun").exists() and time.time() < until:
+                time.sleep(0.02)
+            raise KeyboardInterrupt
+    assert (tmp_path / "stopped").exists()
+
+
+def test_a_job_of_another_command_trains_and_writes_no_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "train_and_examine", lambda cfg, *run: run)
+    monkeypatch.setattr(ablations, "publish_run", lambda cfg, run: published.append(run))
+    monkeypatch.setattr(ablations, "draw_ablations", lambda *_: pytest.fail("drawn"))
+    published, words = [], [f"--out={tmp_path}", f"--bench={tmp_path}", "--jobs=0", "--rows=c"]
+    monkeypatch.setattr(sys, "argv", ["ablations.py", *words, "--seeds=4"])
+    ablations.main()
+    assert published == [("b-cumo", 4), ("c-llm", 4)]
 
 
 @pytest.mark.slow
@@ -195,3 +266,4 @@ def test_a_tiny_run_is_trained_and_examined(tmp_path, monkeypatch):
     (only,) = found["rows"]
     assert 0 < only["active_parameters"] < only["parameters"] and only["cpu_seconds"] > 1
     assert all(0 <= share <= 1 for share in only["accuracy"].values())
+    assert sorted(verdicts.read_answers(tmp_path / "bench" / "exam.npz")) == ["b-cumo-0"]

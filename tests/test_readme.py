@@ -197,11 +197,6 @@ def test_figures_of_the_readme_are_the_measured_ones():
              r"(\d+) % in a style .*? (\d+) % when it is shown an empty picture")  # fmt: skip
     assert shares == stated(words)
     assert shares[:1] == stated(r"answers (\d+) % of questions about new scenes \|")
-    rows = {row["label"]: row for group in results.ablations(bench("ablations/results"))
-            for row in group["rows"]}  # fmt: skip
-    lost = [round(-rows[x]["difference"]) for x in ("2 of 4 experts, from scratch",
-                                                    "... CLIP's from scratch")]  # fmt: skip
-    assert lost == stated(r"cost (\d+) points in the connector and (\d+) in CLIP")
     runs = bench("sparse_vs_dense")["rows"]
     means = [results.mean([100 * run["new"] for run in runs if run["name"] == name])
              for name in ("sparse", "dense")]  # fmt: skip
@@ -237,25 +232,6 @@ def test_figures_of_the_readme_about_memory_and_own_data_are_those_of_the_code()
     assert sees == [vision["image_size"], vision["image_size"], llm["vocab_size"]]
     size = lambda word: len(tokenizer.encode(f"a {word}")) - len(tokenizer.encode("a"))
     assert size("crocodile") == 1 and [size("forklift")] == stated(r"\(\*forklift\*: (\d+)\)")
-
-
-def test_figures_of_the_ablations_are_the_measured_ones():
-    groups = results.ablations(bench("ablations/results"))
-    rows = {(group["group"], row["label"]): row for group in groups for row in group["rows"]}
-    points = [round(abs(rows[key]["difference"])) for key in (
-        ("a", "2 of 4 experts, from scratch"), ("b", "... CLIP's from scratch"), ("e", "with"),
-        ("d", "1 and 2"), ("d", "1 and 3"))]  # fmt: skip
-    assert points == (stated(r"cost (\d+) points in the connector", RESULTS)
-                      + stated(r"from scratch cost (\d+) points \(paper: \"did not", RESULTS)
-                      + stated(r"the model is (\d+) points worse", RESULTS)
-                      + stated(r"cost (\d+) points \(scales 1 and 2\)", RESULTS)
-                      + stated(r"and (\d+) points \(scales 1 and 3\)", RESULTS))  # fmt: skip
-    paper = (stated(r"in the connector \(paper: ([\d.]+)\)", RESULTS)
-             + stated(r"points worse \(paper: ([\d.]+)\)", RESULTS))  # fmt: skip
-    theirs = [rows[key]["paper"] for key in (("a", "2 of 4 experts, from scratch"), ("e", "with"))]
-    assert paper == pytest.approx([-theirs[0], theirs[1]], abs=0.051)
-    quiet = [row for (group, _), row in rows.items() if group in "abcf" and row["remark"]]
-    assert all(row["remark"] == "within the spread" for row in quiet) and len(quiet) == 9
 
 
 def test_figures_of_the_benches_are_the_measured_ones():

@@ -1,0 +1,278 @@
+"""The verdict on each row of runs/ablations.py: confirmed, contradicted or undecided.
+
+A row is compared with the first row of its group, question by question and seed by seed, which
+removes the luck that both share. Its difference has a 95 % interval from a bootstrap: draw
+questions and seeds with replacement, 2,000 times; 95 % of the means are inside the interval.
+
+    confirmed      the interval excludes 0, on the side of the paper's difference
+    contradicted   it excludes 0, on the other side
+    undecided      it contains 0
+
+Drawn from only 3 or 5 seeds, the means vary too little: such intervals contain the truth in 75 % or
+84 % of cases. So the deviation of drawn seeds is widened as in Student's t (`seed_weights`).
+
+bench/ablations/ holds results.json, a summary of every run, and exam.npz with every answer of every
+run in one bit and one byte (`pack`, 0.6 MB). So the table follows from the two files, and another
+way to compare needs no training.
+"""
+
+import functools
+import json
+import pathlib
+
+import numpy as np
+
+from data.exam import SPLITS
+from data.weights import publish
+from data.world import KINDS
+from runs.tables import table
+
+FOLDER = pathlib.Path(__file__).resolve().parents[1] / "bench" / "ablations"
+DRAWS = 2000
+SCALE = 11  # steps of a packed loss, e^(1/11): 9.5 % each
+ALL = "all"
+
+
+# ------------------------------------------------------------------------------ answers on disk
+
+
+def pack(right, loss):
+    """Answers of a run -> what exam.npz holds: a bit for right or wrong, a byte for the loss, which
+    is rounded by at most 0.0005 nats and 5 %."""
+    steps = np.rint(SCALE * np.log1p(1000 * loss.ravel())).clip(max=255)
+    return {"right": np.packbits(right.ravel()), "loss": steps.astype(np.uint8)}
+
+
+def unpack(packed, shape):
+    """`pack` reversed: (right, loss) of `shape` [splits, questions]."""
+    right = np.unpackbits(packed["right"], count=int(np.prod(shape))).astype(bool)
+    return right.reshape(shape), (np.expm1(packed["loss"] / SCALE) / 1000).reshape(shape)
+
+
+def read_answers(file):
+    """{run: {"right", "loss"}} of exam.npz, packed; run: "b-cumo-0". Empty without the file."""
+    runs = {}
+    if file.is_file():
+        with np.load(file) as arrays:
+            for key in arrays:
+                run, _, name = key.rpartition(".")
+                runs.setdefault(run, {})[name] = arrays[key]
+    return runs
+
+
+def write_answers(file, runs):
+    """Write exam.npz atomically."""
+    arrays = {f"{run}.{k}": x for run, packed in sorted(runs.items()) for k, x in packed.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file.with_name(file.name + ".partial"), "wb") as opened:
+        np.savez_compressed(opened, **arrays)
+    publish(file)
+
+
+# ------------------------------------------------------------------------------ intervals
+
+
+@functools.cache
+def question_weights(n):
+    """[DRAWS, n]: how often each of n questions is drawn, as shares with sum 1."""
+    drawn = np.random.default_rng(n).integers(n, size=(DRAWS, n)) + n * np.arange(DRAWS)[:, None]
+    counts = np.bincount(drawn.ravel(), minlength=DRAWS * n)
+    return counts.reshape(DRAWS, n).astype(np.float32) / n
+
+
+@functools.cache
+def seed_weights(n):
+    """[DRAWS, n]: the same for n seeds, the deviation from equal shares widened.
+
+    The variance of a mean of drawn seeds is (n - 1) / n of what it should be: factor n / (n - 1).
+    And n seeds say little about their own variance: factor (n - 1) / chi2, as in Student's t.
+    """
+    rng = np.random.default_rng((n, 1))
+    shares = rng.multinomial(n, np.full(n, 1 / n), DRAWS) / n
+    if n == 1:
+        return shares
+    return 1 / n + np.sqrt(n / rng.chisquare(n - 1, (DRAWS, 1))) * (shares - 1 / n)
+
+
+def interval(means, drawn):
+    """Means [seeds] and their values with drawn questions [DRAWS, seeds] -> (mean, low, high)."""
+    low, high = np.quantile((seed_weights(len(means)) * drawn).sum(1), (0.025, 0.975))
+    return float(means.mean()), float(low), float(high)
+
+
+def kinds_of(n):
+    """The kind of picture of each of the n questions of a split: in turn (data/exam.py)."""
+    return np.arange(n) % len(KINDS)
+
+
+def compare(ours, reference):
+    """Answers of paired seeds, (right, loss) [seeds, splits, questions] each -> {kind of picture or
+    "all": {"right" (percent) | "loss": (mean, low, high) of the difference}}.
+
+    Questions are drawn within a kind of picture, so that each kind keeps its share of all.
+    """
+    right, loss = (np.float32(x) - np.float32(y) for x, y in zip(ours, reference))
+    both = np.concatenate([100 * right, loss])  # [2 * seeds, splits, questions]
+    kinds, parts = kinds_of(both.shape[-1]), {}
+    for k, kind in enumerate(KINDS):
+        part = both[..., kinds == k].reshape(len(both), -1)
+        parts[kind] = part.mean(1), question_weights(part.shape[1]) @ part.T
+    shares = np.bincount(kinds) / len(kinds)
+    parts[ALL] = [
+        sum(share * part[i] for share, part in zip(shares, parts.values())) for i in (0, 1)
+    ]
+    return {
+        kind: {name: interval(means[half], drawn[:, half])
+               for name, half in (("right", np.s_[: len(right)]), ("loss", np.s_[len(right) :]))}
+        for kind, (means, drawn) in parts.items()
+    }  # fmt: skip
+
+
+def verdict(expected, found):
+    """expected: the paper's difference, or only its sign, or None if the row is not in the paper;
+    found: (mean, low, high) -> one of the words above; without the paper "better" or "worse"."""
+    _, low, high = found
+    if low <= 0 <= high:
+        return "undecided"
+    if not expected:
+        return "better" if low > 0 else "worse"
+    return "confirmed" if (low > 0) == (expected > 0) else "contradicted"
+
+
+# ------------------------------------------------------------------------------ the table
+
+
+def ablations(content, answers):
+    """The groups of runs/ablations.py with their measures.
+
+    content: results.json; answers: `read_answers`. Each row gets its `means` over all its seeds;
+    `found`, its differences to the first row (`compare`) over the seeds that both have, or None;
+    what the paper says of it (`paper_of`), and the `verdict`, "" with fewer than two seeds.
+    """
+    shape = len(SPLITS), content["questions"]
+    groups = []
+    for group in content["groups"]:
+        rows = []
+        for line in group["rows"]:
+            runs = {run["seed"]: run for run in content["rows"] if run["name"] == line["name"]}
+            given = {s: unpack(answers[f"{line['name']}-{s}"], shape) for s in runs}
+            row = {"label": line["label"], "runs": list(runs.values()), "answers": given}
+            row |= paper_of(line, group["rows"][0])
+            row |= {"found": None, "seeds": len(given), "verdict": "", "means": means(given)}
+            first = rows[0]["answers"] if rows else {}
+            common = sorted(given.keys() & first.keys())
+            if common:
+                pair = [[np.stack([side[s][k] for s in common]) for k in (0, 1)]
+                        for side in (given, first)]  # fmt: skip
+                row["found"], row["seeds"] = compare(*pair), len(common)
+                if len(common) > 1:
+                    row["verdict"] = verdict(row["expected"], row["found"][ALL]["right"])
+            rows.append(row)
+        groups.append(group | {"rows": rows})
+    return groups
+
+
+def means(given):
+    """{kind of picture, "all" or split: (percent right, loss)} of the answers of all seeds."""
+    if not given:
+        return {}
+    right, loss = (np.stack([pair[k] for pair in given.values()]) for k in (0, 1))
+    kinds = kinds_of(right.shape[-1])
+    chosen = {kind: np.s_[..., kinds == k] for k, kind in enumerate(KINDS)}
+    chosen |= {ALL: np.s_[:]} | {split: np.s_[:, k] for k, split in enumerate(SPLITS)}
+    return {name: (100 * right[part].mean(), loss[part].mean()) for name, part in chosen.items()}
+
+
+def paper_of(line, first):
+    """What the paper says of a row, compared with the first row of its group: `paper`, points of
+    the mean of its four benchmarks; `text_vqa`, of TextVQA alone; `expected`, the difference or its
+    sign (None: not in the paper); `remark`, instead of numbers."""
+    if isinstance(line["paper"], str):
+        expected = -1 if line["paper"] == "did not converge" else None
+        return {"paper": None, "text_vqa": None, "expected": expected, "remark": line["paper"]}
+    points = [ours - theirs for ours, theirs in zip(line["paper"], first["paper"])]
+    mean = round(sum(points) / len(points), 9)
+    return {"paper": mean, "text_vqa": round(points[1], 9), "expected": mean, "remark": ""}
+
+
+def span(found, digits=1):
+    """(mean, low, high) as text; bold if the interval excludes 0."""
+    mean, low, high = (f"{x:+.{digits}f}" for x in found)
+    mark = "" if found[1] <= 0 <= found[2] else "**"
+    return f"{mark}{mean}{mark} ({low} to {high})"
+
+
+def lines_of(groups, write):
+    """The lines of a table: the cells that `write(row)` gives, after the row's label."""
+    for group in groups:
+        for i, row in enumerate(group["rows"]):
+            title = "" if i else f"**({group['group']}) {group['title']}**: "
+            yield title + row["label"], *write(row)
+
+
+def verdict_cells(row):
+    right, loss = row["means"].get(ALL, (None, None))
+    if right is None:
+        return "not measured", "", row["remark"], "", "", ""
+    paper = row["remark"] if row["paper"] is None else f"{row['paper']:+.1f}"
+    if not row["found"]:
+        return f"{right:.1f}", "", row["remark"], "", f"{loss:.3f}", ""
+    found = row["found"][ALL]
+    _, low, high = found["right"]
+    said = f"{row['verdict']}: {low:+.1f} to {high:+.1f}" if row["verdict"] else "one seed"
+    difference = f"{found['right'][0]:+.1f}"
+    return f"{right:.1f}", difference, paper, said, f"{loss:.3f}", span(found["loss"], 3)
+
+
+def kind_cells(row):
+    runs, kinds = row["runs"], []
+    for kind in KINDS:
+        if row["found"]:
+            kinds.append(span(row["found"][kind]["right"]))
+        else:
+            kinds.append(f"{row['means'][kind][0]:.1f} %" if runs else "")
+        if kind == "words":
+            known = row["found"] and row["text_vqa"] is not None
+            kinds.append(f"{row['text_vqa']:+.1f}" if known else "")
+    if not runs:
+        return *kinds, *[""] * (len(SPLITS) + 3)
+    splits = [f"{row['means'][split][0]:.1f}" for split in SPLITS]
+    size = " / ".join(f"{runs[0][k] / 1e6:.1f}" for k in ("active_parameters", "parameters"))
+    seconds = np.mean([run["cpu_seconds"] for run in runs])
+    return *kinds, *splits, row["seeds"], size, f"{seconds:.0f}"
+
+
+def tables(groups):
+    """Two tables: the verdicts, then the kinds of pictures, splits, sizes and times."""
+    head = ("stage 3", "exact, %", "difference", "in the paper", "verdict", "loss, nats",
+            "difference of the loss")  # fmt: skip
+    more = ("stage 3", "things", "words", "TextVQA in the paper", "charts", *SPLITS, "seeds",
+            "active / all, M", "CPU seconds")  # fmt: skip
+    return [table(head, *lines_of(groups, verdict_cells)),
+            table(more, *lines_of(groups, kind_cells))]  # fmt: skip
+
+
+def read_content():
+    """results.json and exam.npz of bench/ablations/; None if nothing is measured yet."""
+    file = FOLDER / "results.json"
+    if not file.is_file():
+        return None
+    return json.loads(file.read_text()), read_answers(FOLDER / "exam.npz")
+
+
+def ablations_block():
+    """The tables of docs/RESULTS.md."""
+    found = read_content()
+    if not found:
+        return "Not measured yet."
+    content, last = found[0], found[0]["rows"][-1]
+    verdicts, kinds = tables(ablations(*found))
+    note = (
+        f"{content['questions']:,} questions a split, after {content['samples']:,} samples of "
+        f"stage 3; {last['machine']}, {last['precision']}, commit {last['commit']}."
+    )
+    lines = [verdicts, "", note]
+    if (FOLDER / "ablations.png").is_file():
+        picture = "../bench/ablations/ablations.png"
+        lines += ["", f"![The differences of the table, ours and the paper's]({picture})"]
+    return "\n".join([*lines, "", kinds])
