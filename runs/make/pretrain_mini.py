@@ -280,7 +280,7 @@ class Contrast(torch.nn.Module):
 
 def contrastive_loss(whole, patches, targets, truths):
     log_p, truths = whole.log_softmax(-1), truths[: len(whole)]
-    image_loss = -(log_p * truths).sum(-1) / truths.sum(-1)  # multi-positive softmax
+    image_loss = -(log_p * truths).sum(-1) / truths.sum(-1).clamp(min=1)  # multi-positive softmax
     flat = torch.nn.functional.cross_entropy(
         patches.flatten(0, 1), targets.flatten(), ignore_index=IGNORE
     )
