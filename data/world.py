@@ -129,7 +129,8 @@ def join(names):
 
 
 def short_caption(scene):
-    return join([a(o.name) for o in scene.objects]) + "."
+    signs = [f"a sign that says {sign.text}" for sign in scene.signs]
+    return join(signs + [a(o.name) for o in scene.objects]) + "."
 
 
 def caption(scene):
@@ -447,12 +448,10 @@ class World:
         several = train and self.task != "name" and rng.random() < SEVERAL
         if several:
             scenes = sample_scenes(rng, self.split, int(rng.integers(2, 4)))
+        elif self.task == "name" and rng.random() < 0.5:
+            scenes = [sample_things(rng, self.split, 1)]
         else:
-            scenes = [
-                sample_things(rng, self.split, 1)
-                if self.task == "name"
-                else sample_scene(rng, self.split)
-            ]
+            scenes = [sample_scene(rng, self.split, "words" if self.task == "name" else None)]
         if self.task == "name":
             turns = [("name", f"{IMAGE_TAG}\n{DESCRIBE}", short_caption(scenes[0]))]
         elif self.task == "describe" or (train and not several and rng.random() < 0.1):
