@@ -1,6 +1,6 @@
 """What do experts do? How far a patch's experts depend on where it is and on what it shows.
 
-    python bench/experts.py --model out/stage3 --before out/stage2       # half a minute
+    python bench/experts.py --model out/stage3 --before out/stage2       # a minute
 
 A scene says what each of its patches shows (`shown`). Over new scenes, a sparse block has n(s, e)
 choices of expert e by patches that show s. The mutual information of the two is

@@ -176,10 +176,16 @@ def test_the_picture_has_a_bar_for_every_load_and_the_bits_of_every_view(
 ):
     pytest.importorskip("matplotlib")
     some, rng, kept = scenes(9), np.random.default_rng(0), []
-    blocks = {"CLIP layer 0": random_choices(rng, 9, 64, 4, 2),
-              "connector": random_choices(rng, 9, 64, 4, 2)}  # fmt: skip
+    choices = {when: {block: random_choices(rng, 9, 64, 4, 2)
+                      for block in ("CLIP layer 0", "connector")}
+               for when in ("before", "after")}  # fmt: skip
     views = experts.labels_of(some)
-    rows, load = experts.compare({"before": blocks, "after": blocks}, views)
+    rows, load = experts.compare(choices, views)
+    words, labels = views["background"]
+    for block, found in choices["after"].items():
+        for k, word in enumerate(words):
+            loads = [(found[labels == k] == e).mean() for e in range(4)]
+            assert load[block]["background"][word] == pytest.approx(loads, abs=6e-4)
     assert len(rows) == 2 * len(views)
     monkeypatch.setattr(pictures, "save_figure", lambda figure, *_, **__: kept.append(figure))
     pictures.draw_content({"rows": rows, "load": load}, tmp_path / "experts.png")
