@@ -208,6 +208,40 @@ def test_figures_of_the_readme_are_the_measured_ones():
     assert [round(x, 1) for x in means] == stated(r"([\d.]+) against ([\d.]+) % over three seeds")
 
 
+def test_figures_of_the_readme_about_experts_are_the_measured_ones():
+    rows = {(row["block"], row["view"]): row for row in bench("experts")["rows"]}
+    bits = lambda view: [round(rows["connector", view][when]["bits"], 2)
+                         for when in ("before", "after")]  # fmt: skip
+    said = stated(r"with position rises from ([\d.]+) to ([\d.]+), with the object it falls from "
+                  r"([\d.]+) to ([\d.]+) \(permuted labels: ([\d.]+)\), with background color from "
+                  r"([\d.]+) to (\d+\.\d+)")  # fmt: skip
+    permuted = round(rows["connector", "object"]["after"]["permuted_mean"], 2)
+    assert said == [*bits("position"), *bits("object"), permuted, *bits("background")]
+
+
+def test_what_the_results_say_of_experts_is_true_of_every_layer():
+    rows, text = bench("experts")["rows"], " ".join(RESULTS.split())
+    bits = {when: {} for when in ("before", "after", "permuted_mean")}
+    for row in rows:
+        for when in ("before", "after"):
+            bits[when].setdefault(row["view"], []).append(row[when]["bits"])
+        bits["permuted_mean"].setdefault(row["view"], []).append(row["after"]["permuted_mean"])
+    before, after, permuted = bits.values()
+    growth = [b / a for a, b in zip(before["position"], after["position"])]
+    assert [round(pick(growth)) for pick in (min, max)] == [2, 10] and "two to ten times" in text
+    content = ("object", "category", "background", "part")
+    for view in content:  # "Training lowers all four of these, in every layer"
+        assert all(b < a for a, b in zip(before[view], after[view])), view
+    assert [round(max(after[view]), 2) for view in content[:3]] == (
+        stated(r"They follow the object too: up to ([\d.]+) bits, in the connector", RESULTS)
+        + stated(r"category \(at most ([\d.]+) bits\) and the color of the background \(at most "
+                 r"([\d.]+)\)", RESULTS))  # fmt: skip
+    clear = {view: [b >= 3 * p for b, p in zip(after[view], permuted[view])] for view in content}
+    assert [sum(clear[view]) for view in content] == [5, 5, 6, 0]
+    below = [b < p for b, p in zip(after["part"], permuted["part"])]
+    assert sum(below) == 2 and "below the permuted one itself in two" in text
+
+
 def test_the_floor_is_below_the_measured_accuracy():
     line = re.search(r"<!-- floor -->(.*?)<!-- /floor -->", RESULTS)[1]
     floor = {split: int(number) for split, number in re.findall(r"`(\w+)` (\d+) %", line)}
