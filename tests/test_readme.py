@@ -195,7 +195,7 @@ def test_figures_of_the_readme_are_the_measured_ones():
     shares = [accuracy[split]["model"]["all"] for split in results.SPLITS]
     shares = [round(100 * x) for x in (*shares, accuracy["new"]["blank"]["all"])]
     words = (r"answers (\d+) % of questions about new scenes exactly, (\d+) % about pairs .*? "
-             r"(\d+) % in a style .*? (\d+) % when it is shown an empty picture")  # fmt: skip
+             r"(\d+) % in a style .*? (\d+) % when shown an empty picture")  # fmt: skip
     assert shares == stated(words)
     assert shares[:1] == stated(r"answers (\d+) % of questions about new scenes \|")
     rows = {row["label"]: row for group in results.ablations(bench("ablations/results"))
@@ -214,10 +214,29 @@ def test_figures_of_the_readme_about_experts_are_the_measured_ones():
     bits = lambda view: [round(rows["connector", view][when]["bits"], 2)
                          for when in ("before", "after")]  # fmt: skip
     said = stated(r"with position rises from ([\d.]+) to ([\d.]+), with the object it falls from "
-                  r"([\d.]+) to ([\d.]+) \(permuted labels: ([\d.]+)\), with background color from "
-                  r"([\d.]+) to (\d+\.\d+)")  # fmt: skip
-    permuted = round(rows["connector", "object"]["after"]["permuted_mean"], 2)
-    assert said == [*bits("position"), *bits("object"), permuted, *bits("background")]
+                  r"([\d.]+) to ([\d.]+), with background color from ([\d.]+) to "
+                  r"(\d+\.\d+)")  # fmt: skip
+    assert said == [*bits("position"), *bits("object"), *bits("background")]
+
+
+def test_without_the_balance_loss_routing_hardly_changes():
+    without = bench("experts_no_balance")
+    rows = {(row["block"], row["view"]): row for row in without["rows"]}
+    said = stated(r"in the connector ([\d.]+) bits with position, ([\d.]+) with the object, "
+                  r"([\d.]+) with the color of the background", RESULTS)  # fmt: skip
+    views = ("position", "object", "background")
+    assert said == [round(rows["connector", view]["after"]["bits"], 2) for view in views]
+    both = {name: {(row["block"], row["view"]): row for row in bench(name)["rows"]}
+            for name in ("experts", "experts_no_balance")}  # fmt: skip
+    changes = {name: [abs(row["after"]["bits"] - row["before"]["bits"])
+                      for (_, view), row in table.items() if view in views]
+               for name, table in both.items()}  # fmt: skip
+    assert sum(changes["experts_no_balance"]) < sum(changes["experts"]) / 4  # "hardly"
+    shares = [share for block in without["expert_load"].values() for share in block]
+    said = stated(r"get (\d+) % to (\d+) % of the choices, and its answers", RESULTS)
+    assert said == [round(100 * pick(shares)) for pick in (min, max)]
+    accuracy = [round(100 * without["accuracy"][split], 1) for split in ("new", "pairs", "style")]
+    assert accuracy == stated(r"as good: ([\d.]+), ([\d.]+) and ([\d.]+) %", RESULTS)
 
 
 def test_what_the_results_say_of_experts_is_true_of_every_layer():
