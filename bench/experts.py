@@ -11,9 +11,9 @@ Each of a token's K choices is one sample, because all K experts compute the tok
 is drawn counts all K. So I is at most log2(E / K): 1 bit with 2 of 4 experts.
 
 Patches of one picture are alike, so they are not independent samples. The comparison gives each
-picture the labels of another picture, 20 times. What remains is the bias of a finite sample and the
-effect of position, since things stand at the same places in many pictures. Positions themselves are
-the same in every picture, so they are permuted within each picture.
+picture the labels of a random picture, 20 times. What remains is the bias of a finite sample and
+the effect of position, since things stand at the same places in many pictures. Positions are the
+same in every picture, so they are permuted within each picture.
 
 `--before` is upcycled as at step 0 of stage 3: its experts are equal, its routers random. A random
 router is a function of the token too, so it has mutual information as well.
@@ -34,7 +34,7 @@ sys.path[0] = str(ROOT)
 from bench.speed import conditions
 from cumo import CuMo
 from data import exam, world
-from data.flags import check_numbers, parse, run
+from data.flags import parse, run
 from data.hub import local_folder
 from data.images import preprocess
 from data.weights import write_json
@@ -48,13 +48,13 @@ from upcycle import upcycle
 class ExpertsConfig:
     model: str = "out/stage3"  # a sparse miniature
     before: str = "out/stage2"  # the dense one that it was upcycled from
-    pictures: int = 1000  # so many new scenes
-    seed: int = 0  # of the scenes, and of the random routers, as in train.py
+    pictures: int = 1000  # number of new scenes
+    seed: int = 0  # seeds the scenes and the random routers
 
 
 def shown(scene):
     """{view: what each patch shows, [P] words}; "" where the view does not apply, as at the border
-    of an object. A line here adds a view."""
+    of an object. A view also needs a title in runs/pictures.py."""
     targets, n = patch_targets(scene), len(world.CONCEPTS)
     objects = [world.CONCEPTS[t] if 0 <= t < n else "" for t in targets]
     parts = ["background" if t >= n else "object" if t >= 0 else "" for t in targets]
@@ -103,7 +103,7 @@ def count(choice_nPK, label_nP):
 
 
 def mutual_information(counts_LE):
-    """Of label and expert, in bits, from their counts."""
+    """Mutual information of label and expert, in bits, from their counts."""
     joint_LE = counts_LE / counts_LE.sum()
     product_LE = joint_LE.sum(1, keepdims=True) * joint_LE.sum(0)
     some = joint_LE > 0
@@ -111,7 +111,7 @@ def mutual_information(counts_LE):
 
 
 def permuted(label_nP, rng):
-    """The labels of another picture for each picture; if all pictures have the same labels, these
+    """The labels of a random picture for each picture; if all pictures have the same labels, these
     in another order for each picture."""
     if (label_nP == label_nP[0]).all():
         return rng.permuted(label_nP, axis=1)
@@ -130,6 +130,10 @@ def measure(choice_nPK, label_nP, times=20):
 def open_models(after, before, seed):
     """-> {"before": the dense model `before`, upcycled; "after": the sparse model `after`}"""
     model, dense = (CuMo.from_pretrained(local_folder(path)).eval() for path in (after, before))
+    if dense.cfg.vision.num_experts or dense.cfg.mlp_experts:
+        raise ValueError(
+            f"--before {before} is sparse; give the dense stage 2 that it started from"
+        )
     vision, patches = model.cfg.vision, GRID * GRID
     sizes = {"clip": (vision.num_experts, vision.top_k),
              "mlp": (model.cfg.mlp_experts, model.cfg.mlp_top_k)}  # fmt: skip
@@ -161,7 +165,8 @@ def compare(choices, views):
 
 def main():
     cfg, _ = parse(ExpertsConfig, description=__doc__)
-    check_numbers(cfg, counts=("pictures",))
+    if cfg.pictures < 100:
+        raise ValueError(f"--pictures {cfg.pictures} must be 100 or more; fewer say nothing")
     models = open_models(cfg.model, cfg.before, cfg.seed)
     rngs = (np.random.default_rng((cfg.seed, 98, i)) for i in range(cfg.pictures))
     scenes = [world.sample_scene(rng, exam.SPLITS[0]) for rng in rngs]

@@ -57,6 +57,7 @@ CONTENT = {  # views of bench/experts.py, in words
     "background": "color of the background",
     "part": "object or background",
 }
+OTHER = ("category", "object")  # the category of things that have no other
 
 
 # ---------------------------------------------------------------------------- the architecture
@@ -362,15 +363,16 @@ def draw_content(content, file):
             bits = [rows[block, view][when]["bits"] for when in ("before", "after")]
             chance = rows[block, view]["after"]["permuted_mean"]
             center = dict(ha="center", va="center")
+            color = "black" if bits[1] >= chance else "#888888"  # no more than by chance
             axis.text(0.5, y, "{:.2f} \u2192 {:.2f}".format(*bits), fontsize=7.5, weight="bold",
-                      **center)  # fmt: skip
-            axis.text(0.5, y + 0.9, f"({chance:.4f})", fontsize=7, color="#555555", **center)
+                      color=color, **center)  # fmt: skip
+            axis.text(0.5, y + 0.9, f"({chance:.3f})", fontsize=7, color="#555555", **center)
             ticks.append((y, title))
             bars = views[view] if view in views and view != "position" else {}
             y += 0.9
             for word, shares in bars.items():
                 y += 1
-                ticks.append((y, word))
+                ticks.append((y, "other object" if (view, word) == OTHER else word))
                 for e, (share, end) in enumerate(zip(shares, np.cumsum(shares))):
                     axis.barh(y, share, left=end - share, height=0.86,
                               color=COLORS[e % len(COLORS)])  # fmt: skip
@@ -382,9 +384,10 @@ def draw_content(content, file):
     for label in axes[1, 0].get_yticklabels():
         label.set_fontweight("bold" if label.get_text() in CONTENT.values() else "normal")
     expert_legend(figure, shares_PE.shape[1])
-    figure.supxlabel("Map: the expert with the largest load at each position; white: even. "
-                     "Bars: each expert's load.\nBits of mutual information before \u2192 after "
-                     "stage 3 (after, labels permuted).", fontsize=7.5)  # fmt: skip
+    figure.supxlabel("After stage 3. Map: the expert with the largest load at each position; "
+                     "white: even. Bars: each expert's load.\nBits of mutual information "
+                     "before \u2192 after stage 3 (after, labels permuted); gray: no more than "
+                     "that.", fontsize=7.5)  # fmt: skip
     save_figure(figure, file, dpi=200)
 
 

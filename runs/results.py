@@ -110,7 +110,7 @@ def results_block():
     low, high = map(percent, run["load_range"])
     note = (f"Percent of {run['questions']:,} questions per split answered exactly (bf16): medians "
             f"of {len(run['seeds'])} runs with other seeds. All types: {runs}. On `new`, each "
-            f"expert of each sparse block gets {low} % to {high} % of the tokens.\n\n")  # fmt: skip
+            f"expert of a sparse block gets {low} % to {high} % of the choices.\n\n")  # fmt: skip
     said = [f"- `{name}`: " + "; ".join(dict.fromkeys(answers))
             for name, answers in run["answers"].items()]  # fmt: skip
     return table(head, *rows) + "\n\n" + note + "\n".join(said)

@@ -80,7 +80,7 @@ def experts_block():
                      for x in bits)  # fmt: skip
             clear = sum(x["bits"] >= 3 * x["permuted_mean"] for x in bits)
             lines.append((f"{CONTENT[view]}, {when}", *cells, f"{clear} of {len(bits)}"))
-    return table(("view, before or after stage 3", *blocks, "three times permuted"), *lines)
+    return table(("view, before or after stage 3", *blocks, "at least 3 times the mean"), *lines)
 
 
 def faults_block():

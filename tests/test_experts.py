@@ -1,6 +1,7 @@
 """bench/experts.py: mutual information of experts and of what patches show."""
 
 import math
+import re
 import sys
 from collections import Counter
 
@@ -203,5 +204,21 @@ def test_the_picture_has_a_bar_for_every_load_and_the_bits_of_every_view(
         for row in rows:
             if row["block"] == block:
                 both = f"{row['before']['bits']:.2f} \u2192 {row['after']['bits']:.2f}"
-                assert both in said and f"({row['after']['permuted_mean']:.4f})" in said
+                assert both in said and f"({row['after']['permuted_mean']:.3f})" in said
     assert kept[0].legends[0].get_texts()[-1].get_text() == "expert 3"
+
+
+@pytest.mark.parametrize("flags, said", [
+    (dict(pictures=99), "--pictures 99 must be 100 or more; fewer say nothing"),
+    (dict(before="sparse"), "--before {sparse} is sparse; give the dense stage 2 that it started "
+                            "from")])  # fmt: skip
+def test_a_measurement_that_says_nothing_is_refused(flags, said, experts, tmp_path, monkeypatch):
+    sparse = tmp_path / "sparse"
+    tiny_cumo(8).save_pretrained(sparse)
+    flags = {"model": str(sparse)} | {
+        k: str(sparse) if v == "sparse" else v for k, v in flags.items()
+    }
+    words = [word for k, v in flags.items() for word in (f"--{k}", str(v))]
+    monkeypatch.setattr("sys.argv", ["experts.py", *words])
+    with pytest.raises(ValueError, match=re.escape(said.format(sparse=sparse))):
+        experts.main()

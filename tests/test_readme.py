@@ -213,8 +213,8 @@ def test_figures_of_the_readme_about_experts_are_the_measured_ones():
     rows = {(row["block"], row["view"]): row for row in bench("experts")["rows"]}
     bits = lambda view: [round(rows["connector", view][when]["bits"], 2)
                          for when in ("before", "after")]  # fmt: skip
-    said = stated(r"with position rises from ([\d.]+) to ([\d.]+), with the object it falls from "
-                  r"([\d.]+) to ([\d.]+), with background color from ([\d.]+) to "
+    said = stated(r"with position rises from ([\d.]+) to ([\d.]+) bits, with the object it falls "
+                  r"from ([\d.]+) to ([\d.]+), with background color from ([\d.]+) to "
                   r"(\d+\.\d+)")  # fmt: skip
     assert said == [*bits("position"), *bits("object"), *bits("background")]
 
@@ -254,7 +254,7 @@ def test_what_the_results_say_of_experts_is_true_of_every_layer():
         assert all(b < a for a, b in zip(before[view], after[view])), view
     assert [round(max(after[view]), 2) for view in content[:3]] == (
         stated(r"They follow the object too: up to ([\d.]+) bits, in the connector", RESULTS)
-        + stated(r"category \(at most ([\d.]+) bits\) and the color of the background \(at most "
+        + stated(r"category \(at most ([\d.]+) bits\) or the color of the background \(at most "
                  r"([\d.]+)\)", RESULTS))  # fmt: skip
     clear = {view: [b >= 3 * p for b, p in zip(after[view], permuted[view])] for view in content}
     assert [sum(clear[view]) for view in content] == [5, 5, 6, 0]
