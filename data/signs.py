@@ -63,17 +63,24 @@ def sample_text(rng, split):
 def sample_sign(rng, split, place, background):
     """A sign in one of ROWS, on a plate whose colour is not the background's."""
     top, bottom = ROWS[place]
-    light = [c for c in ("white", "yellow", "gray") if c != background]
-    plate = pick(rng, *light)
+    plate = pick(rng, *[c for c in ("white", "yellow", "gray") if c != background])
     ink = "black" if plate == "gray" else pick(rng, "black", "black", "blue", "red")
     if split == "style":
-        plate, ink = pick(rng, *{"black", "blue", "purple"} - {background}), "white"
-    height = int(rng.integers(24, 40) if place == "in the middle" else rng.integers(18, 29))
+        plate, ink = pick(rng, *sorted({"black", "blue", "purple"} - {background})), "white"
     text = sample_text(rng, split)
-    width = int(min(SIDE - 2, max(20, (0.5 + 0.62 * len(text)) * height * rng.uniform(0.75, 1))))
+    pitch = rng.uniform(8.5, min(14, (SIDE - 2) / (len(text) + 0.5)))
+    width = int(pitch * (len(text) + 0.5))
+    height = int(min(rng.uniform(1.4, 2.4) * pitch, SIDE // 2))
     left = int(rng.integers(1, SIDE - width))
-    room = bottom - top - height
-    return Sign(text, place, (left, top + int(rng.integers(room + 1)), width, height), plate, ink)
+    return Sign(text, place, (left, int(rng.integers(top, bottom - height + 1)), width, height),
+                plate, ink)  # fmt: skip
+
+
+def letter_middles(sign):
+    """The middle of each letter of a sign, (x, y) in pixels: they stand at even distances."""
+    left, top, width, height = sign.box
+    pitch = width / (len(sign.text) + 0.5)
+    return [(left + pitch * (k + 0.75), top + height / 2) for k in range(len(sign.text))]
 
 
 @functools.cache
@@ -82,28 +89,25 @@ def font(size):
 
 
 def draw_sign(canvas, sign, style, scale, rng=None):
-    """Draw a sign, its letters as large as the plate allows. With `rng` slightly turned, smeared
-    and in other colours."""
+    """Draw a sign, its letters as tall as the plate allows. With `rng` slightly turned, smeared and
+    in other colours."""
     left, top, width, height = (scale * n for n in sign.box)
-    fine = 4  # drawn larger, then reduced
     plate, ink = (np.array(COLORS[c], float) for c in (sign.plate, sign.ink))
     if rng:
         plate, ink = plate + rng.normal(0, 10, 3), ink + rng.normal(0, 10, 3)
     plate, ink = (tuple(int(v) for v in color.clip(0, 255)) for color in (plate, ink))
-    image = Image.new("RGBA", (fine * width, fine * height), (*plate, 255))
+    pitch = 4 * width / (len(sign.text) + 0.5)  # drawn 4 times larger, then reduced
+    image = Image.new("RGBA", (4 * width, int(1.4 * pitch)), (*plate, 255))
     pen = ImageDraw.Draw(image)
-    x0, y0, x1, y1 = font(100).getbbox(sign.text)
-    slant = 0.2 if style == "fluent" else 0
-    size = min(0.9 * fine * width / (x1 - x0), 0.78 * fine * height / (y1 - y0)) * 100
-    size /= 1 + slant
-    pen.text((fine * width / 2, fine * height / 2), sign.text, ink, font(int(size)), anchor="mm")
-    if slant:
-        affine = (1, slant, -slant * fine * height / 2, 0, 1, 0)
+    for k, letter in enumerate(sign.text):
+        pen.text((pitch * (k + 0.75), 0.7 * pitch), letter, ink, font(int(1.3 * pitch)), "mm")
+    if style == "fluent":  # slanted
+        affine = (1, 0.25, -0.125 * image.height, 0, 1, 0)
         image = image.transform(image.size, Image.Transform.AFFINE, affine, Image.BILINEAR)
     if rng:
-        image = image.rotate(rng.uniform(-5, 5), Image.BICUBIC, fillcolor=(*plate, 255))
+        image = image.rotate(rng.uniform(-4, 4), Image.BICUBIC, fillcolor=(*plate, 255))
         if rng.random() < 0.3:
-            image = image.filter(ImageFilter.GaussianBlur(fine * scale * rng.uniform(0.2, 0.5)))
+            image = image.filter(ImageFilter.GaussianBlur(4 * scale * rng.uniform(0.2, 0.5)))
     image = image.resize((width, height), Image.BILINEAR, reducing_gap=3)
     canvas.paste(image, (left, top), image)
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All of CuMo in miniature: set up .venv, train three stages, evaluate, ask about a picture. The training takes
-# eight minutes on two CPU cores, 1.3 times as long without hardware bf16. All results go to out/. Flags go to train.py: runs/demo.sh --seed 1
+# eight minutes on two CPU cores, up to 1.5 times as long without bf16. All results go to out/. Flags go to train.py: runs/demo.sh --seed 1
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/venv.sh

@@ -1,11 +1,11 @@
-"""Pictures: the architecture, the web page, the races of bench/speed.py, the ablations.
+"""Pictures: the architecture, the web page, bench/speed.py's races, what experts do, ablations.
 
     python runs/pictures.py architecture     # draw bench/architecture.png
     python runs/pictures.py web              # bench/web.png: the page of the last stage in out/
 
 The page is photographed in a browser, which needs `pip install ".[web]" selenium`, and Debian's
-packages chromium, chromium-driver and fonts-dejavu-core. The last two pictures show the rows of a
-table in docs/RESULTS.md; runs/results.py writes these tables and redraws their pictures.
+packages chromium, chromium-driver and fonts-dejavu-core. The last three pictures show the rows of
+a table in docs/RESULTS.md; runs/results.py writes these tables and redraws their pictures.
 """
 
 import argparse
@@ -17,10 +17,13 @@ import time
 import urllib.error
 import urllib.request
 
+import numpy as np
+from PIL import ImageColor
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data.images import open_image
-from extras.plots import COLORS, pyplot, save_figure
+from extras.plots import COLORS, expert_legend, pyplot, save_figure
 
 SHOWN = (  # rows of bench/speed.py in the table and the picture: (section, start of the case)
     ("moe", "CLIP-L, 16"),
@@ -45,6 +48,16 @@ PEERS = {  # first letters of a peer's name in bench/speed.py: color, marker, le
     "dense": (COLORS[3], "v", "a dense MLP of the same work"),
     "": (COLORS[0], "o", "ours, another variant (named at the right)"),
 }
+
+
+CONTENT = {  # views of bench/experts.py, in words
+    "position": "position",
+    "object": "which object",
+    "category": "category of the object",
+    "background": "color of the background",
+    "part": "object or background",
+}
+OTHER = ("category", "object")  # the category of things that have no other
 
 
 # ---------------------------------------------------------------------------- the architecture
@@ -322,6 +335,61 @@ def draw_ablations(groups, file, reach=6):
     names = ["this miniature, 95 % interval", "the paper, Table 3", *MARKERS]
     figure.legend(legend, names, ncols=len(names), loc="outside upper center", frameon=False,
                   fontsize=10, columnspacing=1.2, handletextpad=0.4)  # fmt: skip
+    save_figure(figure, file, dpi=200)
+
+
+# --------------------------------------------------------------------------- what experts do
+
+
+def draw_content(content, file):
+    """Draw a result of bench/experts.py: for each sparse block the expert with the largest load at
+    each position, and the load of each expert by what a patch shows."""
+    plt = pyplot()
+    if not plt:
+        return
+    load, rows = content["load"], {(row["block"], row["view"]): row for row in content["rows"]}
+    figure, axes = plt.subplots(2, len(load), layout="constrained", figsize=(6.4, 6.5),
+                                height_ratios=(1, 6), squeeze=False)  # fmt: skip
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    for (block, views), (top, axis) in zip(load.items(), axes.T):
+        shares_PE = np.array([*views["position"].values()])
+        side, even = int(len(shares_PE) ** 0.5), 1 / shares_PE.shape[1]
+        colors_E3 = np.array([ImageColor.getrgb(color) for color in COLORS]) / 255
+        color_P3 = colors_E3[shares_PE.argmax(1) % len(COLORS)]
+        strength_P1 = (shares_PE.max(1, keepdims=True) / even - 1).clip(0, 1)
+        top.imshow((1 - strength_P1 * (1 - color_P3)).reshape(side, side, 3))
+        top.set(xticks=[], yticks=[])
+        top.set_title(block.replace("CLIP layer", "CLIP"), fontsize=8)
+        y, ticks = 0, []
+        for view, title in CONTENT.items():
+            bits = [rows[block, view][when]["bits"] for when in ("before", "after")]
+            chance = rows[block, view]["after"]["permuted_mean"]
+            center = dict(ha="center", va="center")
+            color = "black" if bits[1] >= chance else "#888888"  # no more than by chance
+            axis.text(0.5, y, "{:.2f} \u2192 {:.2f}".format(*bits), fontsize=7.5, weight="bold",
+                      color=color, **center)  # fmt: skip
+            axis.text(0.5, y + 0.9, f"({chance:.3f})", fontsize=7, color="#555555", **center)
+            ticks.append((y, title))
+            bars = views[view] if view in views and view != "position" else {}
+            y += 0.9
+            for word, shares in bars.items():
+                y += 1
+                ticks.append((y, "other object" if (view, word) == OTHER else word))
+                for e, (share, end) in enumerate(zip(shares, np.cumsum(shares))):
+                    axis.barh(y, share, left=end - share, height=0.86,
+                              color=COLORS[e % len(COLORS)])  # fmt: skip
+            y += 1.5
+        axis.set(xlim=(0, 1), ylim=(y - 0.9, -0.7), xticks=[])
+        axis.set_yticks(*zip(*ticks) if axis is axes[1, 0] else ((), ()), fontsize=8)
+        axis.tick_params(length=0, pad=2)
+        axis.spines[:].set_visible(False)
+    for label in axes[1, 0].get_yticklabels():
+        label.set_fontweight("bold" if label.get_text() in CONTENT.values() else "normal")
+    expert_legend(figure, shares_PE.shape[1])
+    figure.supxlabel("After stage 3. Map: the expert with the largest load at each position; "
+                     "white: even. Bars: each expert's load.\nBits of mutual information "
+                     "before \u2192 after stage 3 (after, labels permuted); gray: no more than "
+                     "that.", fontsize=7.5)  # fmt: skip
     save_figure(figure, file, dpi=200)
 
 

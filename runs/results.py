@@ -29,9 +29,16 @@ from data.world import DESCRIBE, QUESTION_TYPES
 from engine import memory
 from eval import answer_batch
 from extras import plots
-from extras.plots import draw_answers, draw_load, draw_losses, draw_routing, read_metrics
+from extras.plots import draw_answers, draw_losses, read_metrics
 from runs import tables, verdicts
-from runs.pictures import draw_ablations, draw_architecture, draw_ratios, shown, variant
+from runs.pictures import (
+    draw_ablations,
+    draw_architecture,
+    draw_content,
+    draw_ratios,
+    shown,
+    variant,
+)
 from runs.tables import table
 
 ASKED = {
@@ -103,7 +110,7 @@ def results_block():
     low, high = map(percent, run["load_range"])
     note = (f"Percent of {run['questions']:,} questions per split answered exactly (bf16): medians "
             f"of {len(run['seeds'])} runs with other seeds. All types: {runs}. On `new`, each "
-            f"expert of each sparse block gets {low} % to {high} % of the tokens.\n\n")  # fmt: skip
+            f"expert of a sparse block gets {low} % to {high} % of the choices.\n\n")  # fmt: skip
     said = [f"- `{name}`: " + "; ".join(dict.fromkeys(answers))
             for name, answers in run["answers"].items()]  # fmt: skip
     return table(head, *rows) + "\n\n" + note + "\n".join(said)
@@ -198,6 +205,7 @@ BLOCKS = {  # page -> {block: the function that writes it}
     "docs/RESULTS.md": {
         "demo": demo_block,
         "results": results_block,
+        "experts": tables.experts_block,
         "sparse": sparse_block,
         "ablations": verdicts.ablations_block,
         "performance": performance_block,
@@ -297,16 +305,15 @@ def answer_to(out, picture):
 
 
 def draw(out):
-    """Draw the pictures again: those of a finished demo, the speed ratios, the architecture and the
-    ablations."""
+    """Draw the pictures again: those of a finished demo, what experts do, the speed ratios, the
+    architecture and the ablations."""
     out, bench = pathlib.Path(out), ROOT / "bench"
     draw_losses({k: read_metrics(out / f"stage{k}") for k in (1, 2, 3)}, bench / "loss.png")
-    draw_load(json.loads((out / "eval.json").read_text())["expert_load"], bench / "experts.png")
     model = CuMo.from_pretrained(out / "stage3").eval()
     tokenizer = Tokenizer.from_pretrained(out / "stage3")
     cells = plots.example_answers(lambda *asked: answer_batch(model, tokenizer, *asked))
     draw_answers(cells, bench / "answers.png")
-    draw_routing(model, open_image(ROOT / "cat.jpg"), bench / "expert_map.png")
+    draw_content(tables.read("experts"), bench / "experts.png")
     draw_ratios(speed(), bench / "amd-epyc-bfloat16.png")
     draw_architecture(bench / "architecture.png")
     if found := verdicts.read_content():

@@ -4,6 +4,8 @@ import json
 import math
 import pathlib
 
+from runs.pictures import CONTENT
+
 BENCH = pathlib.Path(__file__).resolve().parents[1] / "bench"
 FAULTS = {  # fault of the table -> kinds of tests/campaigns/crash.py, in words
     "the process is killed": {
@@ -63,6 +65,22 @@ def pictures_block():
             for name, words in names.items()]  # fmt: skip
     note = f'\n\n"Which picture has the cat?" is answered right in {100 * content["which"]:.1f} %.'
     return table(("", "first picture", "second", "third"), *rows) + note
+
+
+def experts_block():
+    """Mutual information of experts and of what patches show, layer by layer (bench/experts.py)."""
+    rows = read("experts")["rows"]
+    blocks, views = ([*dict.fromkeys(row[key] for row in rows)] for key in ("block", "view"))
+    lines = []
+    for view in views:
+        mine = [row for row in rows if row["view"] == view]
+        for when in ("before", "after"):
+            bits = [row[when] for row in mine]
+            cells = (f"{x['bits']:.3f} ({x['permuted_mean']:.4f}, {x['permuted_max']:.4f})"
+                     for x in bits)  # fmt: skip
+            clear = sum(x["bits"] >= 3 * x["permuted_mean"] for x in bits)
+            lines.append((f"{CONTENT[view]}, {when}", *cells, f"{clear} of {len(bits)}"))
+    return table(("view, before or after stage 3", *blocks, "at least 3 times the mean"), *lines)
 
 
 def faults_block():

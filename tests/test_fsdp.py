@@ -37,6 +37,7 @@ def server():
         multiprocessing.forkserver.ensure_running()
 
 
+TRACED = functools.partialmethod(torch.nn.Module.compile, backend="eager")  # not translated
 SPARSE_LLM = dict(upcycle="clip,mlp,llm", accumulate=1, samples=48)
 
 
@@ -193,15 +194,14 @@ def test_two_processes_log_the_held_out_loss_of_one(flags, tmp_path):
 
 def compiled_work(cfg):
     """Train with compiled blocks (traced, not translated); after the warm-up a new trace fails."""
-    compile_module, warm_up = torch.nn.Module.compile, compiling.warm_up
+    warm_up = compiling.warm_up
 
     def then_no_more(trainer, most):
         warm_up(trainer, most)
         torch.compiler.set_stance("fail_on_recompile")
 
     with pytest.MonkeyPatch.context() as patch:
-        eager = functools.partialmethod(compile_module, backend="eager")
-        patch.setattr(torch.nn.Module, "compile", eager)
+        patch.setattr(torch.nn.Module, "compile", TRACED)
         patch.setattr(compiling, "warm_up", then_no_more)
         work(cfg)
 
@@ -210,6 +210,28 @@ def test_nothing_compiles_after_the_warm_up_in_two_processes(flags, one, tmp_pat
     cfg = configured(flags, tmp_path, compile=True)
     end(begin(2, compiled_work, cfg))
     assert_same_training(one, tmp_path)
+
+
+def stopped_in_the_warm_up(cfg):
+    """A signal reaches the last rank in the first pass of its warm-up."""
+    assemble = compiling.assemble
+
+    def interrupted(*args):
+        rank, n = fsdp.world()
+        if rank == n - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return assemble(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Module, "compile", TRACED)
+        patch.setattr(compiling, "assemble", interrupted)
+        cfg.plot = False
+        assert not train.train_stage(cfg)
+
+
+def test_a_signal_in_the_warm_up_stops_two_processes_before_the_first_step(flags, tmp_path):
+    end(begin(2, stopped_in_the_warm_up, configured(flags, tmp_path, compile=True)))
+    assert not metrics(tmp_path)
 
 
 def tiny_batch():

@@ -28,14 +28,14 @@ from clip_moe import CLIPVision, CLIPVisionConfig
 from data import world
 from data.chat import IGNORE
 from data.images import preprocess
+from data.signs import letter_middles
 from data.tokenizer import Tokenizer, train_bpe
 from data.weights import write_json, write_tensors
 from engine.rate import has_fast_bf16
 from llm import LLM, LLMConfig
-from runs.make.text_world import FOUND, GRID, PATCH, blur, letter_middles, text_batch
+from runs.make.text_world import FOUND, GRID, LETTERS, PATCH, blur, text_batch
 
 MINI = ROOT / "data" / "mini"
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 
 
 def corpus(n=6000):
@@ -115,7 +115,8 @@ class Probes(torch.nn.Module):
         self.before = torch.nn.ModuleList(before)
         self.place = torch.nn.Linear(dim, GRID * GRID, bias=False)
         self.found = torch.nn.Linear(dim, len(FOUND), bias=False)
-        for k in (0, 1):
+        self.spelled = torch.nn.Linear(dim, GRID * GRID, bias=False)
+        for k in (0, 1, 2):
             layer = llm.model.layers[k]
             layer.register_forward_hook(lambda _, __, out, k=k: self.seen.update({k: out[0]}))
 
@@ -123,7 +124,7 @@ class Probes(torch.nn.Module):
         """Cross-entropies of the three probes."""
         tokens, real, norm = batch["tokens"], batch["segments"] > 0, torch.nn.functional.rms_norm
         cross_entropy = torch.nn.functional.cross_entropy
-        early, later = (norm(self.seen[k], self.seen[k].shape[-1:]) for k in (0, 1))
+        early, later, last = (norm(self.seen[k], self.seen[k].shape[-1:]) for k in (0, 1, 2))
         before = 0.0
         for offset, linear in enumerate(self.before, 1):
             some = real[:, offset:] & (torch.rand(real[:, offset:].shape) < 0.25)  # to save time
@@ -133,7 +134,9 @@ class Probes(torch.nn.Module):
         place = cross_entropy(self.place(early[patch]).float(), batch["place"][patch])
         asked = batch["found"] != IGNORE
         found = cross_entropy(self.found(later[asked]).float(), batch["found"][asked])
-        return before, place, found
+        next_one = batch["spelled"] != IGNORE
+        spelled = cross_entropy(self.spelled(last[next_one]).float(), batch["spelled"][next_one])
+        return before, place, found, spelled.nan_to_num(0)
 
 
 def pretrain_llm(steps, lr, seed, init=None):
@@ -163,7 +166,8 @@ def pretrain_llm(steps, lr, seed, init=None):
             x, _ = llm.hidden(x, batch["segments"])
             loss = llm.loss(x, batch["labels"])
             asked = probes.losses(llm, batch)
-        (loss + sum(asked) * (0 if init else max(0.0, 1 - 2 * step / steps))).backward()
+        weight = max(0.0, 1 - step / steps)
+        (loss + asked[-1] * weight + (0 if init else sum(asked[:-1]) * max(0, 2 * weight - 1))).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -211,16 +215,16 @@ def patch_targets(scene):
         distance = np.hypot(x - left - size / 2, y - top - size / 2) / size
         target[distance < 0.6] = IGNORE
         target[distance < 0.45] = world.CONCEPTS.index(o.name)
-    first_letter = len(world.CONCEPTS) + len(world.COLORS)
+    names = len(world.CONCEPTS)
     for sign in scene.signs:
         left, top, width, height = sign.box
-        plate = (np.abs(x - left - width / 2) < width / 2 + 4) & (
-            np.abs(y - top - height / 2) < height / 2 + 4
-        )
-        target[plate] = IGNORE
-        rows = plate & (np.abs(y - top - height / 2) < 0.3 * height + 1)
-        for letter, middle in zip(sign.text, letter_middles(sign)):
-            target[rows & (np.abs(x - middle) < 4)] = first_letter + LETTERS.index(letter)
+        off = np.maximum(np.abs(x - left - width / 2) - width / 2, np.abs(y - top - height / 2) - height / 2)
+        target[off < 4] = IGNORE
+        target[off < -1] = names + list(world.COLORS).index(sign.plate)
+        for letter, (at_x, at_y) in zip(sign.text, letter_middles(sign)):
+            distance = np.maximum(np.abs(x - at_x), np.abs(y - at_y))
+            target[distance < 4.4] = IGNORE
+            target[distance < 3.6] = names + len(world.COLORS) + LETTERS.index(letter)
     return target.ravel()
 
 

@@ -23,10 +23,11 @@ import torch
 from data import world
 from data.chat import IGNORE, IMAGE_TOKEN, render
 from data.packing import assemble
-from data.signs import NUMBERS, ask_bars, ask_compare, ask_tallest, bar_boxes, font
+from data.signs import NUMBERS, ask_bars, ask_compare, ask_tallest, bar_boxes, letter_middles
 
 PATCH, GRID = 8, 8
 ROWS, LENGTH = 6, 400  # rows of a batch, tokens of a row
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 FOUND = ("nothing", *world.PLACES, world.MIDDLE, "several")  # results of looking up a name
 
 
@@ -59,36 +60,38 @@ def text_picture(scene, rng, noise=1.0):
 
 def with_other_texts(scene, rng):
     """The scene with strings of random letters on its signs: they must be read, not guessed."""
-    letters = list("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
-    texts = ["".join(rng.choice(letters, rng.integers(2, 6))) for _ in scene.signs]
+    texts = ["".join(rng.choice(list(LETTERS), len(sign.text))) for sign in scene.signs]
     signs = tuple(replace(sign, text=text) for sign, text in zip(scene.signs, texts))
     return replace(scene, signs=signs)
 
 
-def letter_middles(sign):
-    """The x of the middle of each letter of a sign, in pixels."""
-    left, _, width, height = sign.box
-    x0, y0, x1, y1 = font(100).getbbox(sign.text)
-    scale = min(0.9 * width / (x1 - x0), 0.78 * height / (y1 - y0))
-    length = font(100).getlength
-    start = left + width / 2 - scale * length(sign.text) / 2
-    return [start + scale * (length(sign.text[:k]) + length(letter) / 2)
-            for k, letter in enumerate(sign.text)]  # fmt: skip
-
-
 def write_sign(words, sign, x, y, rng):
-    """Each letter in the patch of its middle, or below if that is taken; the plate around them.
-    With `rng` some letters are shifted."""
+    """Each letter in the patch of its middle, the plate around them. With `rng` somewhat shifted."""
     left, top, width, height = sign.box
     words[(x >= left) & (x < left + width) & (y >= top) & (y < top + height)] = sign.plate
-    line = min(GRID - 2, int((top + height / 2) / PATCH - 0.5 * (rng is not None and rng.random())))
-    taken = set()
-    for letter, middle in zip(sign.text, letter_middles(sign)):
-        column = int((middle + (rng.uniform(-2, 2) if rng is not None else 0)) / PATCH)
-        while column in taken and column < GRID - 1:
-            column += 1
-        taken.add(column)
-        words[line, min(column, GRID - 1)] = letter
+    dx, dy = rng.uniform(-1, 1, 2) if rng is not None else (0, 0)
+    for letter, (at_x, at_y) in zip(sign.text, letter_middles(sign)):
+        words[int((at_y + dy) / PATCH), min(GRID - 1, int((at_x + dx) / PATCH))] = letter
+
+
+def letter_places(tokens, labels, place, letters):
+    """For each token before a letter of an answer: the place of that letter in its text picture.
+    IGNORE for all other tokens. Rows [T] of a batch; `letters`: the ids of all letters."""
+    lines, runs, picture = {}, [], 0
+    for i, (token, at) in enumerate(zip(tokens.tolist(), place.tolist())):
+        picture += at == 0
+        if token in letters and at != IGNORE:
+            lines.setdefault((picture, at // GRID), []).append((token, at))
+        elif token in letters and labels[i] != IGNORE:
+            if not runs or runs[-1][-1] != i - 1:
+                runs.append([])
+            runs[-1].append(i)
+    places = {tuple(t for t, _ in line): [at for _, at in line] for line in lines.values()}
+    target = torch.full_like(tokens, IGNORE)
+    for run in runs:
+        for i, at in zip(run, places.get(tuple(tokens[run].tolist()), ())):
+            target[i - 1] = at
+    return target
 
 
 def blur(x, place, noise=1.0):
@@ -160,11 +163,15 @@ def telegraph_sample(tokenizer, rng, noise):
         if rng.random() < 0.3:
             scene = world.sample_things(rng, "train", int(rng.integers(2, 5)))
         else:
-            scene = world.sample_scene(rng, "train", world.pick(rng, "words", "words", "charts"))
+            kind = world.pick(rng, "words", "words", "words", "charts")
+            scene = world.sample_scene(rng, "train", kind)
+            if len(scene.signs) == 1 and rng.random() < 0.5:
+                scene = world.sample_scene(rng, "train", kind)
             scene = with_other_texts(scene, rng)
         words = encode_written(written(scene, rng, noise), tokenizer)
-        ids += [tokenizer.eos] * k + start + words
-        place += [IGNORE] * (k + len(start)) + place_of(words)
+        ids += [tokenizer.eos] * k + start
+        place += [IGNORE] * (len(ids) - len(place)) + place_of(words)
+        ids += words
         labels += [IGNORE] * (len(ids) - len(labels))
         found += [IGNORE] * (len(ids) - len(found))
         answers = look_ups(scene, tokenizer)
@@ -258,7 +265,11 @@ def text_batch(tokenizer, split, seed, step, short=0.0, noise=1.0):
                 for target, values in zip(extra.values(), targets):
                     target[i, at : at + len(ids)] = torch.tensor(values)
                 at += len(ids)
-    return assemble(rows, LENGTH) | extra, types
+    batch = assemble(rows, LENGTH) | extra
+    letters = {tokenizer.encode(letter)[0] for letter in LETTERS}
+    columns = batch["tokens"], batch["labels"], batch["place"]
+    batch["spelled"] = torch.stack([letter_places(*row, letters) for row in zip(*columns)])
+    return batch, types
 
 
 def look_ups(scene, tokenizer):
