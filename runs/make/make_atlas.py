@@ -82,7 +82,7 @@ def read_glyph(tar, pattern, codepoint):
         return glyph.resize((GLYPH, GLYPH), Image.LANCZOS)
 
 
-PICTURES = {  # to try, at the root: (background, style, [(concept, place, box)])
+PICTURES = {  # to try, at the root: background, style, [(concept, place, box)], sign and bars
     "cat": ("blue", "noto", [("tree", "at the top right", (34, 2, 29)),
                              ("cat", "at the bottom left", (2, 34, 29)),
                              ("book", "at the bottom right", (34, 34, 29))]),
@@ -92,17 +92,26 @@ PICTURES = {  # to try, at the root: (background, style, [(concept, place, box)]
                               ("guitar", "at the top right", (34, 3, 28)),
                               ("pizza", "at the bottom left", (2, 34, 29)),
                               ("umbrella", "at the bottom right", (35, 34, 28))]),
+    "open": ("blue", "noto", [("cake", "at the bottom left", (2, 34, 29)),
+                              ("doughnut", "at the bottom right", (34, 34, 29))],
+             ("OPEN", "at the top", (9, 6, 46, 20), "white", "red")),
+    "price": ("green", "twemoji", [("apple", "at the top left", (2, 2, 29)),
+                                   ("banana", "at the top right", (33, 2, 29))],
+              ("250", "at the bottom", (12, 38, 42, 22), "yellow", "black")),
+    "chart": ("white", "noto", [], None, (("red", 2), ("blue", 3), ("green", 5))),
 }  # fmt: skip
 
 
 def draw_pictures():
     """cat.jpg and the others, at 4 times the model's resolution."""
     sys.path.insert(0, str(ROOT))
-    from data.world import Object, Scene, draw
+    from data.world import Chart, Object, Scene, Sign, draw
 
-    for name, (background, style, objects) in PICTURES.items():
+    for name, (background, style, objects, *more) in PICTURES.items():
         objects = tuple(Object(*each, 0.0, False) for each in objects)
-        picture = draw(Scene(background, objects, style), scale=4)
+        sign, bars = (*more, None, None)[:2]
+        signs, chart = (Sign(*sign),) if sign else (), Chart(bars) if bars else None
+        picture = draw(Scene(background, objects, style, signs, chart), scale=4)
         picture.save(ROOT / f"{name}.jpg", quality=92)
 
 
