@@ -60,14 +60,14 @@ def sample_text(rng, split):
             return text
 
 
-def sample_sign(rng, split, place, background):
+def sample_sign(rng, split, place, background, text=None):
     """A sign in one of ROWS, on a plate whose colour is not the background's."""
     top, bottom = ROWS[place]
     plate = pick(rng, *[c for c in ("white", "yellow", "gray") if c != background])
     ink = "black" if plate == "gray" else pick(rng, "black", "black", "blue", "red")
     if split == "style":
         plate, ink = pick(rng, *sorted({"black", "blue", "purple"} - {background})), "white"
-    text = sample_text(rng, split)
+    text = text or sample_text(rng, split)
     pitch = rng.uniform(8.5, min(14, (SIDE - 2) / (len(text) + 0.5)))
     width = int(pitch * (len(text) + 0.5))
     height = int(min(rng.uniform(1.4, 2.4) * pitch, SIDE // 2))

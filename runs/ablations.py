@@ -126,6 +126,7 @@ class AblationConfig:
     questions: int = 4000  # of the exam, a split
     jobs: int = 2  # processes, each with its own run; 0: one, which writes no table at the end
     threads: int = 1  # of a training; two are faster, but take more CPU time
+    clip: str = ""  # CLIP of stages 1 and 2, if these are to be trained; empty: the preset's
     demo: str = "out"  # folder of stages 1 and 2
     out: str = "out/ablations"  # folder of the runs
     bench: str = "bench/ablations"  # folder of results.json, exam.npz and ablations.png
@@ -214,6 +215,7 @@ def prepare(cfg, folder, scales=""):
             return widen(narrow, folder)
         flags = ["--stage", folder.name[-1], "--out", str(folder.parent)]
         flags += ["--scales", scales] if scales else []
+        flags += ["--clip", cfg.clip] if cfg.clip else []
         run_training(["python", "train.py", *flags], folder.parent)
 
 

@@ -17,6 +17,7 @@ import json
 import pathlib
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from clip_moe import CLIPVision, CLIPVisionConfig
 from data import world
 from data.chat import IGNORE
 from data.images import preprocess
-from data.signs import letter_middles
+from data.signs import letter_middles, sample_sign
 from data.tokenizer import Tokenizer, train_bpe
 from data.weights import write_json, write_tensors
 from engine.rate import has_fast_bf16
@@ -36,6 +37,7 @@ from llm import LLM, LLMConfig
 from runs.make.text_world import FOUND, GRID, LETTERS, PATCH, blur, text_batch
 
 MINI = ROOT / "data" / "mini"
+HEADS = "heads.pt"  # the whole Contrast; not shipped
 
 
 def corpus(n=6000):
@@ -84,20 +86,18 @@ def export(folder, tensors, config):
     write_json(folder / "config.json", config | {"dtype": "bfloat16"})
 
 
-def export_llm(llm):
+def export_llm(llm, out):
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    export(MINI / "llm", llm.public_state_dict(), llm.cfg.to_hf() | special)
+    export(out / "llm", llm.public_state_dict(), llm.cfg.to_hf() | special)
 
 
-def export_clip(model):
-    """Write the vision tower and the norm of its class token; the rest is not needed any more."""
+def export_clip(model, out):
+    """Write the vision tower and the norm of its class token. The heads go to an extra file, with
+    which `--init` continues; nothing else needs them."""
     norm = {f"vision_model.post_layernorm.{name}": t for name, t in model.norm.state_dict().items()}
-    architecture = {"architectures": ["CLIPVisionModel"]}
-    export(
-        MINI / "clip",
-        model.vision.public_state_dict() | norm,
-        architecture | model.vision.cfg.to_hf(),
-    )
+    config = {"architectures": ["CLIPVisionModel"]} | model.vision.cfg.to_hf()
+    export(out / "clip", model.vision.public_state_dict() | norm, config)
+    torch.save(model.state_dict(), out / "clip" / HEADS)
 
 
 class Probes(torch.nn.Module):
@@ -139,7 +139,7 @@ class Probes(torch.nn.Module):
         return before, place, found, spelled.nan_to_num(0)
 
 
-def pretrain_llm(steps, lr, seed, init=None):
+def pretrain_llm(steps, lr, seed, out, init=None):
     torch.manual_seed(seed)
     tokenizer = Tokenizer.from_pretrained(MINI / "llm")
     cfg = LLMConfig(vocab_size=tokenizer.vocab_size, dim=256, hidden_dim=512, n_layers=5, n_heads=8,
@@ -167,7 +167,8 @@ def pretrain_llm(steps, lr, seed, init=None):
             loss = llm.loss(x, batch["labels"])
             asked = probes.losses(llm, batch)
         weight = max(0.0, 1 - step / steps)
-        (loss + asked[-1] * weight + (0 if init else sum(asked[:-1]) * max(0, 2 * weight - 1))).backward()
+        early = 0.0 if init else max(0.0, 2 * weight - 1)
+        (loss + early * sum(asked[:-1]) + weight * asked[-1]).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -181,7 +182,7 @@ def pretrain_llm(steps, lr, seed, init=None):
                 row = " ".join(f"{k} {v:.0%}" for k, v in acc.items())
                 tqdm.write(f"step {step + 1}, {time.time() - start:.0f} s, {split}"
                            f"{' with noise' * (noise > 0)} {mean:.1%}: {row}")  # fmt: skip
-            export_llm(llm)
+            export_llm(llm, out)
 
 
 def adamw(parameters, lr):
@@ -218,9 +219,10 @@ def patch_targets(scene):
     names = len(world.CONCEPTS)
     for sign in scene.signs:
         left, top, width, height = sign.box
-        off = np.maximum(np.abs(x - left - width / 2) - width / 2, np.abs(y - top - height / 2) - height / 2)
-        target[off < 4] = IGNORE
-        target[off < -1] = names + list(world.COLORS).index(sign.plate)
+        beyond_x = np.abs(x - left - width / 2) - width / 2
+        beyond = np.maximum(beyond_x, np.abs(y - top - height / 2) - height / 2)
+        target[beyond < 4] = IGNORE
+        target[beyond < -1] = names + list(world.COLORS).index(sign.plate)
         for letter, (at_x, at_y) in zip(sign.text, letter_middles(sign)):
             distance = np.maximum(np.abs(x - at_x), np.abs(y - at_y))
             target[distance < 4.4] = IGNORE
@@ -228,15 +230,30 @@ def patch_targets(scene):
     return target.ravel()
 
 
+def sample_sheet(rng):
+    """A scene of three lines of random letters and digits: many letters in one picture."""
+    background, signs = world.pick(rng, *world.COLORS), []
+    for k in range(3):
+        text = "".join(rng.choice(list(LETTERS), rng.integers(3, 7)))
+        sign = sample_sign(rng, "train", "in the middle", background, text)
+        left, _, width, height = sign.box
+        height = min(height, world.SIDE // 3)
+        top = world.SIDE // 3 * k + int(rng.integers(world.SIDE // 3 + 1 - height))
+        signs.append(replace(sign, box=(left, top, width, height)))
+    return world.Scene(background, (), "noto", tuple(signs))
+
+
 def picture_batch(split, seed, step, n, p_single, augment=True, signs=0.0):
-    """`n` scenes -> images [n, 3, 64, 64], patch targets [n, 64], true phrases [n, phrases]."""
+    """`n` scenes -> images [n, 3, 64, 64], patch targets [n, 64], true phrases [n, phrases].
+    `signs`: share of scenes with signs; in training, 60 % of these are sheets of letters."""
     images, targets, truths = [], [], np.zeros((n, len(phrases())), dtype=bool)
     for i in range(n):
         rng = np.random.default_rng((seed, world.SPLITS.index(split), step, i))
         single = rng.random() < p_single
         n_objects = 1 if single else int(rng.choice(4, p=(0.15, 0.1, 0.25, 0.5))) + 1
         if rng.random() < signs:
-            scene = world.sample_scene(rng, split, "words")
+            sheet = split == "train" and rng.random() < 0.6
+            scene = sample_sheet(rng) if sheet else world.sample_scene(rng, split, "words")
         else:
             scene = world.sample_things(rng, split, n_objects if split == "train" else None)
         images.append(preprocess(world.draw(scene, rng if augment else None), world.SIDE))
@@ -309,11 +326,22 @@ def picture_accuracy(model, split, n=256):
     return np.mean(hits[1]) if hits[1] else float("nan"), np.mean(hits[0])
 
 
-def pretrain_clip(steps, lr, seed, init=None, batch=96):
+@torch.no_grad()
+def letter_accuracy(model, split, n=128):
+    """Share of letters on signs that the logits of their patch classify correctly."""
+    images, targets, _ = picture_batch(split, 79, 0, n, 0, augment=False, signs=1.0)
+    letters = targets >= len(world.CONCEPTS) + len(world.COLORS)
+    with torch.autocast("cpu", torch.bfloat16, has_fast_bf16("cpu")):
+        patches = model(images)[1]
+    return (patches[letters].argmax(-1) == targets[letters]).float().mean().item()
+
+
+def pretrain_clip(steps, lr, seed, out, init=None, signs=0.5, batch=96):
     torch.manual_seed(seed)
     cfg = CLIPVisionConfig(world.SIDE, PATCH, dim=192, hidden_dim=768, n_layers=6, n_heads=3)
-    vision = CLIPVision.from_pretrained(init) if init else CLIPVision(cfg)
-    model = Contrast(vision, Tokenizer.from_pretrained(MINI / "llm"))
+    model = Contrast(CLIPVision(cfg), Tokenizer.from_pretrained(MINI / "llm"))
+    if init:
+        model.load_state_dict(torch.load(pathlib.Path(init, HEADS)))
     optimizers = [adamw(list(model.parameters()), lr)]
     for block in model.vision.layers:
         block.compile(dynamic=False)
@@ -321,8 +349,9 @@ def pretrain_clip(steps, lr, seed, init=None, batch=96):
     bar = tqdm(range(steps), desc="clip")
     for step in bar:
         set_lr(optimizers, lr, step, steps)
-        p_single = max(0.0, 1 - step / (0.1 * steps))  # pictures of one object come first
-        images, targets, truths = picture_batch("train", seed, step, batch, p_single)
+        # Pictures of one object come first.
+        p_single = 0.0 if init else max(0.0, 1 - step / (0.1 * steps))
+        images, targets, truths = picture_batch("train", seed, step, batch, p_single, signs=signs)
         with torch.autocast("cpu", torch.bfloat16, has_fast_bf16("cpu")):
             loss = contrastive_loss(*model(images), targets, truths)
         loss.backward()
@@ -335,8 +364,9 @@ def pretrain_clip(steps, lr, seed, init=None, batch=96):
             for split in ("new", "pairs", "style"):
                 alone, crowd = picture_accuracy(model, split)
                 tqdm.write(f"step {step + 1}, {time.time() - start:.0f} s, {split}: "
-                           f"alone {alone:.1%}, with others {crowd:.1%}")  # fmt: skip
-            export_clip(model)
+                           f"alone {alone:.1%}, with others {crowd:.1%}, "
+                           f"letters {letter_accuracy(model, split):.1%}")  # fmt: skip
+            export_clip(model, out)
 
 
 def main():
@@ -346,14 +376,16 @@ def main():
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--init", help="continue from the weights in this folder")
+    parser.add_argument("--out", type=pathlib.Path, default=MINI, help="write llm/ or clip/ here")
+    parser.add_argument("--signs", type=float, default=0.5, help="share of pictures (clip)")
     args = parser.parse_args()
     if args.what == "tokenizer":
         (MINI / "llm").mkdir(parents=True, exist_ok=True)
         (MINI / "llm" / "tokenizer.json").write_text(json.dumps(train_bpe(corpus(), 1024)))
     elif args.what == "llm":
-        pretrain_llm(args.steps or 5000, args.lr, args.seed, args.init)
+        pretrain_llm(args.steps or 5000, args.lr, args.seed, args.out, args.init)
     else:
-        pretrain_clip(args.steps or 6500, args.lr, args.seed, args.init)
+        pretrain_clip(args.steps or 6500, args.lr, args.seed, args.out, args.init, args.signs)
 
 
 if __name__ == "__main__":

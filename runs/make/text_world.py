@@ -66,7 +66,7 @@ def with_other_texts(scene, rng):
 
 
 def write_sign(words, sign, x, y, rng):
-    """Each letter in the patch of its middle, the plate around them. With `rng` somewhat shifted."""
+    """Each letter in the patch of its middle, the plate around them. `rng` shifts them a little."""
     left, top, width, height = sign.box
     words[(x >= left) & (x < left + width) & (y >= top) & (y < top + height)] = sign.plate
     dx, dy = rng.uniform(-1, 1, 2) if rng is not None else (0, 0)
