@@ -23,7 +23,7 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five")
 WORDS = tuple((pathlib.Path(__file__).resolve().parent / "words.txt").read_text().split())
 HELD_OUT_WORDS = frozenset(WORDS[k] for k in np.random.default_rng(24).permutation(len(WORDS))[:90])
 ROWS = {
-    "in the middle": (0, SIDE),
+    "in the middle": (SIDE // 4, 3 * SIDE // 4),
     "at the top": (0, SIDE // 2),
     "at the bottom": (SIDE // 2, SIDE),
 }

@@ -34,7 +34,7 @@ from data.tokenizer import Tokenizer, train_bpe
 from data.weights import write_json, write_tensors
 from engine.rate import has_fast_bf16
 from llm import LLM, LLMConfig
-from runs.make.text_world import FOUND, GRID, LETTERS, PATCH, blur, text_batch
+from runs.make.text_world import FOUND, GRID, LETTERS, LINE, PATCH, blur, text_batch
 
 MINI = ROOT / "data" / "mini"
 HEADS = "heads.pt"  # the whole Contrast; not shipped
@@ -224,9 +224,9 @@ def patch_targets(scene):
         target[beyond < 4] = IGNORE
         target[beyond < -1] = names + list(world.COLORS).index(sign.plate)
         for letter, (at_x, at_y) in zip(sign.text, letter_middles(sign)):
-            distance = np.maximum(np.abs(x - at_x), np.abs(y - at_y))
-            target[distance < 4.4] = IGNORE
-            target[distance < 3.6] = names + len(world.COLORS) + LETTERS.index(letter)
+            reach = np.maximum(np.abs(x - at_x), np.abs(y - at_y) - LINE)
+            target[reach < 4.4] = IGNORE
+            target[reach < 3.6] = names + len(world.COLORS) + LETTERS.index(letter)
     return target.ravel()
 
 

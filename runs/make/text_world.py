@@ -26,6 +26,7 @@ from data.packing import assemble
 from data.signs import NUMBERS, ask_bars, ask_compare, ask_tallest, bar_boxes, letter_middles
 
 PATCH, GRID = 8, 8
+LINE = 1.5  # pixels by which the middle of a letter reaches into the next row of patches
 ROWS, LENGTH = 6, 400  # rows of a batch, tokens of a row
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 FOUND = ("nothing", *world.PLACES, world.MIDDLE, "several")  # results of looking up a name
@@ -66,12 +67,14 @@ def with_other_texts(scene, rng):
 
 
 def write_sign(words, sign, x, y, rng):
-    """Each letter in the patch of its middle, the plate around them. `rng` shifts them a little."""
+    """Each letter in the patch of its middle, the plate around them. `rng` shifts them a little. A
+    line of letters between two rows of patches is written in both."""
     left, top, width, height = sign.box
     words[(x >= left) & (x < left + width) & (y >= top) & (y < top + height)] = sign.plate
     dx, dy = rng.uniform(-1, 1, 2) if rng is not None else (0, 0)
     for letter, (at_x, at_y) in zip(sign.text, letter_middles(sign)):
-        words[int((at_y + dy) / PATCH), min(GRID - 1, int((at_x + dx) / PATCH))] = letter
+        for line in {int((at_y + dy + way) / PATCH) for way in (-LINE, LINE)}:
+            words[line, min(GRID - 1, int((at_x + dx) / PATCH))] = letter
 
 
 def letter_places(tokens, labels, place, letters):
