@@ -51,11 +51,12 @@ PEERS = {  # first letters of a peer's name in bench/speed.py: color, marker, le
 
 
 CONTENT = {  # views of bench/experts.py, in words
+    "kind": "kind of picture",
+    "part": "thing, word, bar, background",
     "position": "position",
     "object": "which object",
     "category": "category of the object",
     "background": "color of the background",
-    "part": "object or background",
 }
 OTHER = ("category", "object")  # the category of things that have no other
 
