@@ -25,7 +25,7 @@ STEP = 11  # pixels of a bar for each unit of its height
 
 @dataclass(frozen=True)
 class Chart:
-    bars: tuple  # of (color, height from 1 to HIGHEST), from left to right
+    bars: tuple  # (color, height from 1 to HIGHEST) of each, from left to right
 
 
 def captions(scene):

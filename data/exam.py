@@ -35,9 +35,9 @@ def exam(split, n, seed):
 
 
 def question_form(question):
-    """The question with every concept and category replaced by `_`."""
+    """The question with every concept, category and color replaced by `_`."""
     words = "|".join(sorted({*world.CONCEPTS, *map(world.plural, world.CONCEPTS),
-                             *world.CATEGORIES.values()}, key=len, reverse=True))  # fmt: skip
+                             *world.CATEGORIES.values(), *world.COLORS}, key=len, reverse=True))  # fmt: skip
     return re.sub(rf"\b(an? )?({words})\b", "_", question)
 
 

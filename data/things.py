@@ -158,7 +158,7 @@ def ask_existence(scene, rng):
         # never ask about a held-out partner: training would teach that such pairs do not occur
         partners = {p for name in present for p in PARTNERS[name]}
         absent = [c for c in CONCEPTS if c not in present and c not in partners]
-        if present and rng.random() < 0.5:  # of the same category, unless all of it is present
+        if present and rng.random() < 0.5:  # in the category of a thing, if any is absent
             kinds = {CATEGORIES[name] for name in present}
             absent = [c for c in absent if CATEGORIES[c] in kinds] or absent
         name, answer = pick(rng, *absent), "no"

@@ -37,7 +37,7 @@ KINDS = {  # of pictures -> the types of questions about them
     "words": tuple(signs.ASK),
     "charts": tuple(charts.ASK),
 }
-SHARES = (0.5, 0.3, 0.2)  # of the kinds in training
+SHARES = (0.5, 0.3, 0.2)  # how often training shows each kind
 QUESTION_TYPES = tuple(ASK)
 # In training the harder types are asked more often.
 ASKED = {
@@ -50,9 +50,9 @@ ASKED = {
 @dataclass(frozen=True)
 class Scene:
     background: str
-    objects: tuple  # of Object, in reading order
+    objects: tuple  # each an Object, in reading order
     style: str
-    signs: tuple = ()  # of Sign, from top to bottom
+    signs: tuple = ()  # each a Sign, from top to bottom
     chart: charts.Chart | None = None
 
     @property
