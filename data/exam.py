@@ -36,8 +36,8 @@ def exam(split, n, seed):
 
 def question_form(question):
     """The question with every concept, category and color replaced by `_`."""
-    words = "|".join(sorted({*world.CONCEPTS, *map(world.plural, world.CONCEPTS),
-                             *world.CATEGORIES.values(), *world.COLORS}, key=len, reverse=True))  # fmt: skip
+    names = {*world.CONCEPTS, *map(world.plural, world.CONCEPTS), *world.CATEGORIES.values()}
+    words = "|".join(sorted(names | {*world.COLORS}, key=len, reverse=True))
     return re.sub(rf"\b(an? )?({words})\b", "_", question)
 
 
