@@ -63,11 +63,12 @@ def shown(scene):
     of an object. A view also needs a title in runs/pictures.py."""
     targets, n = patch_targets(scene), len(world.CONCEPTS)
     objects = [world.CONCEPTS[t] if 0 <= t < n else "" for t in targets]
-    behind, letters = n + [*world.COLORS].index(scene.background), n + len(world.COLORS)
-    parts = ["background" if t == behind else "word" if t >= letters else "thing" if 0 <= t < n
-             else "" for t in targets]  # fmt: skip
-    for share, patch in zip(bar_shares(scene), range(len(targets))):
-        parts[patch] = "bar" if share > 0.5 else "" if share else parts[patch]
+    parts = np.array(["background" if t >= n else "thing" if t >= 0 else "" for t in targets])
+    bars = bar_boxes(scene.chart) if scene.chart else []
+    for part, boxes in (("word", [sign.box for sign in scene.signs]), ("bar", bars)):
+        share_P = covered(boxes)
+        parts[share_P > 0] = ""
+        parts[share_P > 0.5] = part
     return {
         "kind": [scene.kind] * len(targets),
         "part": parts,
@@ -78,12 +79,12 @@ def shown(scene):
     }
 
 
-def bar_shares(scene):
-    """The share of each patch [P] that bars cover."""
-    covered = np.zeros((GRID * PATCH, GRID * PATCH))
-    for left, top, width, height in bar_boxes(scene.chart) if scene.chart else ():
-        covered[top : top + height, left : left + width] = 1
-    return covered.reshape(GRID, PATCH, GRID, PATCH).mean((1, 3)).ravel()
+def covered(boxes):
+    """The share of each patch [P] that boxes (left, top, width, height) cover."""
+    mask = np.zeros((GRID * PATCH, GRID * PATCH))
+    for left, top, width, height in boxes:
+        mask[top : top + height, left : left + width] = 1
+    return mask.reshape(GRID, PATCH, GRID, PATCH).mean((1, 3)).ravel()
 
 
 def labels_of(scenes):
