@@ -244,8 +244,9 @@ def test_the_picture_has_a_bar_for_every_load_and_the_bits_of_every_view(
         said = [text.get_text() for text in axis.texts]
         for row in rows:
             if row["block"] == block:
-                both = f"{row['before']['bits']:.2f} \u2192 {row['after']['bits']:.2f}"
-                assert both in said and f"({row['after']['permuted_mean']:.3f})" in said
+                both = [f"{row[when]['bits']:.3f}"[1:] for when in ("before", "after")]
+                chance = f"({row['after']['permuted_mean']:.4f})".replace("0.", ".")
+                assert " \u2192 ".join(both) in said and chance in said
     assert kept[0].legends[0].get_texts()[-1].get_text() == "expert 3"
 
 
