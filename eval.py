@@ -5,8 +5,8 @@
     python eval.py --model DIR --benchmark pope --folder eval/pope     # extras/benchmarks.py
     python eval.py --data val.json --image-folder pics      # your own data: loss, exact answers
 
-The splits (data/world.py): `new` (fresh scenes), `pairs` (objects that never met in training),
-`style` (a drawing style never trained on). The baselines:
+The splits (data/world.py): `new` (fresh scenes), `pairs` (pairs of objects, words and heights of
+bars that training held out), `style` (a drawing style never trained on). The baselines:
 
     blank    the same model and question, every picture painted gray
     fixed    the most frequent answer to each form of question, from 8,000 training questions
@@ -28,12 +28,12 @@ from tqdm import tqdm
 
 from cumo import CuMo
 from data.chat import end_tokens
-from data.exam import SPLITS, exam, fixed_answers, question_form
+from data.exam import LEAST, SPLITS, exam, fixed_answers, question_form
 from data.flags import check_choice, check_device, check_numbers, parse, run
 from data.hub import find_model
 from data.tokenizer import Tokenizer
 from data.weights import check_folder, make_folder, write_json
-from data.world import QUESTION_TYPES
+from data.world import KINDS, QUESTION_TYPES
 from engine.conversation import prompt
 from engine.rate import has_fast_bf16
 from sample import DTYPES
@@ -72,18 +72,20 @@ def answer_batch(model, tokenizer, questions, pictures, max_new_tokens=48):
 
 
 def accuracy(ask, questions, batch, label=""):
-    """{question type or "all": share of right answers}; `ask(questions, pictures)` -> answers."""
+    """{question type, kind of picture or "all": share of right answers}; `ask(questions, pictures)`
+    -> answers."""
     hits = {kind: [] for kind in QUESTION_TYPES}
     for start in tqdm(range(0, len(questions), batch), desc=label, leave=False):
         kinds, texts, truths, pictures = zip(*questions[start : start + batch])
         for kind, truth, answer in zip(kinds, truths, ask(texts, pictures)):
             hits[kind].append(answer == truth)
-    hits["all"] = sum(hits.values(), [])
+    kinds = {kind: sum((hits[name] for name in types), []) for kind, types in KINDS.items()}
+    hits |= kinds | {"all": sum(kinds.values(), [])}
     return {kind: round(float(np.mean(some)), 4) for kind, some in hits.items() if some}
 
 
 def evaluate_scenes(ask, cfg):
-    """-> {split: {"model" | "blank" | "fixed": {question type or "all": accuracy}}}."""
+    """-> {split: {"model" | "blank" | "fixed": a result of `accuracy`}}."""
     fixed, exams = fixed_answers(), {split: exam(split, cfg.n, cfg.seed) for split in SPLITS}
     rows = {
         "model": ask,
@@ -98,12 +100,12 @@ def print_table(results):
     columns = [(split, row) for split in SPLITS for row in results[split]]
     print(f"{'':12}" + "".join(f"{split:^24}" for split in SPLITS))
     print(f"{'':12}" + "".join(f"{row:>8}" for _, row in columns))
-    for kind in (*QUESTION_TYPES, "all"):
+    for kind in (*QUESTION_TYPES, *KINDS, "all"):
         print(f"{kind:12}" + "".join(f"{results[split][row][kind]:8.1%}" for split, row in columns))
 
 
 def check_flags(cfg, given):
-    least = 1 if cfg.benchmark or cfg.data else len(QUESTION_TYPES)
+    least = 1 if cfg.benchmark or cfg.data else LEAST
     if cfg.n < least:
         raise ValueError(f"--n {cfg.n} must be {least} or more")
     check_numbers(cfg, counts=("batch",))

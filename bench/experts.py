@@ -2,8 +2,8 @@
 
     python bench/experts.py --model out/stage3 --before out/stage2       # a minute
 
-A scene says what each of its patches shows (`shown`). Over new scenes, a sparse block has n(s, e)
-choices of expert e by patches that show s. The mutual information of the two is
+A scene says what each of its patches shows (`shown`). Over new scenes, a third of each kind, a
+sparse block has n(s, e) choices of expert e by patches that show s. Their mutual information is
 
     I = sum over s, e of p(s, e) log2(p(s, e) / (p(s) p(e)))        bits
 
@@ -18,9 +18,10 @@ same in every picture, so they are permuted within each picture.
 `--before` is upcycled as at step 0 of stage 3: its experts are equal, its routers random. A random
 router is a function of the token too, so it has mutual information as well.
 
-Writes bench/experts.json and bench/experts.png.
+Writes bench/experts.json and bench/experts.png, or --out FILE.json and FILE.png.
 """
 
+import itertools
 import pathlib
 import sys
 from dataclasses import dataclass
@@ -34,12 +35,16 @@ sys.path[0] = str(ROOT)
 from bench.speed import conditions
 from cumo import CuMo
 from data import exam, world
+from data.charts import bar_boxes
+from data.checkpoint import recorded
 from data.flags import parse, run
 from data.hub import local_folder
 from data.images import preprocess
 from data.weights import write_json
+from engine.resume import read_state
+from extras.plots import check_target
 from runs.make.pretrain_mini import patch_targets
-from runs.make.text_world import GRID
+from runs.make.text_world import GRID, PATCH
 from runs.pictures import draw_content
 from upcycle import upcycle
 
@@ -50,6 +55,7 @@ class ExpertsConfig:
     before: str = "out/stage2"  # the dense one that it was upcycled from
     pictures: int = 1000  # number of new scenes
     seed: int = 0  # seeds the scenes and the random routers
+    out: str = ""  # a .json file; the picture stands next to it; empty: bench/experts.json
 
 
 def shown(scene):
@@ -57,14 +63,28 @@ def shown(scene):
     of an object. A view also needs a title in runs/pictures.py."""
     targets, n = patch_targets(scene), len(world.CONCEPTS)
     objects = [world.CONCEPTS[t] if 0 <= t < n else "" for t in targets]
-    parts = ["background" if t >= n else "object" if t >= 0 else "" for t in targets]
+    parts = np.array(["background" if t >= n else "thing" if t >= 0 else "" for t in targets])
+    bars = bar_boxes(scene.chart) if scene.chart else []
+    for part, boxes in (("word", [sign.box for sign in scene.signs]), ("bar", bars)):
+        share_P = covered(boxes)
+        parts[share_P > 0] = ""
+        parts[share_P > 0.5] = part
     return {
+        "kind": [scene.kind] * len(targets),
+        "part": parts,
         "position": [f"{patch:02}" for patch in range(len(targets))],
         "object": objects,
         "category": [world.CATEGORIES.get(name, "") for name in objects],
         "background": [scene.background if part == "background" else "" for part in parts],
-        "part": parts,
     }
+
+
+def covered(boxes):
+    """The share of each patch [P] that boxes (left, top, width, height) cover."""
+    mask = np.zeros((GRID * PATCH, GRID * PATCH))
+    for left, top, width, height in boxes:
+        mask[top : top + height, left : left + width] = 1
+    return mask.reshape(GRID, PATCH, GRID, PATCH).mean((1, 3)).ravel()
 
 
 def labels_of(scenes):
@@ -127,8 +147,25 @@ def measure(choice_nPK, label_nP, times=20):
             "permuted_max": round(max(chance), 5)}  # fmt: skip
 
 
+def check_start(after, before):
+    """ValueError if their train.json files say that `after` was not trained from `before`. Without
+    such a file, nothing is known and nothing is refused."""
+    settings, then = recorded(after), recorded(before)
+    for name in ("preset", "clip", "llm", "scales"):
+        ours, theirs = settings.get(name), then.get(name)
+        if settings and then and ours != theirs:
+            raise ValueError(f"--before {before} is of another training: its {name} is {theirs}, "
+                             f"that of --model {after} is {ours}")  # fmt: skip
+    start = pathlib.Path(settings.get("init") or pathlib.Path(after).parent / "stage2")
+    sums = [(read_state(pathlib.Path(folder)) or {}).get("crc32") for folder in (start, before)]
+    if settings and all(sums) and sums[0] != sums[1]:
+        raise ValueError(f"--before {before} is of another training: --model {after} started "
+                         f"from {start}, whose weights differ")  # fmt: skip
+
+
 def open_models(after, before, seed):
     """-> {"before": the dense model `before`, upcycled; "after": the sparse model `after`}"""
+    check_start(after, before)
     model, dense = (CuMo.from_pretrained(local_folder(path)).eval() for path in (after, before))
     if dense.cfg.vision.num_experts or dense.cfg.mlp_experts:
         raise ValueError(
@@ -167,9 +204,14 @@ def main():
     cfg, _ = parse(ExpertsConfig, description=__doc__)
     if cfg.pictures < 100:
         raise ValueError(f"--pictures {cfg.pictures} must be 100 or more; fewer say nothing")
+    file = pathlib.Path(cfg.out or ROOT / "bench" / "experts.json")
+    if file.suffix != ".json":
+        raise ValueError(f"--out {file} must end in .json")
+    check_target(file.with_suffix(".png"), "--out")
     models = open_models(cfg.model, cfg.before, cfg.seed)
     rngs = (np.random.default_rng((cfg.seed, 98, i)) for i in range(cfg.pictures))
-    scenes = [world.sample_scene(rng, exam.SPLITS[0]) for rng in rngs]
+    kinds = itertools.cycle(world.KINDS)
+    scenes = [world.sample_scene(rng, exam.SPLITS[0], kind) for rng, kind in zip(rngs, kinds)]
     pictures = [world.draw(scene) for scene in scenes]
     choices = {when: choices_of(model, pictures) for when, model in models.items()}
     rows, load = compare(choices, labels_of(scenes))
@@ -179,8 +221,8 @@ def main():
               f"{after['bits']:.3f} bits  permuted {after['permuted_mean']:.4f}, at most "
               f"{after['permuted_max']:.4f}")  # fmt: skip
     content = conditions() | {"pictures": cfg.pictures, "rows": rows, "load": load}
-    write_json(ROOT / "bench" / "experts.json", content)
-    draw_content(content, ROOT / "bench" / "experts.png")
+    write_json(file, content)
+    draw_content(content, file.with_suffix(".png"))
 
 
 if __name__ == "__main__":

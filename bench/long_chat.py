@@ -28,6 +28,7 @@ from extras.plots import COLORS, pyplot, save_figure
 from sample import load_model
 
 MINIATURE = str(ROOT / "out" / "stage3")
+TYPES = world.KINDS["things"]  # the types of questions that were always asked here
 
 
 def resident_mb():
@@ -45,7 +46,7 @@ def long_conversation(model, tokenizer, tokens, points=50):
             answers = []
             while sum(a.tokens + a.prompt_tokens for a in answers) < tokens / points:
                 rng = np.random.default_rng((5, turn))
-                scene, kind = world.sample_scene(rng, "new"), world.QUESTION_TYPES[turn % 8]
+                scene, kind = world.sample_scene(rng, "new", "things"), TYPES[turn % len(TYPES)]
                 turn += 1
                 pair = world.ASK[kind](scene, rng)
                 if not pair:

@@ -3,9 +3,9 @@
     python bench/rounding.py        # about a minute on one core
 
 A small language model predicts the next character from the 16 before it. It is pretrained on the
-emoji world's captions and very few of its questions; then it learns the questions, in 1,000 steps
-at 4e-6, the rate of CuMo's stage 3. Every run starts from the same weights, which bf16 represents
-exactly, and sees the same batches. Runs differ in the precision of weights and moments
+emoji world's captions of things and on very few questions; then it learns the questions, in 1,000
+steps at 4e-6, the rate of CuMo's stage 3. Every run starts from the same weights, which bf16
+represents exactly, and sees the same batches. Runs differ in the precision of weights and moments
 (engine/optim.py). "nearest" is torch.optim.AdamW on bf16 parameters. All arithmetic but the
 optimizer's is float32, so only rounding is compared.
 
@@ -41,8 +41,8 @@ def read(task, scenes, seed):
     """Characters of `scenes` captions, or of two questions and answers for each scene."""
     rng, lines = np.random.default_rng(seed), []
     for _ in range(scenes):
-        scene = world.sample_scene(rng, "train")
-        asked = world.questions(scene, rng, 2) if task == "ask" else []
+        scene = world.sample_scene(rng, "train", "things")
+        asked = world.questions(scene, rng, 2, world.KINDS) if task == "ask" else []
         lines.append(" ".join(f"{q} {a}." for _, q, a in asked) or world.caption(scene))
     return torch.tensor(list("\n".join(lines).encode()))
 

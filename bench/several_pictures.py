@@ -2,7 +2,8 @@
 
     python bench/several_pictures.py            # two minutes; needs a finished demo in out/
 
-Each conversation has three new scenes (the split of eval.py) and the same nine plain questions:
+Each conversation has three new scenes of things (the split of eval.py) and the same nine plain
+questions:
 
     alone       each picture has a conversation of its own
     in turn     a picture is shown with the first question about it; then comes the next picture
@@ -36,11 +37,11 @@ WAYS = ("alone", "in turn", "by number", "all asked")
 
 
 def scenes(n, seed):
-    """[(scene, picture, [(type, question, answer)])] of new scenes that allow all questions."""
+    """[(scene, picture, [(type, question, answer)])] of new things that allow all questions."""
     found, i = [], 0
     while len(found) < n:
         rng = np.random.default_rng((seed, 7, i))
-        scene, i = world.sample_scene(rng, exam.SPLITS[0]), i + 1
+        scene, i = world.sample_scene(rng, exam.SPLITS[0], "things"), i + 1
         asked = [(kind, world.ASK[kind](scene, rng)) for kind in KINDS]
         if all(pair for _, pair in asked):
             asked = [(kind, *pair) for kind, pair in asked]

@@ -14,9 +14,12 @@ from PIL import Image, ImageFilter
 HERE = pathlib.Path(__file__).resolve().parent / "emoji"
 SIDE, GLYPH = 64, 64  # side in pixels of a scene and of a glyph in the atlas
 TRAIN_STYLES = ("noto", "twemoji", "openmoji", "emojione", "oldnoto", "fxemoji", "streamline")
+SPLITS = ("train", "new", "pairs", "style")
+STYLES = dict.fromkeys(SPLITS, TRAIN_STYLES) | {"style": ("fluent",)}
 COLORS = {"white": (250, 250, 250), "gray": (150, 150, 150), "black": (20, 20, 20),
           "red": (220, 50, 50), "green": (60, 170, 80), "blue": (70, 110, 230),
           "yellow": (250, 220, 80), "purple": (150, 80, 190)}  # fmt: skip
+NUMBERS = ("zero", "one", "two", "three", "four", "five")
 CONCEPTS_JSON = json.loads((HERE / "concepts.json").read_text())
 CATEGORIES = {name: concept["category"] for name, concept in CONCEPTS_JSON.items()}
 CONCEPTS = tuple(CATEGORIES)
@@ -24,6 +27,12 @@ CONCEPTS = tuple(CATEGORIES)
 
 def pick(rng, *options):
     return options[rng.integers(len(options))]
+
+
+def rgb_of(color, rng=None):
+    """The RGB of a color by its name; with `rng` a slightly different one."""
+    rgb = np.array(COLORS[color], float) + (rng.normal(0, 10, 3) if rng else 0)
+    return tuple(int(v) for v in rgb.clip(0, 255))
 
 
 @functools.cache

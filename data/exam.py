@@ -1,6 +1,6 @@
 """The exam on the emoji world: questions about new scenes, and a baseline that only guesses.
 
-    asked = exam("pairs", n=80, seed=1)         # [(type, question, answer, picture), ...]
+    asked = exam("pairs", n=240, seed=1)        # [(type, question, answer, picture), ...]
     guess = fixed_answers()                     # {"Is there _?": "yes", ...}
 
 The splits are those of data/world.py that are not trained on. A fixed answer is the most frequent
@@ -16,27 +16,28 @@ import numpy as np
 from data import world
 
 SPLITS = ("new", "pairs", "style")
+LEAST = len(world.KINDS) * max(map(len, world.KINDS.values()))  # questions that have every type
 
 
 def exam(split, n, seed):
-    """`n` questions of a split, all types in turn: [(type, question, answer, picture)]."""
+    """`n` questions of a split, the kinds of pictures in turn, and within a kind its types of
+    questions in turn: [(type, question, answer, picture)]."""
     asked, i = [], 0
     while len(asked) < n:
         rng = np.random.default_rng((seed, world.SPLITS.index(split), 99, i))
-        i += 1
-        kind, types = list(world.KINDS.items())[len(asked) % len(world.KINDS)]
-        scene = world.sample_scene(rng, split, kind)
-        kind = types[len(asked) // len(world.KINDS) % len(types)]
-        pair = world.ASK[kind](scene, rng)
-        if pair:
-            asked.append((kind, *pair, world.draw(scene)))
+        turn, k = divmod(len(asked), len(world.KINDS))
+        kind, types = [*world.KINDS.items()][k]
+        scene, i = world.sample_scene(rng, split, kind), i + 1
+        of_type = types[turn % len(types)]
+        if pair := world.ASK[of_type](scene, rng):
+            asked.append((of_type, *pair, world.draw(scene)))
     return asked
 
 
 def question_form(question):
-    """The question with every concept and category replaced by `_`."""
-    words = "|".join(sorted({*world.CONCEPTS, *map(world.plural, world.CONCEPTS),
-                             *world.CATEGORIES.values()}, key=len, reverse=True))  # fmt: skip
+    """The question with every concept, category and color replaced by `_`."""
+    names = {*world.CONCEPTS, *map(world.plural, world.CONCEPTS), *world.CATEGORIES.values()}
+    words = "|".join(sorted(names | {*world.COLORS}, key=len, reverse=True))
     return re.sub(rf"\b(an? )?({words})\b", "_", question)
 
 

@@ -1,13 +1,12 @@
-"""Signs with a word or a number, and bar charts: what a picture says beside the things in it.
+"""Words, the second kind of picture: signs that say a word or a number.
 
-    +--------+  "What does the sign at the top say?"  "MILK"
-    | MILK   |
-    | cat    |  "Which bar is the tallest?"           "red"
-    +--------+  "How high is the red bar?"            "four"
+    +--------+     "a sign at the top that says MILK, a cat at the bottom left"
+    |  MILK  |     "What does the sign at the top say?"   "MILK"
+    | cat    |     "Read the sign."                       "MILK"
+    +--------+
 
-Most words are of data/words.txt. The split `pairs` has words and numbers that no training sign has
-(they must be spelled, they cannot be recalled), and bars whose colour never had that height; the
-split `style` has slanted letters on dark signs, and bars of stripes.
+The split `pairs` has the words and numbers that no training sign has: they must be spelled, because
+they cannot be recalled. In the split `style`, letters are slanted and white on a dark plate.
 """
 
 import functools
@@ -17,20 +16,15 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from data.drawings import COLORS, SIDE, pick
+from data.drawings import SIDE, pick, rgb_of
 
-NUMBERS = ("zero", "one", "two", "three", "four", "five")
 WORDS = tuple((pathlib.Path(__file__).resolve().parent / "words.txt").read_text().split())
 HELD_OUT_WORDS = frozenset(WORDS[k] for k in np.random.default_rng(24).permutation(len(WORDS))[:90])
-ROWS = {
+ROWS = {  # place of a sign -> the pixels from top to bottom in which it stands
     "in the middle": (SIDE // 4, 3 * SIDE // 4),
     "at the top": (0, SIDE // 2),
     "at the bottom": (SIDE // 2, SIDE),
 }
-BAR_COLORS = ("red", "green", "blue", "yellow", "purple", "black")
-HEIGHTS = (1, 2, 3, 4, 5)
-STEP = 11  # pixels of a bar for each unit of its height
-HELD_OUT_BARS = frozenset(zip(BAR_COLORS, (4, 2, 5, 3, 1, 2)))  # one height of each colour
 
 
 @dataclass(frozen=True)
@@ -42,12 +36,12 @@ class Sign:
     ink: str
 
 
-@dataclass(frozen=True)
-class Chart:
-    bars: tuple  # of (color, height from 1 to 5), from left to right
+def captions(scene):
+    """The parts of a caption about signs."""
+    return [f"a sign {sign.place} that says {sign.text}" for sign in scene.signs]
 
 
-# --------------------------------------------------------------------------------------- signs
+# ------------------------------------------------------------------------------------- pictures
 
 
 def sample_text(rng, split):
@@ -61,7 +55,7 @@ def sample_text(rng, split):
 
 
 def sample_sign(rng, split, place, background, text=None):
-    """A sign in one of ROWS, on a plate whose colour is not the background's."""
+    """A sign in one of ROWS, on a plate whose color is not the background's."""
     top, bottom = ROWS[place]
     plate = pick(rng, *[c for c in ("white", "yellow", "gray") if c != background])
     ink = "black" if plate == "gray" else pick(rng, "black", "black", "blue", "red")
@@ -71,13 +65,12 @@ def sample_sign(rng, split, place, background, text=None):
     pitch = rng.uniform(8.5, min(14, (SIDE - 2) / (len(text) + 0.5)))
     width = int(pitch * (len(text) + 0.5))
     height = int(min(rng.uniform(1.4, 2.4) * pitch, SIDE // 2))
-    left = int(rng.integers(1, SIDE - width))
-    return Sign(text, place, (left, int(rng.integers(top, bottom - height + 1)), width, height),
-                plate, ink)  # fmt: skip
+    left, top = int(rng.integers(1, SIDE - width)), int(rng.integers(top, bottom - height + 1))
+    return Sign(text, place, (left, top, width, height), plate, ink)
 
 
 def letter_middles(sign):
-    """The middle of each letter of a sign, (x, y) in pixels: they stand at even distances."""
+    """The middle of each letter of a sign, (x, y) in pixels: letters are evenly spaced."""
     left, top, width, height = sign.box
     pitch = width / (len(sign.text) + 0.5)
     return [(left + pitch * (k + 0.75), top + height / 2) for k in range(len(sign.text))]
@@ -89,13 +82,10 @@ def font(size):
 
 
 def draw_sign(canvas, sign, style, scale, rng=None):
-    """Draw a sign, its letters as tall as the plate allows. With `rng` slightly turned, smeared and
-    in other colours."""
+    """Draw a sign, its letters as tall as the plate allows. With `rng`, its colors are changed and
+    it is slightly turned and sometimes blurred."""
     left, top, width, height = (scale * n for n in sign.box)
-    plate, ink = (np.array(COLORS[c], float) for c in (sign.plate, sign.ink))
-    if rng:
-        plate, ink = plate + rng.normal(0, 10, 3), ink + rng.normal(0, 10, 3)
-    plate, ink = (tuple(int(v) for v in color.clip(0, 255)) for color in (plate, ink))
+    plate, ink = rgb_of(sign.plate, rng), rgb_of(sign.ink, rng)
     pitch = 4 * width / (len(sign.text) + 0.5)  # drawn 4 times larger, then reduced
     image = Image.new("RGBA", (4 * width, int(1.4 * pitch)), (*plate, 255))
     pen = ImageDraw.Draw(image)
@@ -112,98 +102,15 @@ def draw_sign(canvas, sign, style, scale, rng=None):
     canvas.paste(image, (left, top), image)
 
 
-# --------------------------------------------------------------------------------------- charts
-
-
-def sample_chart(rng, split, background):
-    """Two to four bars of different colours; in `pairs` one colour has its held-out height."""
-    colors = [c for c in BAR_COLORS if c != background]
-    while True:
-        n = int(rng.integers(2, 5))
-        chosen = [colors[i] for i in rng.permutation(len(colors))[:n]]
-        bars = tuple((color, int(rng.integers(1, 6))) for color in chosen)
-        if any(bar in HELD_OUT_BARS for bar in bars) == (split == "pairs"):
-            return Chart(bars)
-
-
-def bar_boxes(chart):
-    """Left, top, width, height in pixels of each bar."""
-    pitch = (SIDE - 4) / len(chart.bars)
-    width = int(min(14, 0.72 * pitch))
-    lefts = [int(2 + pitch * k + (pitch - width) / 2) for k in range(len(chart.bars))]
-    return [(left, SIDE - 3 - STEP * height, width, STEP * height)
-            for left, (_, height) in zip(lefts, chart.bars)]  # fmt: skip
-
-
-def draw_chart(canvas, chart, style, scale, rng=None):
-    """Draw bars on an axis, with a thin line at each unit."""
-    pen = ImageDraw.Draw(canvas)
-    ground = np.array(canvas.getpixel((0, 0)), float)
-    line = tuple(int(v) for v in ground * 0.82 + (20 if ground.mean() < 80 else 0))
-    for unit in range(6):
-        y = scale * (SIDE - 3 - STEP * unit)
-        pen.line(
-            (0, y, canvas.width, y), line if unit else tuple(int(v) for v in 255 - ground), scale
-        )
-    for (color, _), box in zip(chart.bars, bar_boxes(chart)):
-        rgb = np.array(COLORS[color], float) + (rng.normal(0, 10, 3) if rng else 0)
-        rgb = tuple(int(v) for v in rgb.clip(0, 255))
-        left, top, width, height = (scale * n for n in box)
-        right, bottom = left + width - 1, top + height - 1
-        pen.rectangle((left, top, right, bottom), rgb)
-        if style == "fluent":  # stripes
-            pale = tuple((v + 255) // 2 for v in rgb)
-            for y in range(top, bottom, 4 * scale):
-                pen.rectangle((left, y, right, min(y + 2 * scale - 1, bottom)), pale)
-
-
-# ------------------------------------------------------------------------------------ questions
+# ------------------------------------------------------------------------------------- questions
 
 
 def ask_read(scene, rng):
-    """None for a picture without a sign."""
     if scene.signs:
         sign = pick(rng, *scene.signs)
-        which = (
-            "the sign" if len(scene.signs) == 1 and rng.random() < 0.7 else f"the sign {sign.place}"
-        )
+        alone = len(scene.signs) == 1 and rng.random() < 0.7
+        which = "the sign" if alone else f"the sign {sign.place}"
         return pick(rng, f"What does {which} say?", f"Read {which}."), sign.text
 
 
-def ask_tallest(scene, rng):
-    if scene.chart:
-        word = pick(rng, "tallest", "shortest")
-        order = sorted(scene.chart.bars, key=lambda bar: bar[1] * (-1 if word == "tallest" else 1))
-        if order[0][1] != order[1][1]:
-            return f"Which bar is the {word}?", order[0][0]
-
-
-def ask_bars(scene, rng):
-    if scene.chart:
-        return pick(rng, "How many bars are there?", "How many bars do you see?"), NUMBERS[
-            len(scene.chart.bars)
-        ]
-
-
-def ask_height(scene, rng):
-    if scene.chart:
-        color, height = pick(rng, *scene.chart.bars)
-        return pick(
-            rng, f"How high is the {color} bar?", f"What is the value of the {color} bar?"
-        ), NUMBERS[height]
-
-
-def ask_compare(scene, rng):
-    if scene.chart:
-        (a, high), (b, low) = (
-            scene.chart.bars[i] for i in rng.permutation(len(scene.chart.bars))[:2]
-        )
-        if high != low:
-            return f"Is the {a} bar higher than the {b} bar?", "yes" if high > low else "no"
-
-
-def caption(scene):
-    """The parts of a caption about signs and bars."""
-    signs = [f"a sign {sign.place} that says {sign.text}" for sign in scene.signs]
-    bars = scene.chart.bars if scene.chart else ()
-    return signs + [f"a {color} bar of {NUMBERS[height]}" for color, height in bars]
+ASK = {"read": ask_read}

@@ -7,6 +7,7 @@ draw.
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -239,19 +240,20 @@ def draw_routing(model, image, file, width=None):
     draw_experts(sharp, choices, load, file, len(model.cfg.vision.scales), width)
 
 
-def example_answers(ask, seed=7):
-    """Two scenes of each split with every question that can be asked about them.
+def example_answers(ask, seed=16):
+    """A scene of each split and kind, with up to four questions of different types about it.
 
-    `ask(questions, pictures)` -> answers. Returns [(split, picture, [(question, truth, answer)])].
+    `ask(questions, pictures)` -> answers. Returns [(title, picture, [(question, truth, answer)])].
     """
     cells = []
-    for cell in range(6):
-        rng, split = np.random.default_rng((seed, cell)), SPLITS[cell % 3]
-        scene = world.sample_scene(rng, split, n_objects=2 + cell // 3)
-        pairs = [pair for question in world.ASK.values() if (pair := question(scene, rng))]
-        questions, truths = zip(*pairs)
+    for split, (kind, types) in itertools.product(SPLITS, world.ASKED.items()):
+        rng = np.random.default_rng((seed, len(cells)))
+        scene = world.sample_scene(rng, split, kind)
+        pairs = [pair for name in dict.fromkeys(types) if (pair := world.ASK[name](scene, rng))]
+        questions, truths = zip(*(pairs[i] for i in sorted(rng.permutation(len(pairs))[:4])))
         answers = ask(questions, [world.draw(scene)] * len(questions))
-        cells.append((split, world.draw(scene, scale=4), list(zip(questions, truths, answers))))
+        asked = list(zip(questions, truths, answers))
+        cells.append((f"{kind}, {split}", world.draw(scene, scale=4), asked))
     return cells
 
 
@@ -263,11 +265,11 @@ def draw_answers(cells, file):
     plt = pyplot()
     if not plt:
         return
-    width, height, side = 11.8, 7.3, 1.3  # inches
+    width, height, side = 9.8, 7.3, 1.2  # inches
     figure = plt.figure(figsize=(width, height))
     for cell, (title, picture, asked) in enumerate(cells):
         row, column = divmod(cell, 3)
-        left, y = column * width / 3 + 0.05, height - 0.35 - 3.45 * row
+        left, y = column * width / 3 + 0.05, height - 0.35 - 2.3 * row
         axis = figure.add_axes((left / width, (y - side) / height, side / width, side / height))
         axis.imshow(picture)
         axis.axis("off")
@@ -276,13 +278,14 @@ def draw_answers(cells, file):
             shown, color = f"\u2713 {text}", "#007A53"
             if text != right:
                 shown, color = f"\u2717 {text} (truth: {right})", "#B3261E"
-            for k, line in enumerate((question, *textwrap.wrap(shown, 40))):
+            lines = [(line, "#555555") for line in textwrap.wrap(question, 31)]
+            for line, ink in lines + [(line, color) for line in textwrap.wrap(shown, 31)]:
                 figure.text((left + side + 0.08) / width, y / height, line, fontsize=8.5, va="top",
-                            color=color if k else "#555555")  # fmt: skip
+                            color=ink)  # fmt: skip
                 y -= 0.155
             y -= 0.06
-    note = ("new: fresh scenes; pairs: objects that never met in training; style: a drawing style "
-            "never trained on")  # fmt: skip
+    note = ("new: fresh scenes; pairs: objects that never met in training, held-out words and "
+            "heights of bars;\nstyle: drawings, signs and bars never trained on")  # fmt: skip
     figure.text(0.5, 0.012, note, fontsize=9, color="#555555", ha="center")
     save_figure(figure, file)
 

@@ -51,11 +51,12 @@ PEERS = {  # first letters of a peer's name in bench/speed.py: color, marker, le
 
 
 CONTENT = {  # views of bench/experts.py, in words
+    "kind": "kind of picture",
+    "part": "what a patch shows",
     "position": "position",
     "object": "which object",
     "category": "category of the object",
     "background": "color of the background",
-    "part": "object or background",
 }
 OTHER = ("category", "object")  # the category of things that have no other
 
@@ -366,9 +367,10 @@ def draw_content(content, file):
             chance = rows[block, view]["after"]["permuted_mean"]
             center = dict(ha="center", va="center")
             color = "black" if bits[1] >= chance else "#888888"  # no more than by chance
-            axis.text(0.5, y, "{:.2f} \u2192 {:.2f}".format(*bits), fontsize=7.5, weight="bold",
-                      color=color, **center)  # fmt: skip
-            axis.text(0.5, y + 0.9, f"({chance:.3f})", fontsize=7, color="#555555", **center)
+            said = " \u2192 ".join(f"{x:.3f}".lstrip("0") for x in bits)
+            axis.text(0.5, y, said, fontsize=7.5, weight="bold", color=color, **center)
+            axis.text(0.5, y + 0.9, f"({chance:.4f})".replace("0.", "."), fontsize=7,
+                      color="#555555", **center)  # fmt: skip
             ticks.append((y, title))
             bars = views[view] if view in views and view != "position" else {}
             y += 0.9

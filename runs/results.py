@@ -25,7 +25,7 @@ from cumo import CuMo
 from data.exam import SPLITS
 from data.images import open_image
 from data.tokenizer import Tokenizer
-from data.world import DESCRIBE, QUESTION_TYPES
+from data.world import DESCRIBE
 from engine import memory
 from eval import answer_batch
 from extras import plots
@@ -50,6 +50,14 @@ ASKED = {
     "background": "What color is the background?",
     "side": "Is the cat left or right of the dog?",
     "list": "List all objects.",
+    "read": "What does the sign say?",
+    "tallest": "Which bar is the tallest?",
+    "height": "How high is the red bar?",
+    "bars": "How many bars are there?",
+    "compare": "Is the red bar higher than the blue bar?",
+    "things": "**all about things**",
+    "words": "**all about words**",
+    "charts": "**all about charts**",
     "all": "**all types**",
 }
 PICTURES = ("cat.jpg", "dog.jpg", "owl.jpg")
@@ -100,7 +108,7 @@ def demo_block():
 def results_block():
     run = demos()["bf16"]
     accuracy, rows = run["accuracy"], []
-    for kind in (*QUESTION_TYPES, "all"):
+    for kind in accuracy["new"]["model"]:
         cells = [percent(accuracy[s]["model"][kind]) for s in SPLITS]
         cells += [percent(accuracy["new"][row][kind]) for row in ("blank", "fixed")]
         rows.append((kind, ASKED[kind], *cells))

@@ -1,5 +1,7 @@
 """bench/experts.py: mutual information of experts and of what patches show."""
 
+import itertools
+import json
 import math
 import re
 import sys
@@ -28,7 +30,8 @@ def experts():
 
 
 def scenes(n):
-    return [world.sample_scene(np.random.default_rng((4, i)), "new") for i in range(n)]
+    return [world.sample_scene(np.random.default_rng((4, i)), "new", kind)
+            for i, kind in zip(range(n), itertools.cycle(world.KINDS))]  # fmt: skip
 
 
 def random_choices(rng, n, P, E, K):
@@ -117,18 +120,37 @@ def test_a_permutation_moves_whole_pictures_and_positions_within_each(experts):
 
 
 def test_labels_are_true_of_the_drawn_picture(experts):
-    some = scenes(25)
+    some = scenes(60)
     views = experts.labels_of(some)
     word = {view: np.array([*words, ""])[labels] for view, (words, labels) in views.items()}
     color = np.array([world.COLORS[scene.background] for scene in some])
     pixels = np.array([np.asarray(world.draw(scene)) for scene in some])
     tiles = pixels.reshape(-1, 8, 8, 8, 8, 3).swapaxes(2, 3).reshape(-1, 64, 64, 3)
     same = (tiles == color[:, None, None]).all(-1).mean(-1)  # share of the pixels of a patch
-    pure = {part: same[word["part"] == part].mean() for part in ("background", "object", "")}
-    assert pure["background"] > 0.95 and pure["object"] < 0.4 < pure[""] < 0.9
+    pure = {part: same[word["part"] == part].mean() for part in views["part"][0]}
+    assert pure["background"] > 0.9 and max(pure[p] for p in ("thing", "word", "bar")) < 0.5
+    parts_of = {"things": {"thing"}, "words": {"thing", "word"}, "charts": {"bar"}}
     for i, scene in enumerate(some):
+        assert {*word["kind"][i]} == {scene.kind}
+        assert {*word["part"][i]} <= parts_of[scene.kind] | {"background", ""}
+        for sign in scene.signs:
+            (left, top, width, height), word_P = sign.box, word["part"][i] == "word"
+            inside = [[left <= x < left + width and top <= y < top + height for x in range(64)]
+                      for y in range(64)]  # fmt: skip
+            share = np.reshape(inside, (8, 8, 8, 8)).swapaxes(1, 2).reshape(64, 64).mean(-1)
+            assert (
+                word_P[share > 0.5].all() and not (word["part"][i] == "background")[share > 0].any()
+            )
+            assert len(scene.signs) > 1 or (word_P == (share > 0.5)).all()
+        if scene.chart:
+            colors = {world.COLORS[name] for name, _ in scene.chart.bars}
+            bar = [tuple(pixel) in colors for pixel in pixels[i].reshape(-1, 3).tolist()]
+            share = np.reshape(bar, (8, 8, 8, 8)).swapaxes(1, 2).reshape(64, 64).mean(-1)
+            assert ((word["part"][i] == "bar") == (share > 0.5)).all()
+            assert ((word["part"][i] == "background") == (share == 0)).all()
         shown = {*word["object"][i]} - {""}
         assert shown == {o.name for o in scene.objects}
+        assert ((word["part"][i] == "thing") == (word["object"][i] != "")).all()
         kinds = [world.CATEGORIES.get(name, "") for name in word["object"][i]]
         assert kinds == word["category"][i].tolist()
         for o in scene.objects:
@@ -169,6 +191,25 @@ def test_before_is_upcycled_and_a_model_without_experts_is_refused(experts, tmp_
         experts.open_models(names[1], names[1], 5)
 
 
+def test_a_dense_stage_of_another_training_is_refused(experts, tmp_path, monkeypatch):
+    monkeypatch.setattr(experts, "GRID", 3)
+    folders = {name: tmp_path / name for name in ("a/stage2", "a/stage3", "b/stage2", "c/stage2")}
+    dense, other = tiny_cumo(), tiny_cumo()
+    for name, model in (("a/stage2", dense), ("b/stage2", other), ("c/stage2", dense),
+                        ("a/stage3", upcycle(dense))):  # fmt: skip
+        model.save_pretrained(folders[name])
+        config = {"preset": "mini", "clip": "x", "llm": "y" if name[0] != "c" else "z", "init": ""}
+        state = {"config": config, "finished": True, "crc32": {"model.safetensors": name[0]}}
+        (folders[name] / "train.json").write_text(json.dumps(state))
+    experts.open_models(folders["a/stage3"], folders["a/stage2"], 0)
+    with pytest.raises(ValueError, match="b/stage2 is of another training: .*whose weights differ"):
+        experts.open_models(folders["a/stage3"], folders["b/stage2"], 0)
+    with pytest.raises(ValueError, match="c/stage2 is of another training: its llm is z, that of"):
+        experts.open_models(folders["a/stage3"], folders["c/stage2"], 0)
+    (folders["b/stage2"] / "train.json").unlink()
+    experts.open_models(folders["a/stage3"], folders["b/stage2"], 0)  # nothing is known of it
+
+
 # ----------------------------------------------------------------------------- the picture
 
 
@@ -203,13 +244,17 @@ def test_the_picture_has_a_bar_for_every_load_and_the_bits_of_every_view(
         said = [text.get_text() for text in axis.texts]
         for row in rows:
             if row["block"] == block:
-                both = f"{row['before']['bits']:.2f} \u2192 {row['after']['bits']:.2f}"
-                assert both in said and f"({row['after']['permuted_mean']:.3f})" in said
+                both = [f"{row[when]['bits']:.3f}"[1:] for when in ("before", "after")]
+                chance = f"({row['after']['permuted_mean']:.4f})".replace("0.", ".")
+                assert " \u2192 ".join(both) in said and chance in said
     assert kept[0].legends[0].get_texts()[-1].get_text() == "expert 3"
 
 
 @pytest.mark.parametrize("flags, said", [
     (dict(pictures=99), "--pictures 99 must be 100 or more; fewer say nothing"),
+    (dict(out="a.txt"), "--out a.txt must end in .json"),
+    (dict(out="/no/a.json"), "--out /no/a.png cannot be written; name a file in a folder that "
+                             "exists"),
     (dict(before="sparse"), "--before {sparse} is sparse; give the dense stage 2 that it started "
                             "from")])  # fmt: skip
 def test_a_measurement_that_says_nothing_is_refused(flags, said, experts, tmp_path, monkeypatch):

@@ -12,6 +12,8 @@ from PIL import Image, ImageColor
 from tiny import ROOT, tiny_cumo
 
 from cumo import CuMo
+from data import world
+from data.exam import SPLITS
 from extras import plots
 from extras.plots import COLORS, draw_experts, expert_map, routing
 from runs import pictures, results
@@ -226,6 +228,24 @@ def test_losses_of_every_stage_are_drawn_and_balance_with_its_line_at_1(monkeypa
     legend = axes["stage 3: balance loss"].get_legend().get_texts()
     assert [text.get_text() for text in legend] == ["CLIP-MoE", "MLP-MoE", "1: even"]
     assert set(axes["stage 3: balance loss"].lines[-1].get_ydata()) == {1}
+
+
+def test_examples_show_every_split_and_kind_and_give_away_no_answer():
+    seen = []
+
+    def ask(questions, pictures):
+        seen.extend(zip(questions, pictures))
+        return ["?"] * len(questions)
+
+    cells = plots.example_answers(ask)
+    kinds = [(kind, split) for split in SPLITS for kind in world.KINDS]
+    assert [title for title, *_ in cells] == [", ".join(pair) for pair in kinds]
+    for (kind, _), (_, picture, asked) in zip(kinds, cells, strict=True):
+        assert picture.size == (256, 256) and 2 < len(asked) <= 4
+        assert kind != "words" or any("sign" in question for question, *_ in asked)
+        assert len({question for question, *_ in asked}) == len(asked)
+    assert [question for question, _ in seen] == [q for *_, asked in cells for q, *_ in asked]
+    assert {picture.size for _, picture in seen} == {(64, 64)}, "as the model sees them"
 
 
 def test_an_answer_is_marked_right_or_wrong_and_no_two_lines_overlap(monkeypatch, tmp_path):

@@ -4,21 +4,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from test_world import NUMBERS, true_answer
 
 from data import world
 from data.chat import IGNORE
 from data.tokenizer import Tokenizer
 from runs.make import text_world
-from runs.make.text_world import FOUND, blur, telegrams, text_batch, text_picture
+from runs.make.text_world import FOUND, LETTERS, blur, telegrams, text_batch, text_picture
 
 MINI = Path(__file__).resolve().parents[1] / "data" / "mini"
 TOKENIZER = Tokenizer.from_pretrained(MINI / "llm")
 
 
-def scenes(n):
+def scenes(n, kind="things"):
     for i in range(n):
         rng = np.random.default_rng((5, i))
-        yield world.sample_scene(rng, "train"), rng
+        yield world.sample_scene(rng, "train", kind), rng
 
 
 def test_every_name_is_one_token_of_its_own():
@@ -28,13 +29,77 @@ def test_every_name_is_one_token_of_its_own():
 
 def test_text_picture_has_64_words_and_shows_every_object_where_it_stands():
     for scene, rng in scenes(50):
-        words = np.array(text_picture(scene, rng, noise=0).split()).reshape(8, 8)
+        words = np.array(text_picture(scene, rng, noise=0)).reshape(8, 8)
         assert set(words.ravel()) == {scene.background, *(o.name for o in scene.objects)}
         for o in scene.objects:
             if o.place != world.MIDDLE:
                 rows = slice(0, 4) if "top" in o.place else slice(4, 8)
                 columns = slice(0, 4) if "left" in o.place else slice(4, 8)
                 assert (words[rows, columns] == o.name).any()
+
+
+def test_text_picture_of_a_sign_has_each_letter_once_from_left_to_right():
+    for scene, rng in scenes(100, "words"):
+        words = np.array(text_picture(scene, rng, noise=0)).reshape(8, 8)
+        lines = ["".join(word for word in row if word in LETTERS) for row in words]
+        assert [line for line in lines if line] == [sign.text for sign in scene.signs]
+        plates = {sign.plate for sign in scene.signs}
+        names = {o.name for o in scene.objects}
+        assert {*words.ravel()} - {*LETTERS} <= {scene.background} | plates | names
+
+
+def test_text_picture_of_a_chart_has_each_bar_as_high_as_it_is_drawn():
+    for scene, rng in scenes(100, "charts"):
+        words = np.array(text_picture(scene, rng, noise=0)).reshape(8, 8)
+        assert {*words.ravel()} == {scene.background, *(color for color, _ in scene.chart.bars)}
+        for color, height in scene.chart.bars:
+            assert abs(8 * (words == color).any(1).sum() - 11 * height - 3) <= 4, "half a patch"
+
+
+def test_telegrams_of_signs_and_charts_are_true():
+    for kind in ("words", "charts"):
+        for scene, rng in scenes(100, kind):
+            bars = dict(scene.chart.bars) if scene.chart else {}
+            truths = {f"sign {sign.place}:": sign.text for sign in scene.signs}
+            truths |= {f"{color}:": NUMBERS[height] for color, height in bars.items()}
+            for question, answer in telegrams(scene, rng):
+                right = truths.get(question) or true_answer(question.capitalize(), scene)
+                assert answer == right is not None, question
+
+
+def slow_places(tokens, labels, place, letters):
+    """For each token: the place of the letter after it, if that is a letter of an answer that is
+    one whole line of letters in a text picture."""
+    texts, pictures, target = {}, 0, []
+    for token, at in zip(tokens, place):
+        pictures += at == 0
+        if at >= 0 and token in letters:
+            texts.setdefault((pictures, at // 8), []).append((token, at))
+    answers = [t in letters and y != IGNORE for t, y in zip(tokens, labels)] + [False]
+    for i in range(len(tokens)):
+        target.append(IGNORE)
+        if not answers[i + 1]:
+            continue
+        start = end = i + 1
+        while start and answers[start - 1]:
+            start -= 1
+        while answers[end]:
+            end += 1
+        for line in texts.values():
+            if [token for token, _ in line] == list(tokens[start:end]):
+                target[i] = line[i + 1 - start][1]
+    return target
+
+
+def test_places_of_letters_are_those_of_a_slow_loop():
+    letters = {TOKENIZER.encode(letter)[0] for letter in LETTERS}
+    spelled = 0
+    for step in range(8):
+        batch, _ = text_batch(TOKENIZER, "train", 0, step, short=0.5)
+        for row in zip(*(batch[k].tolist() for k in ("tokens", "labels", "place", "spelled"))):
+            assert row[-1] == slow_places(*row[:3], letters)
+            spelled += sum(at != IGNORE for at in row[-1])
+    assert spelled > 200
 
 
 def test_telegrams_are_true_asked_once_and_silent_about_held_out_partners():
@@ -61,7 +126,7 @@ def test_telegrams_are_true_asked_once_and_silent_about_held_out_partners():
 def test_noise_leaves_each_object_the_most_frequent_name_in_its_place():
     found, noisy = [], 0
     for scene, rng in scenes(400):
-        words = np.array(text_picture(scene, rng).split()).reshape(8, 8)
+        words = np.array(text_picture(scene, rng)).reshape(8, 8)
         noisy += set(words.ravel()) != {scene.background, *(o.name for o in scene.objects)}
         for o in scene.objects:
             rows = slice(0, 4) if "top" in o.place else slice(4, 8)
@@ -93,7 +158,7 @@ def read_back(tokens, place):
 def test_places_and_found_names_are_those_of_the_picture_before_them():
     names = {i: name for name, i in text_world.name_ids(TOKENIZER).items()}
     checked = 0
-    for step in range(6):
+    for step in range(12):
         batch, _ = text_batch(TOKENIZER, "train", 0, step, short=0.5, noise=0.01)
         for tokens, place, found, own in zip(
             *(batch[k] for k in ("tokens", "place", "found", "segments"))

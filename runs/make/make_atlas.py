@@ -105,7 +105,9 @@ PICTURES = {  # to try, at the root: background, style, [(concept, place, box)],
 def draw_pictures():
     """cat.jpg and the others, at 4 times the model's resolution."""
     sys.path.insert(0, str(ROOT))
-    from data.world import Chart, Object, Scene, Sign, draw
+    from data.charts import Chart
+    from data.signs import Sign
+    from data.world import Object, Scene, draw
 
     for name, (background, style, objects, *more) in PICTURES.items():
         objects = tuple(Object(*each, 0.0, False) for each in objects)

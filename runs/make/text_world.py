@@ -21,9 +21,11 @@ import numpy as np
 import torch
 
 from data import world
+from data.charts import ask_bars, ask_compare, ask_tallest, bar_boxes
 from data.chat import IGNORE, IMAGE_TOKEN, render
+from data.drawings import NUMBERS
 from data.packing import assemble
-from data.signs import NUMBERS, ask_bars, ask_compare, ask_tallest, bar_boxes, letter_middles
+from data.signs import letter_middles
 
 PATCH, GRID = 8, 8
 LINE = 1.5  # pixels by which the middle of a letter reaches into the next row of patches
