@@ -208,8 +208,8 @@ def test_picture_is_drawn_from_the_rows_so_far(tmp_path):
 JOB = """
 import pathlib, sys, time
 assert sys.argv[1:] == ["--rows=c", "--jobs", "0"], sys.argv
-pathlib.Path(__file__).with_name("begun").touch()
 try:
+    pathlib.Path(__file__).with_name("begun").touch()
     time.sleep({seconds})
 except KeyboardInterrupt:
     pathlib.Path(__file__).with_name("stopped").touch()
