@@ -43,7 +43,7 @@ from sample import DTYPES
 class EvalConfig:
     model: str = ""  # a checkpoint or a folder of stages; empty: the last finished stage in --out
     out: str = "out"  # folder for eval.json and the pictures
-    n: int = 1600  # questions a split; of a benchmark or --data: the first n, not given: all
+    n: int = 2400  # questions a split; of a benchmark or --data: the first n, not given: all
     benchmark: str = ""  # a public one instead of the scenes: pope, gqa, ... (extras/benchmarks.py)
     folder: str = ""  # the benchmark's files
     experts: str = ""  # draw the experts' load into this file; empty: experts.png in --out

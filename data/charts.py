@@ -26,6 +26,7 @@ STEP = 11  # pixels of a bar for each unit of its height
 @dataclass(frozen=True)
 class Chart:
     bars: tuple  # (color, height from 1 to HIGHEST) of each, from left to right
+    shift: int = 0  # pixels to the right
 
 
 def captions(scene):
@@ -37,6 +38,12 @@ def captions(scene):
 # ------------------------------------------------------------------------------------- pictures
 
 
+def pitch_and_width(n):
+    """Pixels from bar to bar, and of a bar."""
+    pitch = (SIDE - 4) / n
+    return pitch, int(min(14, 0.72 * pitch))
+
+
 def sample_chart(rng, split, background):
     """Two to four bars of different colors; with a held-out one in the split `pairs`, else none."""
     colors = [c for c in BAR_COLORS if c != background]
@@ -45,14 +52,15 @@ def sample_chart(rng, split, background):
         chosen = [colors[i] for i in rng.permutation(len(colors))[:n]]
         bars = tuple((color, int(rng.integers(1, HIGHEST + 1))) for color in chosen)
         if any(bar in HELD_OUT_BARS for bar in bars) == (split == "pairs"):
-            return Chart(bars)
+            pitch, width = pitch_and_width(n)
+            room = int((pitch - width) / 2)
+            return Chart(bars, int(rng.integers(-room, room + 1)))
 
 
 def bar_boxes(chart):
     """Left, top, width, height in pixels of each bar."""
-    pitch = (SIDE - 4) / len(chart.bars)
-    width = int(min(14, 0.72 * pitch))
-    lefts = [int(2 + pitch * k + (pitch - width) / 2) for k in range(len(chart.bars))]
+    pitch, width = pitch_and_width(len(chart.bars))
+    lefts = [int(2 + pitch * k + (pitch - width) / 2 + chart.shift) for k in range(len(chart.bars))]
     return [(left, SIDE - 3 - STEP * height, width, STEP * height)
             for left, (_, height) in zip(lefts, chart.bars)]  # fmt: skip
 

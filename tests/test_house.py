@@ -10,8 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FILES = "mlp_moe clip_moe llm cumo upcycle train sample eval".split()
 TOP = {*(f"{name}.py" for name in FILES), "README.md", "LICENSE", "pyproject.toml",
-       "requirements.txt", "cat.jpg", "dog.jpg", "owl.jpg", "open.jpg", "price.jpg", "chart.jpg", "data", "engine", "extras", "bench",
-       "docs", "runs", "tests", ".ci", ".gitignore"}  # fmt: skip
+       "requirements.txt", "cat.jpg", "dog.jpg", "owl.jpg", "open.jpg", "price.jpg", "chart.jpg",
+       "data", "engine", "extras", "bench", "docs", "runs", "tests", ".ci",
+       ".gitignore"}  # fmt: skip
 FLOORS = [  # each imports from its own floor and those before it
     ["data"],
     ["mlp_moe"],
