@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from data.drawings import SIDE, pick, rgb_of
 
+LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
 WORDS = tuple((pathlib.Path(__file__).resolve().parent / "words.txt").read_text().split())
 HELD_OUT_WORDS = frozenset(WORDS[k] for k in np.random.default_rng(24).permutation(len(WORDS))[:90])
 ROWS = {  # place of a sign -> the pixels from top to bottom in which it stands
@@ -44,14 +45,27 @@ def captions(scene):
 # ------------------------------------------------------------------------------------- pictures
 
 
+def is_held_out(text):
+    """Whether a word, or a number of several digits, is one that only the split `pairs` shows."""
+    if text.isdigit():
+        return len(text) > 1 and int(text) % 8 == 3
+    return text in HELD_OUT_WORDS
+
+
 def sample_text(rng, split):
     """A word, or a number of two to four digits; in `pairs` one that training never shows."""
     while True:
         number = rng.random() < 0.25
         text = str(rng.integers(10, 10 ** pick(rng, 2, 3, 4))) if number else pick(rng, *WORDS)
-        held_out = int(text) % 8 == 3 if number else text in HELD_OUT_WORDS
-        if held_out == (split == "pairs"):
+        if is_held_out(text) == (split == "pairs"):
             return text
+
+
+def random_letters(rng, n):
+    """`n` random letters and digits that are nothing held out."""
+    while is_held_out(text := "".join(rng.choice(LETTERS, n))):
+        pass
+    return text
 
 
 def sample_sign(rng, split, place, background, text=None):

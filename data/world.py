@@ -83,6 +83,15 @@ def sample_scene(rng, split, kind=None):
     return replace(scene, signs=some)
 
 
+def sample_one(rng, split):
+    """A scene of one thing, or of a sign with one to three random letters: to learn their names."""
+    if rng.random() < 0.5:
+        return sample_things(rng, split, 1)
+    background, text = pick(rng, *COLORS), signs.random_letters(rng, int(rng.integers(1, 4)))
+    sign = signs.sample_sign(rng, split, pick(rng, *signs.ROWS), background, text)
+    return Scene(background, (), pick(rng, *STYLES[split]), (sign,))
+
+
 def sample_things(rng, split, n_objects=None, cells=(0, 1, 2, 3)):
     """A scene of things alone, as data/things.py samples them."""
     return Scene(*things.sample_things(rng, split, n_objects, cells))
@@ -240,10 +249,8 @@ class World:
         several = train and self.task != "name" and rng.random() < SEVERAL
         if several:
             scenes = sample_scenes(rng, self.split, int(rng.integers(2, 4)))
-        elif self.task == "name" and rng.random() < 0.5:
-            scenes = [sample_things(rng, self.split, 1)]
         else:
-            scenes = [sample_scene(rng, self.split, "words" if self.task == "name" else None)]
+            scenes = [(sample_one if self.task == "name" else sample_scene)(rng, self.split)]
         if self.task == "name":
             turns = [("name", f"{IMAGE_TAG}\n{DESCRIBE}", short_caption(scenes[0]))]
         elif self.task == "describe" or (train and not several and rng.random() < 0.1):

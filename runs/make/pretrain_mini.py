@@ -29,12 +29,12 @@ from clip_moe import CLIPVision, CLIPVisionConfig
 from data import world
 from data.chat import IGNORE
 from data.images import preprocess
-from data.signs import letter_middles, sample_sign
+from data.signs import LETTERS, letter_middles, random_letters, sample_sign
 from data.tokenizer import Tokenizer, train_bpe
 from data.weights import write_json, write_tensors
 from engine.rate import has_fast_bf16
 from llm import LLM, LLMConfig
-from runs.make.text_world import FOUND, GRID, LETTERS, LINE, PATCH, blur, text_batch
+from runs.make.text_world import FOUND, GRID, LINE, PATCH, blur, text_batch
 
 MINI = ROOT / "data" / "mini"
 HEADS = "heads.pt"  # the whole Contrast; not shipped
@@ -234,7 +234,7 @@ def sample_sheet(rng):
     """A scene of three lines of random letters and digits: many letters in one picture."""
     background, signs = world.pick(rng, *world.COLORS), []
     for k in range(3):
-        text = "".join(rng.choice(list(LETTERS), rng.integers(3, 7)))
+        text = random_letters(rng, int(rng.integers(3, 7)))
         sign = sample_sign(rng, "train", "in the middle", background, text)
         left, _, width, height = sign.box
         height = min(height, world.SIDE // 3)

@@ -25,12 +25,11 @@ from data.charts import ask_bars, ask_compare, ask_tallest, bar_boxes
 from data.chat import IGNORE, IMAGE_TOKEN, render
 from data.drawings import NUMBERS
 from data.packing import assemble
-from data.signs import letter_middles
+from data.signs import LETTERS, letter_middles, random_letters
 
 PATCH, GRID = 8, 8
 LINE = 1.5  # pixels by which the middle of a letter reaches into the next row of patches
 ROWS, LENGTH = 6, 400  # rows of a batch, tokens of a row
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 FOUND = ("nothing", *world.PLACES, world.MIDDLE, "several")  # results of looking up a name
 
 
@@ -63,7 +62,7 @@ def text_picture(scene, rng, noise=1.0):
 
 def with_other_texts(scene, rng):
     """The scene with strings of random letters on its signs: they must be read, not guessed."""
-    texts = ["".join(rng.choice(list(LETTERS), len(sign.text))) for sign in scene.signs]
+    texts = [random_letters(rng, len(sign.text)) for sign in scene.signs]
     signs = tuple(replace(sign, text=text) for sign, text in zip(scene.signs, texts))
     return replace(scene, signs=signs)
 
@@ -227,16 +226,27 @@ def dialogue_sample(tokenizer, rng, split, noise):
     return ids, labels, [kind for kind, *_ in turns], place, found
 
 
+def caption_sample(tokenizer, rng, noise):
+    """(ids, labels, types, place, found): a scene and its short caption, as in stage 1."""
+    scene = world.sample_one(rng, "train")
+    if rng.random() < 0.5:
+        scene = with_other_texts(world.sample_scene(rng, "train", "words"), rng)
+    turns = [("name", f"{world.IMAGE_TAG}\n{world.DESCRIBE}", world.short_caption(scene))]
+    text = text_picture(scene, rng, noise)
+    ids, labels, place = render_text(turns, tokenizer, [text], "plain")
+    return ids, labels, [], place, [IGNORE] * len(ids)
+
+
 def place_of(words):
     """The place of each patch in its text picture; IGNORE for the words of a caption."""
     return list(range(GRID * GRID)) if len(words) == GRID * GRID else [IGNORE] * len(words)
 
 
-def render_text(turns, tokenizer, texts):
+def render_text(turns, tokenizer, texts, template="mistral_instruct"):
     """(ids, labels, place) of [(type, question, answer)], with texts in the place of images."""
     texts = [encode_written(text, tokenizer) for text in texts]
     tags = sum(question.count(world.IMAGE_TAG) for _, question, _ in turns)
-    ids, labels = render(world.records(turns), tokenizer, image_tokens=1, n_images=tags)
+    ids, labels = render(world.records(turns), tokenizer, template, 1, tags)
     place, at = [IGNORE] * len(ids), 0
     for words in texts[:tags]:
         at = ids.index(IMAGE_TOKEN)
@@ -247,7 +257,8 @@ def render_text(turns, tokenizer, texts):
 
 
 def text_batch(tokenizer, split, seed, step, short=0.0, noise=1.0):
-    """Rows about text scenes -> (batch, question types of each row). `short`: share of telegrams.
+    """Rows about text scenes -> (batch, question types of each row). `short`: share of rows
+    of telegrams and short captions.
 
     batch["place"] [ROWS, LENGTH]: the place of each patch in its text picture. batch["found"]: for
     each name after a scene the result of looking it up there, an index into FOUND. IGNORE else.
@@ -258,7 +269,8 @@ def text_batch(tokenizer, split, seed, step, short=0.0, noise=1.0):
         rng = np.random.default_rng((seed, world.SPLITS.index(split), step, i))
         sample = partial(dialogue_sample, tokenizer, rng, split, noise)
         if rng.random() < short:
-            sample = partial(telegraph_sample, tokenizer, rng, noise)
+            one = caption_sample if rng.random() < 0.3 else telegraph_sample
+            sample = partial(one, tokenizer, rng, noise)
         rows.append([])
         types.append([])
         at = 0
