@@ -68,17 +68,18 @@ def random_letters(rng, n):
     return text
 
 
-def sample_sign(rng, split, place, background, text=None):
-    """A sign in one of ROWS, on a plate whose color is not the background's."""
+def sample_sign(rng, split, place, background, text=None, largest=14):
+    """A sign in one of ROWS, on a plate whose color is not the background's. `largest`: pixels from
+    letter to letter."""
     top, bottom = ROWS[place]
     plate = pick(rng, *[c for c in ("white", "yellow", "gray") if c != background])
     ink = "black" if plate == "gray" else pick(rng, "black", "black", "blue", "red")
     if split == "style":
         plate, ink = pick(rng, *sorted({"black", "blue", "purple"} - {background})), "white"
     text = text or sample_text(rng, split)
-    pitch = rng.uniform(8.5, min(14, (SIDE - 2) / (len(text) + 0.5)))
+    pitch = rng.uniform(8.5, min(largest, (SIDE - 2) / (len(text) + 0.5)))
     width = int(pitch * (len(text) + 0.5))
-    height = int(min(rng.uniform(1.4, 2.4) * pitch, SIDE // 2))
+    height = int(min(rng.uniform(1.4, 2.4) * pitch, bottom - top))
     left, top = int(rng.integers(1, SIDE - width)), int(rng.integers(top, bottom - height + 1))
     return Sign(text, place, (left, top, width, height), plate, ink)
 

@@ -84,11 +84,12 @@ def sample_scene(rng, split, kind=None):
 
 
 def sample_one(rng, split):
-    """A scene of one thing, or of a sign with one to three random letters: to learn their names."""
+    """A scene of one thing, or of a sign with one to three random letters, small or large: to learn
+    their names."""
     if rng.random() < 0.5:
         return sample_things(rng, split, 1)
     background, text = pick(rng, *COLORS), signs.random_letters(rng, int(rng.integers(1, 4)))
-    sign = signs.sample_sign(rng, split, pick(rng, *signs.ROWS), background, text)
+    sign = signs.sample_sign(rng, split, pick(rng, *signs.ROWS), background, text, 28)
     return Scene(background, (), pick(rng, *STYLES[split]), (sign,))
 
 

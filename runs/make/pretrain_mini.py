@@ -29,12 +29,12 @@ from clip_moe import CLIPVision, CLIPVisionConfig
 from data import world
 from data.chat import IGNORE
 from data.images import preprocess
-from data.signs import LETTERS, letter_middles, random_letters, sample_sign
+from data.signs import LETTERS, random_letters, sample_sign
 from data.tokenizer import Tokenizer, train_bpe
 from data.weights import write_json, write_tensors
 from engine.rate import has_fast_bf16
 from llm import LLM, LLMConfig
-from runs.make.text_world import FOUND, GRID, LINE, PATCH, blur, text_batch
+from runs.make.text_world import FOUND, GRID, PATCH, blur, letter_patches, text_batch
 
 MINI = ROOT / "data" / "mini"
 HEADS = "heads.pt"  # the whole Contrast; not shipped
@@ -223,10 +223,9 @@ def patch_targets(scene):
         beyond = np.maximum(beyond_x, np.abs(y - top - height / 2) - height / 2)
         target[beyond < 4] = IGNORE
         target[beyond < -1] = names + list(world.COLORS).index(sign.plate)
-        for letter, (at_x, at_y) in zip(sign.text, letter_middles(sign)):
-            reach = np.maximum(np.abs(x - at_x), np.abs(y - at_y) - LINE)
-            target[reach < 4.4] = IGNORE
-            target[reach < 3.6] = names + len(world.COLORS) + LETTERS.index(letter)
+        for letter, distance in letter_patches(sign, x, y):
+            target[distance < 0.4] = IGNORE
+            target[distance < -0.4] = names + len(world.COLORS) + LETTERS.index(letter)
     return target.ravel()
 
 
@@ -245,15 +244,17 @@ def sample_sheet(rng):
 
 def picture_batch(split, seed, step, n, p_single, augment=True, signs=0.0):
     """`n` scenes -> images [n, 3, 64, 64], patch targets [n, 64], true phrases [n, phrases].
-    `signs`: share of scenes with signs; in training, 60 % of these are sheets of letters."""
+    `signs`: share of scenes with signs; in training, half of these are sheets of letters."""
     images, targets, truths = [], [], np.zeros((n, len(phrases())), dtype=bool)
     for i in range(n):
         rng = np.random.default_rng((seed, world.SPLITS.index(split), step, i))
         single = rng.random() < p_single
         n_objects = 1 if single else int(rng.choice(4, p=(0.15, 0.1, 0.25, 0.5))) + 1
         if rng.random() < signs:
-            sheet = split == "train" and rng.random() < 0.6
-            scene = sample_sheet(rng) if sheet else world.sample_scene(rng, split, "words")
+            which = rng.random() if split == "train" else 1
+            scene = world.sample_scene(rng, split, "words")
+            if which < 0.75:
+                scene = sample_sheet(rng) if which < 0.5 else world.sample_one(rng, split)
         else:
             scene = world.sample_things(rng, split, n_objects if split == "train" else None)
         images.append(preprocess(world.draw(scene, rng if augment else None), world.SIDE))

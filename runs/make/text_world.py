@@ -28,7 +28,6 @@ from data.packing import assemble
 from data.signs import LETTERS, letter_middles, random_letters
 
 PATCH, GRID = 8, 8
-LINE = 1.5  # pixels by which the middle of a letter reaches into the next row of patches
 ROWS, LENGTH = 6, 400  # rows of a batch, tokens of a row
 FOUND = ("nothing", *world.PLACES, world.MIDDLE, "several")  # results of looking up a name
 
@@ -67,15 +66,23 @@ def with_other_texts(scene, rng):
     return replace(scene, signs=signs)
 
 
+def letter_patches(sign, x, y):
+    """[(letter, distance [...])] of a sign: the patches at (x, y) with a distance below 0 show that
+    letter. A small letter has the patch of its middle, and also the next row if the line stands
+    between two; a large one has all that it covers."""
+    pitch, height = sign.box[2] / (len(sign.text) + 0.5), sign.box[3]
+    wide, high = max(4, 0.5 * pitch - 4), max(5.5, 0.35 * height - 2)
+    return [(letter, np.maximum(np.abs(x - at_x) - wide, np.abs(y - at_y) - high))
+            for letter, (at_x, at_y) in zip(sign.text, letter_middles(sign))]  # fmt: skip
+
+
 def write_sign(words, sign, x, y, rng):
-    """Each letter in the patch of its middle, the plate around them. `rng` shifts them a little. A
-    line of letters between two rows of patches is written in both."""
+    """Each letter in its patches, the plate around them. `rng` shifts the letters a little."""
     left, top, width, height = sign.box
     words[(x >= left) & (x < left + width) & (y >= top) & (y < top + height)] = sign.plate
     dx, dy = rng.uniform(-1, 1, 2) if rng is not None else (0, 0)
-    for letter, (at_x, at_y) in zip(sign.text, letter_middles(sign)):
-        for line in {int((at_y + dy + way) / PATCH) for way in (-LINE, LINE)}:
-            words[line, min(GRID - 1, int((at_x + dx) / PATCH))] = letter
+    for letter, distance in letter_patches(sign, x - dx, y - dy):
+        words[distance <= 0] = letter
 
 
 def letter_places(tokens, labels, place, letters):
@@ -105,7 +112,7 @@ def blur(x, place, noise=1.0):
     shift = (-GRID, -1, 1, GRID)[torch.randint(4, ()).item()]
     mixed = torch.rand(len(x), x.shape[1], 1) * torch.rand(len(x), 1, 1) * 0.7 * noise
     mixed = mixed * (patch & patch.roll(shift, 1))
-    spread = 0.1 * noise * torch.rand(len(x), 1, 1) * patch
+    spread = 0.3 * noise * torch.rand(len(x), 1, 1) * patch
     return torch.lerp(x, x.roll(shift, 1), mixed) + spread * torch.randn_like(x)
 
 
