@@ -88,7 +88,7 @@ def sample_one(rng, split):
     their names."""
     if rng.random() < 0.5:
         return sample_things(rng, split, 1)
-    background, text = pick(rng, *COLORS), signs.random_letters(rng, int(rng.integers(1, 4)))
+    background, text = pick(rng, *COLORS), signs.random_letters(rng, pick(rng, 1, 1, 1, 2, 3))
     sign = signs.sample_sign(rng, split, pick(rng, *signs.ROWS), background, text, 28)
     return Scene(background, (), pick(rng, *STYLES[split]), (sign,))
 
