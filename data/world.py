@@ -86,7 +86,7 @@ def sample_scene(rng, split, kind=None):
 def sample_one(rng, split):
     """A scene of one thing, or of a sign with one to three random letters, small or large: to learn
     their names."""
-    if rng.random() < 0.5:
+    if rng.random() < 0.4:
         return sample_things(rng, split, 1)
     background, text = pick(rng, *COLORS), signs.random_letters(rng, pick(rng, 1, 1, 1, 2, 3))
     sign = signs.sample_sign(rng, split, pick(rng, *signs.ROWS), background, text, 28)
@@ -117,8 +117,8 @@ def caption(scene):
 
 
 def short_caption(scene):
-    texts = [f"a sign that says {sign.text}" for sign in scene.signs]
-    return join(texts + [a(o.name) for o in scene.objects]) + "."
+    """What stage 1 learns: `a cat and MILK.`"""
+    return join([a(o.name) for o in scene.objects] + [sign.text for sign in scene.signs]) + "."
 
 
 # ------------------------------------------------------------------------------------- questions
