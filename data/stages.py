@@ -27,7 +27,7 @@ PAPER = {
     3: dict(template=SYSTEM, lr=4e-6,   rows=1, accumulate=28, row_tokens=4096),
 }
 MINI = {
-    1: dict(template=PLAIN,  lr=2e-3,   samples=12_000, row_tokens=280),
+    1: dict(template=PLAIN,  lr=2e-3,   samples=9_000, rows=4, row_tokens=280),
     2: dict(template=CHAT,   lr=2.5e-4, samples=2_500, rows=6, row_tokens=400),
     3: dict(template=CHAT,   lr=2e-4,   samples=6_000, rows=6, row_tokens=400),
 }

@@ -231,7 +231,9 @@ def has_maps(model):
 # ---------------------------------------------------------------------------- the page
 
 
-TO_TRY = cat, dog, owl = [str(ROOT / f"{name}.jpg") for name in ("cat", "dog", "owl")]
+TO_TRY = cat, dog, owl, sign, chart = [
+    str(ROOT / f"{name}.jpg") for name in ("cat", "dog", "owl", "open", "chart")
+]
 
 
 def examples(model):
@@ -239,10 +241,11 @@ def examples(model):
     if isinstance(model, LLM):
         return [("What is a cat?", [])], "It is a language model without vision."
     miniature = model.cfg.vision.image_size <= 64
-    knows = ("This miniature knows drawings of 100 objects, one to four in a picture: ask what is "
-             "there, where, how many, which color the background has, or for a list of all objects."
+    knows = ("This miniature knows drawings of 100 objects, signs with a word or a number, and bar "
+             "charts: ask what is there, where, how many, what a sign says or how high a bar is."
              if miniature else "Ask anything about a picture.")  # fmt: skip
-    asked = [("Where is the cat?", [cat]), (DESCRIBE, [owl]),
+    asked = [("Where is the cat?", [cat]), (DESCRIBE, [owl]), ("Read the sign.", [sign]),
+             ("Which bar is the tallest?", [chart]),
              ("Which picture has the dog?", [cat, dog])]  # fmt: skip
     return asked, f"{knows} A question means the last picture, unless it says which."
 

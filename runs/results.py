@@ -60,7 +60,7 @@ ASKED = {
     "charts": "**all about charts**",
     "all": "**all types**",
 }
-PICTURES = ("cat.jpg", "dog.jpg", "owl.jpg")
+PICTURES = ("cat.jpg", "dog.jpg", "owl.jpg", "open.jpg", "price.jpg", "chart.jpg")
 READING = {
     "mlp_moe.py": "top-K routing, its two losses, all experts at once in grouped products",
     "clip_moe.py": "CLIP's vision transformer, dense or sparse, at one or several scales",
