@@ -376,7 +376,9 @@ def main():
     parser.add_argument("--steps", type=int, help="default: 5000 (llm), 6500 (clip)")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--init", help="continue from the weights in this folder")
+    parser.add_argument(
+        "--init", help="continue from the weights in this folder (clip: with its heads.pt)"
+    )
     parser.add_argument("--out", type=pathlib.Path, default=MINI, help="write llm/ or clip/ here")
     parser.add_argument("--signs", type=float, default=0.5, help="share of pictures (clip)")
     args = parser.parse_args()
