@@ -8,8 +8,8 @@ on the emoji world, small enough for a laptop:
     python runs/make/pretrain_mini.py clip         # CLIP training: pictures against phrases
 
 The language model sees no picture. It reads scenes as text (text_world.py), first with short
-questions, then mostly in conversations. Neither model sees a pair of concepts that the split
-`pairs` holds out, or a Fluent drawing.
+questions, then mostly in conversations; on signs it reads random letters, never words. Neither
+model sees what the split `pairs` holds out, or the drawings, signs and bars of `style`.
 """
 
 import argparse
