@@ -158,7 +158,7 @@ def pretrain_llm(steps, lr, seed, out, init=None):
     for step in bar:
         set_lr(optimizers, lr, step, steps)
         # Short questions about clean pictures come first: with noise, the look-up does not form.
-        short = 0.5 if init else 1.0 if step < 0.2 * steps else 0.25
+        short = 0.35 if init else 1.0 if step < 0.2 * steps else 0.25
         noise = 1.0 if init else min(1.0, max(0.0, 8 * step / steps - 1))
         batch, _ = text_batch(tokenizer, "train", seed, step, short, noise)
         with torch.autocast("cpu", torch.bfloat16, has_fast_bf16("cpu")):
