@@ -1,13 +1,15 @@
 """Scenes of the emoji world as text, to pretrain the language model without pictures.
 
-A scene is written as its caption or as a *text picture*: 64 words for the 8x8 patches of an image,
-"blue blue cat cat blue ...". The text picture teaches what large language models already know: the
-first patches of a sequence are at the top of the image, and how to look up a name by its place or a
-place by its name. The text is put where the image will be. Questions about it are written in
-telegraph style or as the conversations of stage 3:
+A scene is written as its caption or as a *text picture*: 64 words, one for each 8x8 patch of the
+image, "blue blue cat cat blue ...". A letter on a sign and a bar of a chart fill patches too:
+"white M I L K white", "black red black blue". The text picture teaches what large language models
+already know: the first patches of a sequence are at the top of the image, and how to look up a name
+by its place or a place by its name. The text is put where the image will be. A sample of the
+training data is one of three:
 
-    [INST] blue blue cat cat ...  cat? yes  owl? no  cat: top left  top left: cat  cat bus? left
-    [INST] blue blue cat cat ...  Where is the cat? [/INST] at the top left</s>[INST] Is there ...
+    telegrams   blue blue cat cat ...  cat? yes  owl? no  cat: top left  top left: cat
+    dialogue    blue blue cat cat ...  Where is the cat? [/INST] at the top left</s>[INST] Is ...
+    caption     blue blue cat cat ...  a cat.
 
 An encoder is never sure of a patch. So most text pictures have noise (`text_picture`, `blur`): the
 language model must let all patches of an object vote, where otherwise it would copy one of them.
@@ -22,7 +24,7 @@ import torch
 
 from data import world
 from data.charts import ask_bars, ask_compare, ask_tallest, bar_boxes
-from data.chat import IGNORE, IMAGE_TOKEN, render
+from data.chat import IGNORE, IMAGE_TAG, IMAGE_TOKEN, render
 from data.drawings import NUMBERS
 from data.packing import assemble
 from data.signs import LETTERS, letter_middles, random_letters
@@ -30,84 +32,69 @@ from data.signs import LETTERS, letter_middles, random_letters
 PATCH, GRID = 8, 8
 ROWS, LENGTH = 6, 400  # rows of a batch, tokens of a row
 FOUND = ("nothing", *world.PLACES, world.MIDDLE, "several")  # results of looking up a name
+# Questions that a small model learns last are asked more often.
+ASKED = world.KINDS | {
+    "things": (*world.KINDS["things"], "existence", "where", "kind", "side", "count", "list"),
+    "words": world.ASKED["words"],
+}
 
 
-def text_picture(scene, rng, noise=1.0):
-    """64 words, one for each 8x8 patch in reading order: its object, letter or colour.
-
-    With noise (0 to 1: how often) an object has fuzzy edges, and up to half of its patches have
-    another word, mostly one of a few names with which this object is confused.
-    """
-    words = np.full((GRID, GRID), scene.background, dtype=object)
-    y, x = np.mgrid[:GRID, :GRID] * PATCH + PATCH / 2
-    boxes = bar_boxes(scene.chart) if scene.chart else ()
-    for (left, top, width, _), (color, _) in zip(boxes, scene.chart.bars if boxes else ()):
-        words[(x >= left - 2) & (x < left + width + 2) & (y >= top)] = color
-    for sign in scene.signs:
-        write_sign(words, sign, x, y, rng if rng.random() < noise else None)
-    noisy = rng.random() < 0.75 * noise
-    for o in scene.objects:
-        left, top, size = o.box
-        reach = size * (rng.uniform(0.4, 0.6) if noisy else 0.5)
-        inside = np.hypot(x - left - size / 2, y - top - size / 2) < reach
-        words[inside] = o.name
-        if noisy:
-            wrong = inside & (rng.random((GRID, GRID)) < rng.uniform(0, 0.5))
-            mistaken = [world.CONCEPTS[i] for i in rng.integers(len(world.CONCEPTS), size=3)]
-            others = (mistaken[0], mistaken[0], *mistaken, scene.background)
-            words[wrong] = [others[i] for i in rng.integers(len(others), size=wrong.sum())]
-    return list(words.ravel())
-
-
-def with_other_texts(scene, rng):
-    """The scene with strings of random letters on its signs: they must be read, not guessed."""
-    texts = [random_letters(rng, len(sign.text)) for sign in scene.signs]
-    signs = tuple(replace(sign, text=text) for sign, text in zip(scene.signs, texts))
-    return replace(scene, signs=signs)
+# ------------------------------------------------------------------------------ text pictures
 
 
 def letter_patches(sign, x, y):
-    """[(letter, distance [...])] of a sign: the patches at (x, y) with a distance below 0 show that
-    letter. A small letter has the patch of its middle, and also the next row if the line stands
-    between two; a large one has all that it covers."""
+    """[(letter, distance [...])] of a sign: a patch with its middle at (x, y) shows the letter if
+    its distance is at most 0. A large letter fills all patches that it covers. A small one fills
+    the patch of its middle, and the patch above or below if it stands between two."""
     pitch, height = sign.box[2] / (len(sign.text) + 0.5), sign.box[3]
     wide, high = max(4, 0.5 * pitch - 4), max(5.5, 0.35 * height - 2)
     return [(letter, np.maximum(np.abs(x - at_x) - wide, np.abs(y - at_y) - high))
             for letter, (at_x, at_y) in zip(sign.text, letter_middles(sign))]  # fmt: skip
 
 
-def write_sign(words, sign, x, y, rng):
-    """Each letter in its patches, the plate around them. `rng` shifts the letters a little."""
+def write_sign(words, sign, x, y, rng=None):
+    """Write a sign into `words` [GRID, GRID]: its plate, then each letter in its patches. With
+    `rng`, the letters are shifted a little."""
     left, top, width, height = sign.box
     words[(x >= left) & (x < left + width) & (y >= top) & (y < top + height)] = sign.plate
-    dx, dy = rng.uniform(-1, 1, 2) if rng is not None else (0, 0)
+    dx, dy = rng.uniform(-1, 1, 2) if rng else (0, 0)
     for letter, distance in letter_patches(sign, x - dx, y - dy):
         words[distance <= 0] = letter
 
 
-def letter_places(tokens, labels, place, letters):
-    """For each token before a letter of an answer: the place of that letter in its text picture.
-    IGNORE for all other tokens. Rows [T] of a batch; `letters`: the ids of all letters."""
-    lines, runs, picture = {}, [], 0
-    for i, (token, at) in enumerate(zip(tokens.tolist(), place.tolist())):
-        picture += at == 0
-        if token in letters and at != IGNORE:
-            lines.setdefault((picture, at // GRID), []).append((token, at))
-        elif token in letters and labels[i] != IGNORE:
-            if not runs or runs[-1][-1] != i - 1:
-                runs.append([])
-            runs[-1].append(i)
-    places = {tuple(t for t, _ in line): [at for _, at in line] for line in lines.values()}
-    target = torch.full_like(tokens, IGNORE)
-    for run in runs:
-        for i, at in zip(run, places.get(tuple(tokens[run].tolist()), ())):
-            target[i - 1] = at
-    return target
+def write_thing(words, thing, background, x, y, rng=None):
+    """Write an object into `words` [GRID, GRID]. With `rng`, its edge is fuzzy, and up to half of
+    its patches get another word, mostly one of three names with which it is confused."""
+    left, top, size = thing.box
+    reach = size * (rng.uniform(0.4, 0.6) if rng else 0.5)
+    inside = np.hypot(x - left - size / 2, y - top - size / 2) < reach
+    words[inside] = thing.name
+    if rng:
+        wrong = inside & (rng.random((GRID, GRID)) < rng.uniform(0, 0.5))
+        mistaken = [world.CONCEPTS[i] for i in rng.integers(len(world.CONCEPTS), size=3)]
+        others = (mistaken[0], mistaken[0], *mistaken, background)
+        words[wrong] = [others[i] for i in rng.integers(len(others), size=wrong.sum())]
+
+
+def text_picture(scene, rng, noise=1.0):
+    """64 words, one for each 8x8 patch in reading order: its object, letter or color. `noise`, from
+    0 to 1: how often signs and objects are written with noise."""
+    words = np.full((GRID, GRID), scene.background, dtype=object)
+    y, x = np.mgrid[:GRID, :GRID] * PATCH + PATCH / 2
+    if scene.chart:
+        for (left, top, width, _), (color, _) in zip(bar_boxes(scene.chart), scene.chart.bars):
+            words[(x >= left - 2) & (x < left + width + 2) & (y >= top)] = color
+    for sign in scene.signs:
+        write_sign(words, sign, x, y, rng if rng.random() < noise else None)
+    noisy = rng.random() < 0.75 * noise
+    for thing in scene.objects:
+        write_thing(words, thing, scene.background, x, y, rng if noisy else None)
+    return list(words.ravel())
 
 
 def blur(x, place, noise=1.0):
-    """Noise for embeddings x [B, T, D] of text pictures, as an encoder's features have it: patches
-    mix with a neighbour and get Gaussian noise; how much differs from row to row."""
+    """Embeddings x [B, T, D] with noise on the patches of text pictures, as if an encoder had made
+    them: each mixes with a neighbour and gets Gaussian noise, with its own strength in each row."""
     patch = (place != IGNORE)[..., None]
     shift = (-GRID, -1, 1, GRID)[torch.randint(4, ()).item()]
     mixed = torch.rand(len(x), x.shape[1], 1) * torch.rand(len(x), 1, 1) * 0.7 * noise
@@ -116,22 +103,26 @@ def blur(x, place, noise=1.0):
     return torch.lerp(x, x.roll(shift, 1), mixed) + spread * torch.randn_like(x)
 
 
-def telegrams(scene, rng):
-    """All look-ups that a scene allows, in telegraph style: [(question, answer)], shuffled.
+# ------------------------------------------------------------------------------ telegrams
 
-        cat? yes   owl? no   cat: top left   top left: cat   cat bus? left   animal: cat
 
-    They take a quarter of the tokens of full questions. Each is asked only once, because a repeated
-    question could be answered by copying.
-    """
-    if scene.kind == "charts":
-        asked = [(f"{color}:", NUMBERS[height]) for color, height in scene.chart.bars]
-        pairs = [ask(scene, rng) for ask in (ask_tallest, ask_compare, ask_bars)]
-        asked += [(q.lower(), answer) for q, answer in filter(None, pairs)]
-        return [asked[i] for i in rng.permutation(len(asked))]
-    if scene.kind == "words":
-        asked = [(f"sign {sign.place}:", sign.text) for sign in scene.signs]
-        return [asked[i] for i in rng.permutation(len(asked))]
+@functools.cache
+def name_ids(tokenizer):
+    """concept -> the id of its single token."""
+    return {name: tokenizer.encode(" " + name)[0] for name in world.CONCEPTS}
+
+
+def look_ups(scene, tokenizer):
+    """id of a name -> index into FOUND: its place in the scene."""
+    names = [o.name for o in scene.objects]
+    answers = dict.fromkeys(name_ids(tokenizer).values(), 0)
+    for o in scene.objects:
+        answer = "several" if names.count(o.name) > 1 else o.place
+        answers[name_ids(tokenizer)[o.name]] = FOUND.index(answer)
+    return answers
+
+
+def telegrams_of_things(scene, rng):
     names = [o.name for o in scene.objects]
     kinds = [world.CATEGORIES[name] for name in names]
     place = {o: o.place.split(" ", 2)[2] for o in scene.objects}  # "top left", "middle"
@@ -150,7 +141,41 @@ def telegrams(scene, rng):
             side, other = o.place.split()[-1], p.place.split()[-1]
             if names.count(p.name) == 1 and side != other:
                 asked.append((f"{o.name} {p.name}?", side))
+    return asked
+
+
+def telegrams(scene, rng):
+    """All look-ups that a scene allows, in telegraph style: [(question, answer)], shuffled.
+
+        cat? yes   owl? no   cat: top left   top left: cat   cat bus? left   animal: cat
+        sign at the top: MILK       red: three   which bar is the tallest? red
+
+    They take a quarter of the tokens of full questions. Each is asked only once, because a repeated
+    question could be answered by copying.
+    """
+    if scene.kind == "charts":
+        asked = [(f"{color}:", NUMBERS[height]) for color, height in scene.chart.bars]
+        pairs = [ask(scene, rng) for ask in (ask_tallest, ask_compare, ask_bars)]
+        asked += [(q.lower(), answer) for q, answer in filter(None, pairs)]
+    elif scene.kind == "words":  # its things have telegrams in scenes of their own
+        asked = [(f"sign {sign.place}:", sign.text) for sign in scene.signs]
+    else:
+        asked = telegrams_of_things(scene, rng)
     return [asked[i] for i in rng.permutation(len(asked))]
+
+
+# ------------------------------------------------------------------------------ samples
+
+# A sample is (ids, labels, types, place, found): its tokens; the types of its questions; the place
+# of each patch in its text picture; and for each name after a scene the result of looking it up
+# there, an index into FOUND. IGNORE elsewhere.
+
+
+def with_other_texts(scene, rng):
+    """The scene with random letters and digits on its signs: they must be read, not guessed."""
+    texts = [random_letters(rng, len(sign.text)) for sign in scene.signs]
+    signs = tuple(replace(sign, text=text) for sign, text in zip(scene.signs, texts))
+    return replace(scene, signs=signs)
 
 
 def written(scene, rng, noise):
@@ -165,110 +190,134 @@ def encode_written(text, tokenizer):
     return [tokenizer.encode(word if len(word) == 1 else f" {word}")[0] for word in text]
 
 
-def telegraph_sample(tokenizer, rng, noise):
-    """(ids, labels, types, place, found): one scene or, with noise, two, and short questions about
-    each."""
-    ids, labels, place, found = [tokenizer.bos] * 2, [IGNORE] * 2, [IGNORE] * 2, [IGNORE] * 2
-    start = tokenizer.encode("[INST] ")
-    for k in range(1 + (rng.random() < 0.4 * noise)):
-        if rng.random() < 0.3:
-            scene = world.sample_things(rng, "train", int(rng.integers(2, 5)))
-        else:
-            kind = world.pick(rng, "words", "words", "words", "charts")
-            scene = world.sample_scene(rng, "train", kind)
-            if len(scene.signs) == 1 and rng.random() < 0.5:
-                scene = world.sample_scene(rng, "train", kind)
-            scene = with_other_texts(scene, rng)
-        words = encode_written(written(scene, rng, noise), tokenizer)
-        ids += [tokenizer.eos] * k + start
-        place += [IGNORE] * (len(ids) - len(place)) + place_of(words)
-        ids += words
-        labels += [IGNORE] * (len(ids) - len(labels))
-        found += [IGNORE] * (len(ids) - len(found))
-        answers = look_ups(scene, tokenizer)
-        for asked, answer in telegrams(scene, rng):
-            asked, answer = tokenizer.encode(" " + asked), tokenizer.encode(" " + answer)
-            ids += asked + answer
-            labels += [IGNORE] * len(asked) + answer
-        found += [answers.get(token, IGNORE) for token in ids[len(found) :]]
-    place += [IGNORE] * (len(ids) - len(place))
-    return ids, labels, [], place, found
-
-
-# The questions that a small model learns last are asked more often.
-HARD = world.KINDS | {
-    "things": (*world.KINDS["things"], "existence", "where", "kind", "side", "count", "list"),
-    "words": world.ASKED["words"],
-}
-
-
-def dialogue_sample(tokenizer, rng, split, noise):
-    """(ids, labels, types, place, found): a conversation about one scene, or about two or three, of
-    at most LENGTH tokens."""
-    if rng.random() < 0.75:
-        scenes = world.sample_scenes(rng, split, world.pick(rng, 2, 3, 3))
-        if split == "train":
-            scenes = [with_other_texts(scene, rng) for scene in scenes]
-        turns = world.conversation(scenes, rng, int(rng.integers(3, 10)))
-        texts = [text_picture(scene, rng, noise) for scene in scenes]
-    else:
-        scenes = [world.sample_scene(rng, split)]
-        if split == "train":
-            scenes = [with_other_texts(scene, rng) for scene in scenes]
-        kinds, n = HARD if split == "train" else world.KINDS, int(rng.integers(2, 10))
-        turns = world.questions(scenes[0], rng, n, kinds)
-        described = ("describe", world.DESCRIBE, world.caption(scenes[0]))
-        turns.insert(int(rng.integers(len(turns) + 1)), described)
-        (kind, question, answer), *rest = turns
-        turns = [(kind, f"{world.IMAGE_TAG}\n{question}", answer), *rest]
-        texts = [written(scenes[0], rng, noise)]
-    while len((sample := render_text(turns, tokenizer, texts))[0]) > LENGTH:
-        turns = turns[:-1]
-    ids, labels, place = sample
-    found = [IGNORE] * len(ids)
-    if len(scenes) == 1:
-        begin = max(k for k, at in enumerate(place) if at != IGNORE) + 1 if max(place) >= 0 else 70
-        answers = look_ups(scenes[0], tokenizer)
-        found[begin:] = [answers.get(token, IGNORE) for token in ids[begin:]]
-    return ids, labels, [kind for kind, *_ in turns], place, found
-
-
-def caption_sample(tokenizer, rng, noise):
-    """(ids, labels, types, place, found): a scene and its short caption, as in stage 1."""
-    scene = world.sample_one(rng, "train")
-    if rng.random() < 0.5:
-        scene = with_other_texts(world.sample_scene(rng, "train", "words"), rng)
-    turns = [("name", f"{world.IMAGE_TAG}\n{world.DESCRIBE}", world.short_caption(scene))]
-    text = text_picture(scene, rng, noise)
-    ids, labels, place = render_text(turns, tokenizer, [text], "plain")
-    return ids, labels, [], place, [IGNORE] * len(ids)
-
-
-def place_of(words):
-    """The place of each patch in its text picture; IGNORE for the words of a caption."""
-    return list(range(GRID * GRID)) if len(words) == GRID * GRID else [IGNORE] * len(words)
+def place_of(ids):
+    """The place of each patch in its text picture; IGNORE for the tokens of a caption, which is
+    always shorter."""
+    return list(range(GRID * GRID)) if len(ids) == GRID * GRID else [IGNORE] * len(ids)
 
 
 def render_text(turns, tokenizer, texts, template="mistral_instruct"):
     """(ids, labels, place) of [(type, question, answer)], with texts in the place of images."""
-    texts = [encode_written(text, tokenizer) for text in texts]
-    tags = sum(question.count(world.IMAGE_TAG) for _, question, _ in turns)
+    tags = sum(question.count(IMAGE_TAG) for _, question, _ in turns)
     ids, labels = render(world.records(turns), tokenizer, template, 1, tags)
-    place, at = [IGNORE] * len(ids), 0
-    for words in texts[:tags]:
-        at = ids.index(IMAGE_TOKEN)
+    place = [IGNORE] * len(ids)
+    for text in texts[:tags]:
+        words, at = encode_written(text, tokenizer), ids.index(IMAGE_TOKEN)
         ids[at : at + 1] = words
         labels[at : at + 1] = [IGNORE] * len(words)
         place[at : at + 1] = place_of(words)
     return ids, labels, place
 
 
-def text_batch(tokenizer, split, seed, step, short=0.0, noise=1.0):
-    """Rows about text scenes -> (batch, question types of each row). `short`: share of rows
-    of telegrams and short captions.
+def telegraph_scene(rng):
+    """A scene of things, signs or a chart. Half of the scenes of one sign are drawn again, because
+    a sign has only one telegram."""
+    if rng.random() < 0.3:
+        return world.sample_things(rng, "train", int(rng.integers(2, 5)))
+    kind = world.pick(rng, "words", "words", "words", "charts")
+    scene = world.sample_scene(rng, "train", kind)
+    if len(scene.signs) == 1 and rng.random() < 0.5:
+        scene = world.sample_scene(rng, "train", kind)
+    return with_other_texts(scene, rng)
 
-    batch["place"] [ROWS, LENGTH]: the place of each patch in its text picture. batch["found"]: for
-    each name after a scene the result of looking it up there, an index into FOUND. IGNORE else.
+
+def telegraph_sample(tokenizer, rng, noise):
+    """One scene or, with noise, sometimes two, each followed by its telegrams."""
+    ids, labels, place, found = [tokenizer.bos] * 2, [IGNORE] * 2, [IGNORE] * 2, [IGNORE] * 2
+    start = tokenizer.encode("[INST] ")
+    for k in range(1 + (rng.random() < 0.4 * noise)):
+        scene = telegraph_scene(rng)
+        words = encode_written(written(scene, rng, noise), tokenizer)
+        ids += [tokenizer.eos] * k + start
+        place += [IGNORE] * (len(ids) - len(place)) + place_of(words)
+        ids += words
+        labels += [IGNORE] * (len(ids) - len(labels))
+        found += [IGNORE] * (len(ids) - len(found))
+        for asked, answer in telegrams(scene, rng):
+            asked, answer = tokenizer.encode(" " + asked), tokenizer.encode(" " + answer)
+            ids += asked + answer
+            labels += [IGNORE] * len(asked) + answer
+        results = look_ups(scene, tokenizer)
+        found += [results.get(token, IGNORE) for token in ids[len(found) :]]
+    place += [IGNORE] * (len(ids) - len(place))
+    return ids, labels, [], place, found
+
+
+def dialogue_sample(tokenizer, rng, split, noise):
+    """A conversation about one scene, or about two or three, of at most LENGTH tokens."""
+    several = rng.random() < 0.75
+    if several:
+        scenes = world.sample_scenes(rng, split, world.pick(rng, 2, 3, 3))
+    else:
+        scenes = [world.sample_scene(rng, split)]
+    if split == "train":
+        scenes = [with_other_texts(scene, rng) for scene in scenes]
+    if several:
+        turns = world.conversation(scenes, rng, int(rng.integers(3, 10)))
+        texts = [text_picture(scene, rng, noise) for scene in scenes]
+    else:
+        types, n = ASKED if split == "train" else world.KINDS, int(rng.integers(2, 10))
+        turns = world.questions(scenes[0], rng, n, types)
+        described = ("describe", world.DESCRIBE, world.caption(scenes[0]))
+        turns.insert(int(rng.integers(len(turns) + 1)), described)
+        (of_type, question, answer), *rest = turns
+        turns = [(of_type, f"{IMAGE_TAG}\n{question}", answer), *rest]
+        texts = [written(scenes[0], rng, noise)]
+    while len((sample := render_text(turns, tokenizer, texts))[0]) > LENGTH:
+        turns = turns[:-1]
+    ids, labels, place = sample
+    found = [IGNORE] * len(ids)
+    if not several:
+        begin = place.index(GRID * GRID - 1) + 1 if max(place) >= 0 else 70  # captions end earlier
+        results = look_ups(scenes[0], tokenizer)
+        found[begin:] = [results.get(token, IGNORE) for token in ids[begin:]]
+    return ids, labels, [of_type for of_type, *_ in turns], place, found
+
+
+def caption_sample(tokenizer, rng, noise):
+    """A text picture and its short caption, as in stage 1."""
+    scene = world.sample_one(rng, "train")
+    if rng.random() < 0.5:
+        scene = with_other_texts(world.sample_scene(rng, "train", "words"), rng)
+    turns = [("name", f"{IMAGE_TAG}\n{world.DESCRIBE}", world.short_caption(scene))]
+    text = text_picture(scene, rng, noise)
+    ids, labels, place = render_text(turns, tokenizer, [text], "plain")
+    return ids, labels, [], place, [IGNORE] * len(ids)
+
+
+# ------------------------------------------------------------------------------ batches
+
+
+def letter_places(tokens, labels, place, letters):
+    """For each token [T] of a row that comes before a letter of an answer: the place of that letter
+    in its text picture. IGNORE for all other tokens, and for letters larger than a patch.
+
+    `letters`: the ids of all letters. An answer and a line of a text picture belong together if
+    their letters are the same.
+    """
+    lines, answers, picture = {}, [], 0
+    for i, (token, at) in enumerate(zip(tokens.tolist(), place.tolist())):
+        picture += at == 0
+        if token in letters and at != IGNORE:
+            lines.setdefault((picture, at // GRID), []).append((token, at))
+        elif token in letters and labels[i] != IGNORE:
+            if not answers or answers[-1][-1] != i - 1:
+                answers.append([])
+            answers[-1].append(i)
+    places = {tuple(t for t, _ in line): [at for _, at in line] for line in lines.values()}
+    target = torch.full_like(tokens, IGNORE)
+    for answer in answers:
+        for i, at in zip(answer, places.get(tuple(tokens[answer].tolist()), ())):
+            target[i - 1] = at
+    return target
+
+
+def text_batch(tokenizer, split, seed, step, short=0.0, noise=1.0):
+    """ROWS rows of samples -> (batch, types of the questions of each row). `short`: the share of
+    samples that are telegrams or captions, else dialogues.
+
+    The batch is that of data/packing.py and, for the probes of pretrain_mini.py, [ROWS, LENGTH]
+    each: "place" and "found" of the samples, and "spelled" of `letter_places`.
     """
     rows, types = [], []
     extra = {name: torch.full((ROWS, LENGTH), IGNORE) for name in ("place", "found")}
@@ -281,11 +330,11 @@ def text_batch(tokenizer, split, seed, step, short=0.0, noise=1.0):
         rows.append([])
         types.append([])
         at = 0
-        for _ in range(6):  # tries; those that do not fit any more are left out
-            ids, labels, kinds, *targets = sample()
+        for _ in range(6):  # a sample that does not fit into the rest of the row is left out
+            ids, labels, asked, *targets = sample()
             if at + len(ids) <= LENGTH:
                 rows[-1].append((ids, labels, []))
-                types[-1] += kinds
+                types[-1] += asked
                 for target, values in zip(extra.values(), targets):
                     target[i, at : at + len(ids)] = torch.tensor(values)
                 at += len(ids)
@@ -294,19 +343,3 @@ def text_batch(tokenizer, split, seed, step, short=0.0, noise=1.0):
     columns = batch["tokens"], batch["labels"], batch["place"]
     batch["spelled"] = torch.stack([letter_places(*row, letters) for row in zip(*columns)])
     return batch, types
-
-
-def look_ups(scene, tokenizer):
-    """id of a name -> index into FOUND: its place in the scene."""
-    names = [o.name for o in scene.objects]
-    answers = dict.fromkeys(name_ids(tokenizer).values(), 0)
-    for o in scene.objects:
-        answer = "several" if names.count(o.name) > 1 else o.place
-        answers[name_ids(tokenizer)[o.name]] = FOUND.index(answer)
-    return answers
-
-
-@functools.cache
-def name_ids(tokenizer):
-    """concept -> the id of its single token."""
-    return {name: tokenizer.encode(" " + name)[0] for name in world.CONCEPTS}
