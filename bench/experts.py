@@ -168,9 +168,8 @@ def open_models(after, before, seed):
     check_start(after, before)
     model, dense = (CuMo.from_pretrained(local_folder(path)).eval() for path in (after, before))
     if dense.cfg.vision.num_experts or dense.cfg.mlp_experts:
-        raise ValueError(
-            f"--before {before} is sparse; give the dense stage 2 that it started from"
-        )
+        raise ValueError(f"--before {before} is sparse; give the dense stage 2 that --model "
+                         f"{after} started from")  # fmt: skip
     vision, patches = model.cfg.vision, GRID * GRID
     sizes = {"clip": (vision.num_experts, vision.top_k),
              "mlp": (model.cfg.mlp_experts, model.cfg.mlp_top_k)}  # fmt: skip

@@ -6,8 +6,8 @@
     | #  #   |     "Is the blue bar higher than the red bar?"    "no"
     +--------+
 
-In the split `pairs`, a bar of each chart has a height that its color never has in training. In the
-split `style`, bars have stripes.
+Each color has one height that it never has in training. In the split `pairs`, every chart has such
+a bar. In the split `style`, bars have stripes.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from PIL import ImageDraw
 from data.drawings import NUMBERS, SIDE, pick, rgb_of
 
 BAR_COLORS = ("red", "green", "blue", "yellow", "purple", "black")
-HELD_OUT_BARS = frozenset(zip(BAR_COLORS, (4, 2, 5, 3, 1, 2)))  # one height of each color
+HELD_OUT_BARS = frozenset(zip(BAR_COLORS, (4, 2, 5, 3, 1, 2)))  # (color, height)
 HIGHEST = 5
 STEP = 11  # pixels of a bar for each unit of its height
 
@@ -26,7 +26,7 @@ STEP = 11  # pixels of a bar for each unit of its height
 @dataclass(frozen=True)
 class Chart:
     bars: tuple  # (color, height from 1 to HIGHEST) of each, from left to right
-    shift: int = 0  # pixels to the right
+    shift: int = 0  # of all bars, in pixels to the right
 
 
 def captions(scene):
@@ -39,13 +39,13 @@ def captions(scene):
 
 
 def pitch_and_width(n):
-    """Pixels from bar to bar, and of a bar."""
+    """Of `n` bars, in pixels: the distance from one to the next, and the width of one."""
     pitch = (SIDE - 4) / n
     return pitch, int(min(14, 0.72 * pitch))
 
 
 def sample_chart(rng, split, background):
-    """Two to four bars of different colors; with a held-out one in the split `pairs`, else none."""
+    """Two to four bars of different colors; some held out in the split `pairs`, none elsewhere."""
     colors = [c for c in BAR_COLORS if c != background]
     while True:
         n = int(rng.integers(2, 5))
@@ -69,6 +69,7 @@ def draw_chart(canvas, chart, style, scale, rng=None):
     """Draw bars on an axis, with a thin line at each unit. With `rng`, their colors are changed."""
     pen = ImageDraw.Draw(canvas)
     ground = np.array(canvas.getpixel((0, 0)), float)
+    # A line is darker than the background, but lighter than a black one.
     thin = tuple(int(v) for v in ground * 0.82 + (20 if ground.mean() < 80 else 0))
     axis = tuple(int(v) for v in 255 - ground)
     for unit in range(HIGHEST + 1):
@@ -111,11 +112,13 @@ def ask_bars(scene, rng):
 
 
 def ask_compare(scene, rng):
+    """None if both bars are equally high."""
     if scene.chart:
         bars = scene.chart.bars
-        (one, height), (other, its) = (bars[i] for i in rng.permutation(len(bars))[:2])
-        if height != its:
-            return f"Is the {one} bar higher than the {other} bar?", "yes" if height > its else "no"
+        (one, height), (other, limit) = (bars[i] for i in rng.permutation(len(bars))[:2])
+        if height != limit:
+            answer = "yes" if height > limit else "no"
+            return f"Is the {one} bar higher than the {other} bar?", answer
 
 
 ASK = {"tallest": ask_tallest, "height": ask_height, "bars": ask_bars, "compare": ask_compare}

@@ -16,7 +16,7 @@ import numpy as np
 from data import world
 
 SPLITS = ("new", "pairs", "style")
-LEAST = len(world.KINDS) * max(map(len, world.KINDS.values()))  # questions that have every type
+LEAST = len(world.KINDS) * max(map(len, world.KINDS.values()))  # for a question of every type
 
 
 def exam(split, n, seed):
@@ -27,9 +27,9 @@ def exam(split, n, seed):
         rng = np.random.default_rng((seed, world.SPLITS.index(split), 99, i))
         turn, k = divmod(len(asked), len(world.KINDS))
         kind, types = [*world.KINDS.items()][k]
-        scene, i = world.sample_scene(rng, split, kind), i + 1
         of_type = types[turn % len(types)]
-        if pair := world.ASK[of_type](scene, rng):
+        scene, i = world.sample_scene(rng, split, kind), i + 1
+        if pair := world.ASK[of_type](scene, rng):  # else the same question about the next scene
             asked.append((of_type, *pair, world.draw(scene)))
     return asked
 

@@ -5,8 +5,9 @@
     | cat    |     "Read the sign."                       "MILK"
     +--------+
 
-The split `pairs` has the words and numbers that no training sign has: they must be spelled, because
-they cannot be recalled. In the split `style`, letters are slanted and white on a dark plate.
+A number counts as a word, and a digit as a letter. The split `pairs` has words that no training
+sign has: they must be spelled, because they cannot be recalled. In the split `style`, letters are
+slanted and white on a dark plate.
 """
 
 import functools
@@ -21,7 +22,7 @@ from data.drawings import SIDE, pick, rgb_of
 LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
 WORDS = tuple((pathlib.Path(__file__).resolve().parent / "words.txt").read_text().split())
 HELD_OUT_WORDS = frozenset(WORDS[k] for k in np.random.default_rng(24).permutation(len(WORDS))[:90])
-ROWS = {  # place of a sign -> the pixels from top to bottom in which it stands
+ROWS = {  # place of a sign -> the first row of pixels that it may cover, and the one after the last
     "in the middle": (SIDE // 4, 3 * SIDE // 4),
     "at the top": (0, SIDE // 2),
     "at the bottom": (SIDE // 2, SIDE),
@@ -46,7 +47,7 @@ def captions(scene):
 
 
 def is_held_out(text):
-    """Whether a word, or a number of several digits, is one that only the split `pairs` shows."""
+    """Whether only the split `pairs` shows this text, a word or a number of several digits."""
     if text.isdigit():
         return len(text) > 1 and int(text) % 8 == 3
     return text in HELD_OUT_WORDS
@@ -62,16 +63,16 @@ def sample_text(rng, split):
 
 
 def random_letters(rng, n):
-    """`n` random letters and digits that are nothing held out."""
+    """`n` random letters and digits; never a held-out word."""
     while is_held_out(text := "".join(rng.choice(LETTERS, n))):
         pass
     return text
 
 
 def sample_sign(rng, split, place, background, text=None, largest=14):
-    """A sign in one of ROWS, on a plate whose color is not the background's. `largest`: pixels from
-    letter to letter."""
-    top, bottom = ROWS[place]
+    """A sign in one of ROWS, on a plate whose color is not the background's. Its letters are at
+    least 8.5 pixels apart, and at most `largest`."""
+    first, end = ROWS[place]
     plate = pick(rng, *[c for c in ("white", "yellow", "gray") if c != background])
     ink = "black" if plate == "gray" else pick(rng, "black", "black", "blue", "red")
     if split == "style":
@@ -79,8 +80,8 @@ def sample_sign(rng, split, place, background, text=None, largest=14):
     text = text or sample_text(rng, split)
     pitch = rng.uniform(8.5, min(largest, (SIDE - 2) / (len(text) + 0.5)))
     width = int(pitch * (len(text) + 0.5))
-    height = int(min(rng.uniform(1.4, 2.4) * pitch, bottom - top))
-    left, top = int(rng.integers(1, SIDE - width)), int(rng.integers(top, bottom - height + 1))
+    height = int(min(rng.uniform(1.4, 2.4) * pitch, end - first))
+    left, top = int(rng.integers(1, SIDE - width)), int(rng.integers(first, end - height + 1))
     return Sign(text, place, (left, top, width, height), plate, ink)
 
 
@@ -97,8 +98,8 @@ def font(size):
 
 
 def draw_sign(canvas, sign, style, scale, rng=None):
-    """Draw a sign, its letters as tall as the plate allows. With `rng`, its colors are changed and
-    it is slightly turned and sometimes blurred."""
+    """Draw a sign, stretched to the height of its box. With `rng`, its colors are changed, and it
+    is slightly turned and sometimes blurred."""
     left, top, width, height = (scale * n for n in sign.box)
     plate, ink = rgb_of(sign.plate, rng), rgb_of(sign.ink, rng)
     pitch = 4 * width / (len(sign.text) + 0.5)  # drawn 4 times larger, then reduced

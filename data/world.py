@@ -1,7 +1,7 @@
 """The emoji world: pictures, captions and questions generated from a seed, without a download.
 
 A scene has a plain background and is one of three kinds, each in a file of its own: *things*
-(data/things.py), *words* (data/signs.py; also with things) and *charts* (data/charts.py):
+(data/things.py), *words* (data/signs.py; some with things too) and *charts* (data/charts.py):
 
     "on a blue background: a cat at the top left, a bus at the bottom right."
     "Is there a dog?"  "no"      "Read the sign."  "MILK"      "How high is the red bar?"  "three"
@@ -31,8 +31,9 @@ from data.things import HELD_OUT, MIDDLE, PARTNERS, PLACES, Object, a, join, plu
 
 ORDINALS = ("first", "second", "third")
 SEVERAL = 0.5  # share of conversations about 2 or 3 pictures
-ASK = things.ASK | signs.ASK | charts.ASK  # type of question -> (scene, rng) -> (question, answer)
-KINDS = {  # of pictures -> the types of questions about them
+# type of question -> its function: (scene, rng) -> (question, answer), or None if it does not fit
+ASK = things.ASK | signs.ASK | charts.ASK
+KINDS = {  # kind of picture -> types of the questions about it
     "things": tuple(things.ASK),
     "words": tuple(signs.ASK),
     "charts": tuple(charts.ASK),
@@ -79,17 +80,17 @@ def sample_scene(rng, split, kind=None):
     if rows in ((top,), (bottom,)):  # one or two things in the other half
         n = int(rng.integers(2 if split == "pairs" else 1, 3))
         scene = sample_things(rng, split, n, (2, 3) if rows == (top,) else (0, 1))
-    some = tuple(signs.sample_sign(rng, split, row, scene.background) for row in rows)
-    return replace(scene, signs=some)
+    drawn = tuple(signs.sample_sign(rng, split, row, scene.background) for row in rows)
+    return replace(scene, signs=drawn)
 
 
 def sample_one(rng, split):
-    """A scene of one thing, or of a sign with one to three random letters, small or large: to learn
-    their names."""
+    """A scene of stage 1, to learn names: one thing, or a sign with one to three random letters,
+    small or large."""
     if rng.random() < 0.4:
         return sample_things(rng, split, 1)
     background, text = pick(rng, *COLORS), signs.random_letters(rng, pick(rng, 1, 1, 1, 2, 3))
-    sign = signs.sample_sign(rng, split, pick(rng, *signs.ROWS), background, text, 28)
+    sign = signs.sample_sign(rng, split, pick(rng, *signs.ROWS), background, text, largest=28)
     return Scene(background, (), pick(rng, *STYLES[split]), (sign,))
 
 
@@ -112,6 +113,7 @@ def draw(scene, rng=None, scale=1):
 
 
 def caption(scene):
+    """What stage 2 learns: `on a blue background: a sign at the top that says MILK, a cat ...`"""
     parts = [part for kind in (signs, charts, things) for part in kind.captions(scene)]
     return f"on a {scene.background} background: {', '.join(parts)}."
 
@@ -132,12 +134,12 @@ def questions(scene, rng, n, types=None):
     {kind: types}): [(type, question, answer)]."""
     asked, types = [], (types or ASKED)[scene.kind]
     tries = 0
-    while not asked or len(asked) < n and tries < 8 * n:  # a sign allows only a few
+    while not asked or len(asked) < n and tries < 8 * n:  # a sign allows few different questions
         tries += 1
-        kind = types[rng.integers(len(types))]
-        pair = ASK[kind](scene, rng)
+        of_type = types[rng.integers(len(types))]
+        pair = ASK[of_type](scene, rng)
         if pair and pair[0] not in [q for _, q, _ in asked]:
-            asked.append((kind, *pair))
+            asked.append((of_type, *pair))
     return asked
 
 
@@ -163,10 +165,10 @@ def ask_which(scenes, rng):
         return q, f"the {ORDINALS[k]}"
 
 
-def of_picture(k, kind, question, rng):
+def of_picture(k, of_type, question, rng):
     """A question about the only picture, asked about picture `k` of several."""
     picture = f"in the {ORDINALS[k]} picture"
-    if kind == "list" or question == "What is this?":
+    if of_type == "list" or question == "What is this?":
         return pick(rng, f"What is {picture}?", f"List all objects {picture}.")
     if "in the picture" in question:
         return question.replace("in the picture", picture)
@@ -179,8 +181,8 @@ def ask_ordinal(scenes, rng):
     k = int(rng.integers(len(scenes)))
     if rng.random() < 0.1:
         return "describe", f"Describe the {ORDINALS[k]} picture.", caption(scenes[k])
-    kind, question, answer = questions(scenes[k], rng, 1)[0]
-    return kind, of_picture(k, kind, question, rng), answer
+    of_type, question, answer = questions(scenes[k], rng, 1)[0]
+    return of_type, of_picture(k, of_type, question, rng), answer
 
 
 def conversation(scenes, rng, n):
@@ -200,9 +202,9 @@ def conversation(scenes, rng, n):
         asked = list({turn[1]: turn for turn in asked}.values())  # no question twice
         # "Is there a cat?" comes first: a question that names the cat gives the answer away.
         asked.sort(key=lambda turn: turn[0] != "existence")
-        kind, question, answer = asked[0]
+        of_type, question, answer = asked[0]
         tags = f"{IMAGE_TAG}\n" * (shown if together else 1)
-        turns += [(kind, tags + question, answer), *asked[1:]]
+        turns += [(of_type, tags + question, answer), *asked[1:]]
     return turns
 
 
@@ -212,8 +214,8 @@ def descriptions(scenes, rng):
         return [("describe", f"{IMAGE_TAG}\n{DESCRIBE}", caption(scene)) for scene in scenes]
     turns = [("describe", f"Describe the {ORDINALS[k]} picture.", caption(scenes[k]))
              for k in rng.permutation(len(scenes))]  # fmt: skip
-    kind, question, answer = turns[0]
-    return [(kind, f"{IMAGE_TAG}\n" * len(scenes) + question, answer), *turns[1:]]
+    of_type, question, answer = turns[0]
+    return [(of_type, f"{IMAGE_TAG}\n" * len(scenes) + question, answer), *turns[1:]]
 
 
 def records(turns):
@@ -261,7 +263,7 @@ class World:
         return {"id": self.name(i),
                 "images": [draw(scene, rng if self.augment else None) for scene in scenes],
                 "conversations": records(turns),
-                "types": [kind for kind, *_ in turns]}  # fmt: skip
+                "types": [of_type for of_type, *_ in turns]}  # fmt: skip
 
     def name(self, i):
         return f"{self.split}-{self.task}-{self.seed}-{i}"

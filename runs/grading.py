@@ -6,7 +6,7 @@ Greedy decoding gives the right answer if and only if each of its tokens is the 
 after the right tokens before it: the first wrong token ends both. So a single pass over question
 and answer says whether the model would answer right, several times faster than generation. The
 last of the tokens is the one that ends an answer. An answer counts as wrong if the model writes the
-same text with other tokens than the tokenizer, such as "L" + "ION" for "LI" + "ON".
+same text with other tokens than the tokenizer, such as " ca" + "t" for " cat".
 
 The same pass gives the loss of the right answer: -log p(answer), in nats, the sum over its tokens.
 A difference that is too small to change the most likely token still shows in the loss.

@@ -118,9 +118,8 @@ def compare(ours, reference):
         part = both[..., kinds == k].reshape(len(both), -1)
         parts[kind] = part.mean(1), question_weights(part.shape[1]) @ part.T
     shares = np.bincount(kinds) / len(kinds)
-    parts[ALL] = [
-        sum(share * part[i] for share, part in zip(shares, parts.values())) for i in (0, 1)
-    ]
+    mix = lambda i: sum(share * part[i] for share, part in zip(shares, parts.values()))
+    parts[ALL] = mix(0), mix(1)
     return {
         kind: {name: interval(means[half], drawn[:, half])
                for name, half in (("right", np.s_[: len(right)]), ("loss", np.s_[len(right) :]))}
@@ -267,10 +266,9 @@ def ablations_block():
         return "Not measured yet."
     content, last = found[0], found[0]["rows"][-1]
     verdicts, kinds = tables(ablations(*found))
-    note = (
-        f"{content['questions']:,} questions a split, after {content['samples']:,} samples of "
-        f"stage 3; {last['machine']}, {last['precision']}, commit {last['commit']}."
-    )
+    length = f"{content['questions']:,} questions a split, after {content['samples']:,} samples"
+    made = f"{last['machine']}, {last['precision']}, commit {last['commit']}"
+    note = f"{length} of stage 3; {made}."
     lines = [verdicts, "", note]
     if (FOLDER / "ablations.png").is_file():
         picture = "../bench/ablations/ablations.png"
