@@ -8,11 +8,15 @@ on the emoji world, small enough for a laptop:
     python runs/make/pretrain_mini.py clip         # CLIP training: pictures against phrases
 
 The language model sees no picture. It reads scenes as text (text_world.py), first with short
-questions, then mostly in conversations; on signs it reads random letters, never words. Neither
-model sees what the split `pairs` holds out, or the drawings, signs and bars of `style`.
+questions, then mostly in conversations; on signs it reads random letters, never words. CLIP sees
+things and signs, but no chart. Neither model sees what the split `pairs` holds out, or the
+drawings, signs and bars of `style`.
+
+`--init` continues from weights that this script has written: `llm --init data/mini/llm`, or `clip
+--init out/clip --out out` for a folder with heads.pt, which holds the parts of CLIP's training that
+are not shipped.
 """
 
-import argparse
 import json
 import pathlib
 import sys
@@ -28,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 from clip_moe import CLIPVision, CLIPVisionConfig
 from data import world
 from data.chat import IGNORE
+from data.flags import READ, Parser, run
 from data.images import preprocess
 from data.signs import LETTERS, random_letters, sample_sign
 from data.tokenizer import Tokenizer, train_bpe
@@ -37,7 +42,10 @@ from llm import LLM, LLMConfig
 from runs.make.text_world import FOUND, GRID, PATCH, blur, letter_patches, text_batch
 
 MINI = ROOT / "data" / "mini"
-HEADS = "heads.pt"  # the whole Contrast; not shipped
+HEADS = "heads.pt"  # all weights of Contrast; not shipped
+# The phrases of the text tower are numbered: first the concepts, then the colors, then the letters.
+FIRST_COLOR = len(world.CONCEPTS)
+FIRST_LETTER = FIRST_COLOR + len(world.COLORS)
 
 
 def corpus(n=6000):
@@ -50,6 +58,35 @@ def corpus(n=6000):
         turns = world.questions(scene, rng, 4) + several
         yield from (f"[INST] {q} [/INST] {a} " for _, q, a in turns)
         yield " ".join(["", world.DESCRIBE, *(o.name for o in scene.objects), scene.background])
+
+
+def export(folder, tensors, config):
+    """Write a Hugging Face directory, in bfloat16 like most public weights."""
+    write_tensors(folder, {name: t.to(torch.bfloat16) for name, t in tensors.items()})
+    write_json(folder / "config.json", config | {"dtype": "bfloat16"})
+
+
+def adamw(parameters, lr):
+    """AdamW with weight decay for matrices only."""
+    groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1},
+              {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}]  # fmt: skip
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+
+
+def set_lr(optimizer, lr, step, steps):
+    """Warm up for 100 steps, stay constant, decay to zero over the second half."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * min(1, (step + 1) / 100) * min(1, 2 * (1 - step / steps))
+
+
+def update(optimizer, parameters):
+    """One step with the gradients of all `parameters`, clipped to norm 1."""
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+# ------------------------------------------------------------------------------ language model
 
 
 @torch.no_grad()
@@ -66,24 +103,13 @@ def text_accuracy(llm, tokenizer, split, noise, batches=12):
             x, _ = llm.hidden(x, batch["segments"])
             guess = llm.logits(x).argmax(-1)[:, :-1]
         labels = batch["labels"][:, 1:]
-        for row, kinds in enumerate(types):
-            learn = labels[row] != IGNORE
-            starts = (learn & ~torch.cat([learn.new_zeros(1), learn[:-1]])).nonzero()[:, 0].tolist()
-            for kind, start in zip(kinds, starts):
-                stop = (
-                    start + learn[start:].long().argmin().item()
-                    if not learn[start:].all()
-                    else None
-                )
-                right = bool((guess[row, start:stop] == labels[row, start:stop]).all())
-                hits.setdefault(kind, []).append(right)
-    return {kind: sum(h) / len(h) for kind, h in sorted(hits.items())}
-
-
-def export(folder, tensors, config):
-    """Write a Hugging Face directory, in bfloat16 like most public weights."""
-    write_tensors(folder, {name: t.to(torch.bfloat16) for name, t in tensors.items()})
-    write_json(folder / "config.json", config | {"dtype": "bfloat16"})
+        for row, asked in enumerate(types):
+            learned = (labels[row] != IGNORE).nonzero()[:, 0]
+            gaps = (learned.diff() > 1).nonzero()[:, 0] + 1  # between two answers
+            for of_type, answer in zip(asked, learned.tensor_split(gaps)):
+                right = bool((guess[row, answer] == labels[row, answer]).all())
+                hits.setdefault(of_type, []).append(right)
+    return {of_type: sum(h) / len(h) for of_type, h in sorted(hits.items())}
 
 
 def export_llm(llm, out):
@@ -91,21 +117,13 @@ def export_llm(llm, out):
     export(out / "llm", llm.public_state_dict(), llm.cfg.to_hf() | special)
 
 
-def export_clip(model, out):
-    """Write the vision tower and the norm of its class token. The heads go to an extra file, with
-    which `--init` continues; nothing else needs them."""
-    norm = {f"vision_model.post_layernorm.{name}": t for name, t in model.norm.state_dict().items()}
-    config = {"architectures": ["CLIPVisionModel"]} | model.vision.cfg.to_hf()
-    export(out / "clip", model.vision.public_state_dict() | norm, config)
-    torch.save(model.state_dict(), out / "clip" / HEADS)
-
-
 class Probes(torch.nn.Module):
-    """Auxiliary losses on the first two layers, for training only.
+    """Auxiliary losses on the first three layers, for training only.
 
-    To look something up, layer 1 must know the preceding tokens and the position of each token, and
-    layer 2 must know, at a name in a question, where the scene has it; later layers then answer.
-    Without these losses the skills take thousands of steps to appear (docs/LOG.md).
+    To look something up, layer 1 must know the tokens before each token and the place of each
+    patch; layer 2, at a name in a question, where the scene has it. To spell a word, layer 3 must
+    know, at each letter of an answer, where the next one stands. Later layers then answer. Without
+    these losses the skills take thousands of steps to appear (docs/LOG.md).
     """
 
     def __init__(self, llm, offsets=4):
@@ -121,21 +139,21 @@ class Probes(torch.nn.Module):
             layer.register_forward_hook(lambda _, __, out, k=k: self.seen.update({k: out[0]}))
 
     def losses(self, llm, batch):
-        """Cross-entropies of the three probes."""
+        """Cross-entropies of the four probes: before, place, found, spelled (0 without letters)."""
         tokens, real, norm = batch["tokens"], batch["segments"] > 0, torch.nn.functional.rms_norm
         cross_entropy = torch.nn.functional.cross_entropy
-        early, later, last = (norm(self.seen[k], self.seen[k].shape[-1:]) for k in (0, 1, 2))
+        first, second, third = (norm(self.seen[k], self.seen[k].shape[-1:]) for k in (0, 1, 2))
         before = 0.0
         for offset, linear in enumerate(self.before, 1):
             some = real[:, offset:] & (torch.rand(real[:, offset:].shape) < 0.25)  # to save time
-            guess = llm.logits(linear(early[:, offset:][some])).float()
+            guess = llm.logits(linear(first[:, offset:][some])).float()
             before += cross_entropy(guess, tokens[:, :-offset][some]) / len(self.before)
         patch = batch["place"] != IGNORE
-        place = cross_entropy(self.place(early[patch]).float(), batch["place"][patch])
+        place = cross_entropy(self.place(first[patch]).float(), batch["place"][patch])
         asked = batch["found"] != IGNORE
-        found = cross_entropy(self.found(later[asked]).float(), batch["found"][asked])
+        found = cross_entropy(self.found(second[asked]).float(), batch["found"][asked])
         next_one = batch["spelled"] != IGNORE
-        spelled = cross_entropy(self.spelled(last[next_one]).float(), batch["spelled"][next_one])
+        spelled = cross_entropy(self.spelled(third[next_one]).float(), batch["spelled"][next_one])
         return before, place, found, spelled.nan_to_num(0)
 
 
@@ -150,13 +168,13 @@ def pretrain_llm(steps, lr, seed, out, init=None):
         llm = LLM.from_pretrained(init)
     probes = Probes(llm)
     trained = [*llm.parameters(), *probes.parameters()]
-    optimizers = [adamw(trained, lr)]
+    optimizer = adamw(trained, lr)
     for block in llm.model.layers:
         block.compile(dynamic=False)
     start = time.time()
     bar = tqdm(range(steps), desc="llm")
     for step in bar:
-        set_lr(optimizers, lr, step, steps)
+        set_lr(optimizer, lr, step, steps)
         # Short questions about clean pictures come first: with noise, the look-up does not form.
         short = 0.35 if init else 1.0 if step < 0.2 * steps else 0.25
         noise = 1.0 if init else min(1.0, max(0.0, 8 * step / steps - 1))
@@ -165,102 +183,95 @@ def pretrain_llm(steps, lr, seed, out, init=None):
             x = blur(llm.embed(batch["tokens"]), batch["place"], noise)
             x, _ = llm.hidden(x, batch["segments"])
             loss = llm.loss(x, batch["labels"])
-            asked = probes.losses(llm, batch)
-        weight = max(0.0, 1 - step / steps)
+            *looked_up, spelled = probes.losses(llm, batch)
+        # The weights of the probes fall to 0: of looking up at half-time, of spelling at the end.
+        weight = 1 - step / steps
         early = 0.0 if init else max(0.0, 2 * weight - 1)
-        (loss + early * sum(asked[:-1]) + weight * asked[-1]).backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        bar.set_postfix(loss=f"{loss.item():.3f}",
-                        probes=" ".join(f"{probe.item():.2f}" for probe in asked))  # fmt: skip
+        (loss + early * sum(looked_up) + weight * spelled).backward()
+        update(optimizer, trained)
+        probed = " ".join(f"{probe.item():.2f}" for probe in (*looked_up, spelled))
+        bar.set_postfix(loss=f"{loss.item():.3f}", probes=probed)
         if (step + 1) % 500 == 0 or step + 1 == steps:
             for split, noise in (("new", 0.0), ("new", 1.0), ("pairs", 1.0)):
                 acc = text_accuracy(llm, tokenizer, split, noise)
-                mean = np.mean([v for k, v in acc.items() if k != "describe"])
-                row = " ".join(f"{k} {v:.0%}" for k, v in acc.items())
+                mean = np.mean([share for of_type, share in acc.items() if of_type != "describe"])
+                row = " ".join(f"{of_type} {share:.0%}" for of_type, share in acc.items())
                 tqdm.write(f"step {step + 1}, {time.time() - start:.0f} s, {split}"
                            f"{' with noise' * (noise > 0)} {mean:.1%}: {row}")  # fmt: skip
             export_llm(llm, out)
 
 
-def adamw(parameters, lr):
-    """AdamW with weight decay for matrices only."""
-    groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1},
-              {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}]  # fmt: skip
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
-
-
-def set_lr(optimizers, lr, step, steps):
-    """Warm up for 100 steps, stay constant, decay to zero over the second half."""
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = lr * min(1, (step + 1) / 100) * min(1, 2 * (1 - step / steps))
-
-
-# ------------------------------------------------------------------------------------- CLIP
+# ------------------------------------------------------------------------------ CLIP
 
 
 def phrases():
-    """The phrases of the text tower: every concept, every background colour, every letter."""
-    colors = [f"a {c} background" for c in world.COLORS]
-    return [world.a(c) for c in world.CONCEPTS] + colors + [f"the sign {c}" for c in LETTERS]
+    """The phrases of the text tower: every concept, every color, every letter."""
+    concepts = [world.a(concept) for concept in world.CONCEPTS]
+    colors = [f"a {color} background" for color in world.COLORS]
+    return concepts + colors + [f"the sign {letter}" for letter in LETTERS]
 
 
 def patch_targets(scene):
-    """The index of the phrase of each of the 64 patches; IGNORE at the border of an object."""
-    target = np.full((GRID, GRID), len(world.CONCEPTS) + list(world.COLORS).index(scene.background))
+    """The index of the phrase of each of the 64 patches; IGNORE at the border of an object, a sign
+    or a letter. A plate counts as background of its color; bars of a chart are not seen."""
+    color_index = lambda color: FIRST_COLOR + list(world.COLORS).index(color)
+    target = np.full((GRID, GRID), color_index(scene.background))
     y, x = np.mgrid[:GRID, :GRID] * PATCH + PATCH / 2
     for o in scene.objects:
         left, top, size = o.box
         distance = np.hypot(x - left - size / 2, y - top - size / 2) / size
         target[distance < 0.6] = IGNORE
         target[distance < 0.45] = world.CONCEPTS.index(o.name)
-    names = len(world.CONCEPTS)
     for sign in scene.signs:
         left, top, width, height = sign.box
-        beyond_x = np.abs(x - left - width / 2) - width / 2
+        beyond_x = np.abs(x - left - width / 2) - width / 2  # pixels from the edge of the plate
         beyond = np.maximum(beyond_x, np.abs(y - top - height / 2) - height / 2)
         target[beyond < 4] = IGNORE
-        target[beyond < -1] = names + list(world.COLORS).index(sign.plate)
+        target[beyond < -1] = color_index(sign.plate)
         for letter, distance in letter_patches(sign, x, y):
             target[distance < 0.4] = IGNORE
-            target[distance < -0.4] = names + len(world.COLORS) + LETTERS.index(letter)
+            target[distance < -0.4] = FIRST_LETTER + LETTERS.index(letter)
     return target.ravel()
 
 
 def sample_sheet(rng):
     """A scene of three lines of random letters and digits: many letters in one picture."""
-    background, signs = world.pick(rng, *world.COLORS), []
+    background, signs, third = world.pick(rng, *world.COLORS), [], world.SIDE // 3
     for k in range(3):
         text = random_letters(rng, int(rng.integers(3, 7)))
         sign = sample_sign(rng, "train", "in the middle", background, text)
         left, _, width, height = sign.box
-        height = min(height, world.SIDE // 3)
-        top = world.SIDE // 3 * k + int(rng.integers(world.SIDE // 3 + 1 - height))
+        height = min(height, third)
+        top = third * k + int(rng.integers(third + 1 - height))
         signs.append(replace(sign, box=(left, top, width, height)))
     return world.Scene(background, (), "noto", tuple(signs))
 
 
+def sample_picture(rng, split, p_single, signs):
+    """A scene of things (with chance `p_single` a single one) or, with chance `signs`, of signs. In
+    training, half of the latter are sheets of letters, a quarter scenes of stage 1."""
+    single = rng.random() < p_single
+    n_objects = 1 if single else int(rng.choice(4, p=(0.15, 0.1, 0.25, 0.5))) + 1
+    if rng.random() >= signs:
+        return world.sample_things(rng, split, n_objects if split == "train" else None)
+    which = rng.random() if split == "train" else 1
+    scene = world.sample_scene(rng, split, "words")
+    if which < 0.5:
+        return sample_sheet(rng)
+    return world.sample_one(rng, split) if which < 0.75 else scene
+
+
 def picture_batch(split, seed, step, n, p_single, augment=True, signs=0.0):
-    """`n` scenes -> images [n, 3, 64, 64], patch targets [n, 64], true phrases [n, phrases].
-    `signs`: share of scenes with signs; in training, half of these are sheets of letters."""
+    """`n` scenes -> images [n, 3, 64, 64], patch targets [n, 64], and which phrases are true [n,
+    phrases]: those of the patches, without letters."""
     images, targets, truths = [], [], np.zeros((n, len(phrases())), dtype=bool)
     for i in range(n):
         rng = np.random.default_rng((seed, world.SPLITS.index(split), step, i))
-        single = rng.random() < p_single
-        n_objects = 1 if single else int(rng.choice(4, p=(0.15, 0.1, 0.25, 0.5))) + 1
-        if rng.random() < signs:
-            which = rng.random() if split == "train" else 1
-            scene = world.sample_scene(rng, split, "words")
-            if which < 0.75:
-                scene = sample_sheet(rng) if which < 0.5 else world.sample_one(rng, split)
-        else:
-            scene = world.sample_things(rng, split, n_objects if split == "train" else None)
+        scene = sample_picture(rng, split, p_single, signs)
         images.append(preprocess(world.draw(scene, rng if augment else None), world.SIDE))
         targets.append(patch_targets(scene))
-        seen = np.unique(targets[-1][targets[-1] >= 0])
-        truths[i, seen[seen < len(world.CONCEPTS) + len(world.COLORS)]] = True
+        seen = targets[-1]
+        truths[i, seen[(seen >= 0) & (seen < FIRST_LETTER)]] = True
     return torch.stack(images), torch.from_numpy(np.stack(targets)), torch.from_numpy(truths)
 
 
@@ -288,53 +299,69 @@ class Contrast(torch.nn.Module):
 
     def forward(self, images):
         """Logits over the phrases: of class tokens [n, phrases] and patches [n, 64, phrases]."""
-        text = self.text.hidden(self.text.embed(self.phrases))[0][
-            torch.arange(len(self.last)), self.last
-        ]
-        text = torch.nn.functional.normalize(text.float(), dim=-1) * self.scale.exp()
+        normalize = torch.nn.functional.normalize
+        text, _ = self.text.hidden(self.text.embed(self.phrases))
+        text = text[torch.arange(len(self.last)), self.last]  # at the last token of each phrase
+        text = normalize(text.float(), dim=-1) * self.scale.exp()
         x, _ = self.vision.hidden(images, self.vision.cfg.n_layers - 1)
         last, _ = self.vision.layers[-1](x[: len(x) // 4])  # a quarter, to save time
         whole, patches = self.class_proj(self.norm(last[:, 0])), self.patch_proj(x[:, 1:])
-        return tuple(
-            torch.nn.functional.normalize(v.float(), dim=-1) @ text.T for v in (whole, patches)
-        )
+        return tuple(normalize(seen.float(), dim=-1) @ text.T for seen in (whole, patches))
 
 
 def contrastive_loss(whole, patches, targets, truths):
     log_p, truths = whole.log_softmax(-1), truths[: len(whole)]
     image_loss = -(log_p * truths).sum(-1) / truths.sum(-1).clamp(min=1)  # multi-positive softmax
-    flat = torch.nn.functional.cross_entropy(
-        patches.flatten(0, 1), targets.flatten(), ignore_index=IGNORE
-    )
-    return image_loss.mean() + flat
+    cross_entropy = torch.nn.functional.cross_entropy
+    patch_loss = cross_entropy(patches.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+    return image_loss.mean() + patch_loss
 
 
 @torch.no_grad()
 def picture_accuracy(model, split, n=256):
     """Share of objects that the mean logits of their patches classify correctly: (alone in a
     picture, with others)."""
-    hits = {1: [], 0: []}
-    names = len(world.CONCEPTS)
+    hits = {True: [], False: []}
     for step in range(2):
         images, targets, _ = picture_batch(split, 78, step, n // 2, 0.3, augment=False)
         with torch.autocast("cpu", torch.bfloat16, has_fast_bf16("cpu")):
             patches = model(images)[1]
         for logits, target in zip(patches, targets):
-            shown = [t for t in target.unique().tolist() if 0 <= t < names]
+            shown = [t for t in target.unique().tolist() if 0 <= t < FIRST_COLOR]
             for t in shown:
-                guess = logits[target == t, :names].log_softmax(-1).mean(0).argmax().item()
+                guess = logits[target == t, :FIRST_COLOR].log_softmax(-1).mean(0).argmax().item()
                 hits[len(shown) == 1].append(guess == t)
-    return np.mean(hits[1]) if hits[1] else float("nan"), np.mean(hits[0])
+    return np.mean(hits[True]) if hits[True] else float("nan"), np.mean(hits[False])
 
 
 @torch.no_grad()
 def letter_accuracy(model, split, n=128):
-    """Share of letters on signs that the logits of their patch classify correctly."""
+    """Share of patches with a letter whose most likely phrase is that letter's."""
     images, targets, _ = picture_batch(split, 79, 0, n, 0, augment=False, signs=1.0)
-    letters = targets >= len(world.CONCEPTS) + len(world.COLORS)
+    letters = targets >= FIRST_LETTER
     with torch.autocast("cpu", torch.bfloat16, has_fast_bf16("cpu")):
         patches = model(images)[1]
     return (patches[letters].argmax(-1) == targets[letters]).float().mean().item()
+
+
+def export_clip(model, out):
+    """Write the vision tower and the norm of its class token; all weights go to heads.pt."""
+    norm = {f"vision_model.post_layernorm.{name}": t for name, t in model.norm.state_dict().items()}
+    config = {"architectures": ["CLIPVisionModel"]} | model.vision.cfg.to_hf()
+    export(out / "clip", model.vision.public_state_dict() | norm, config)
+    torch.save(model.state_dict(), out / "clip" / HEADS)
+
+
+def load_heads(model, folder):
+    """Load the weights with which `--init` continues. ValueError if `folder` has none that fit."""
+    file = pathlib.Path(folder, HEADS)
+    if not file.is_file():
+        raise ValueError(f"--init {folder} has no {HEADS}, which continues a training of CLIP; "
+                         "give the clip/ that this script wrote, or leave out --init")  # fmt: skip
+    try:
+        model.load_state_dict(torch.load(file))
+    except RuntimeError as error:
+        raise ValueError(f"--init {file} is of another model: {error}") from None
 
 
 def pretrain_clip(steps, lr, seed, out, init=None, signs=0.5, batch=96):
@@ -342,24 +369,21 @@ def pretrain_clip(steps, lr, seed, out, init=None, signs=0.5, batch=96):
     cfg = CLIPVisionConfig(world.SIDE, PATCH, dim=192, hidden_dim=768, n_layers=6, n_heads=3)
     model = Contrast(CLIPVision(cfg), Tokenizer.from_pretrained(MINI / "llm"))
     if init:
-        model.load_state_dict(torch.load(pathlib.Path(init, HEADS)))
-    optimizers = [adamw(list(model.parameters()), lr)]
+        load_heads(model, init)
+    optimizer = adamw([*model.parameters()], lr)
     for block in model.vision.layers:
         block.compile(dynamic=False)
     start = time.time()
     bar = tqdm(range(steps), desc="clip")
     for step in bar:
-        set_lr(optimizers, lr, step, steps)
+        set_lr(optimizer, lr, step, steps)
         # Pictures of one object come first.
         p_single = 0.0 if init else max(0.0, 1 - step / (0.1 * steps))
         images, targets, truths = picture_batch("train", seed, step, batch, p_single, signs=signs)
         with torch.autocast("cpu", torch.bfloat16, has_fast_bf16("cpu")):
             loss = contrastive_loss(*model(images), targets, truths)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        update(optimizer, model.parameters())
         bar.set_postfix(loss=f"{loss.item():.3f}")
         if (step + 1) % 250 == 0 or step + 1 == steps:
             for split in ("new", "pairs", "style"):
@@ -371,16 +395,14 @@ def pretrain_clip(steps, lr, seed, out, init=None, signs=0.5, batch=96):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("what", choices=("tokenizer", "llm", "clip"))
-    parser.add_argument("--steps", type=int, help="default: 5000 (llm), 6500 (clip)")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--init", help="continue from the weights in this folder (clip: with its heads.pt)"
-    )
+    parser.add_argument("--steps", type=READ[int], help="default: 5000 (llm), 6500 (clip)")
+    parser.add_argument("--lr", type=READ[float], default=1e-3, help="peak learning rate")
+    parser.add_argument("--seed", type=READ["seed"], default=0)
+    parser.add_argument("--init", help=f"continue from this folder (clip: one with {HEADS})")
     parser.add_argument("--out", type=pathlib.Path, default=MINI, help="write llm/ or clip/ here")
-    parser.add_argument("--signs", type=float, default=0.5, help="share of pictures (clip)")
+    parser.add_argument("--signs", type=READ[float], default=0.5, help="share of signs (clip)")
     args = parser.parse_args()
     if args.what == "tokenizer":
         (MINI / "llm").mkdir(parents=True, exist_ok=True)
@@ -392,4 +414,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
