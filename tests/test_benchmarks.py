@@ -871,7 +871,7 @@ def test_experts_load_over_ones_own_pictures(model, tmp_path, monkeypatch, capsy
     pytest.param(["--experts", "e.doc"], "e.doc: its name must end in .png", marks=knows_kinds),
     (["--out", TOKENIZER], "tokenizer.json cannot be written (File exists); name another folder"),
     (["--model", TOKENIZER.parent], "is no CuMo but a language model without vision"),
-    (["--n", "3"], "--n 3 must be 8 or more"),
+    (["--n", "3"], "--n 3 must be 24 or more"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(flags, complaint, model, tmp_path, monkeypatch, capsys):
     flags = ["--model", model, "--out", tmp_path, "--device", "cpu", *flags]
