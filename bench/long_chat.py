@@ -28,7 +28,7 @@ from extras.plots import COLORS, pyplot, save_figure
 from sample import load_model
 
 MINIATURE = str(ROOT / "out" / "stage3")
-TYPES = world.KINDS["things"]  # the types of questions that were always asked here
+TYPES = world.KINDS["things"]  # signs and charts are left out, as in earlier results
 
 
 def resident_mb():

@@ -12,10 +12,10 @@ from data import world
 from data.images import preprocess
 from data.tokenizer import Tokenizer
 from llm import LLM
-from runs.make.pretrain_mini import HEADS, text_accuracy
+from runs.make.pretrain_mini import HEADS, text_answers
 
 MINI = Path(__file__).resolve().parents[1] / "data" / "mini"
-# Least accuracy of the language model on scenes given as text, mean over the types of questions.
+# Least accuracy of the language model on scenes given as text, over all questions about a kind.
 # In `pairs`, bars have heights that it never saw with their color.
 CASES = [("new", 0.0), ("new", 1.0), ("pairs", 0.0), ("pairs", 1.0)]  # split, noise
 LEAST = {
@@ -66,15 +66,16 @@ def test_transformers_splits_text_like_our_tokenizer():
 
 @cache
 def answers(split, noise):
-    """{type of question: accuracy} of the language model on scenes given as text."""
+    """`text_answers` of the shipped language model."""
     llm = LLM.from_pretrained(MINI / "llm").eval()
     torch.manual_seed(0)  # of the noise
-    return text_accuracy(llm, Tokenizer.from_pretrained(MINI / "llm"), split, noise, batches=6)
+    return text_answers(llm, Tokenizer.from_pretrained(MINI / "llm"), split, noise, batches=6)
 
 
 @pytest.mark.parametrize("kind", world.KINDS)
 @pytest.mark.parametrize("case", range(len(CASES)), ids=[f"{s}-{noise}" for s, noise in CASES])
 def test_language_model_answers_scenes_given_as_text(kind, case):
     """One scene or several; with noise, every patch of an object may have a wrong name."""
-    found = {of_type: answers(*CASES[case])[of_type] for of_type in world.KINDS[kind]}
-    assert np.mean([*found.values()]) > LEAST[kind][case], found
+    hits = answers(*CASES[case])
+    right = [one for of_type in world.KINDS[kind] for one in hits.get(of_type, ())]
+    assert len(right) >= 20 and np.mean(right) > LEAST[kind][case], (len(right), np.mean(right))

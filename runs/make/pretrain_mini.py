@@ -90,8 +90,8 @@ def update(optimizer, parameters):
 
 
 @torch.no_grad()
-def text_accuracy(llm, tokenizer, split, noise, batches=12):
-    """Share of exactly right answers under greedy decoding, by question type.
+def text_answers(llm, tokenizer, split, noise, batches=12):
+    """{type of question: [whether an answer is exactly right]} under greedy decoding.
 
     An answer is right if each of its tokens is the model's first choice after the correct prefix.
     """
@@ -109,7 +109,7 @@ def text_accuracy(llm, tokenizer, split, noise, batches=12):
             for of_type, answer in zip(asked, learned.tensor_split(gaps)):
                 right = bool((guess[row, answer] == labels[row, answer]).all())
                 hits.setdefault(of_type, []).append(right)
-    return {of_type: sum(h) / len(h) for of_type, h in sorted(hits.items())}
+    return dict(sorted(hits.items()))
 
 
 def export_llm(llm, out):
@@ -193,9 +193,10 @@ def pretrain_llm(steps, lr, seed, out, init=None):
         bar.set_postfix(loss=f"{loss.item():.3f}", probes=probed)
         if (step + 1) % 500 == 0 or step + 1 == steps:
             for split, noise in (("new", 0.0), ("new", 1.0), ("pairs", 1.0)):
-                acc = text_accuracy(llm, tokenizer, split, noise)
-                mean = np.mean([share for of_type, share in acc.items() if of_type != "describe"])
-                row = " ".join(f"{of_type} {share:.0%}" for of_type, share in acc.items())
+                hits = text_answers(llm, tokenizer, split, noise)
+                shares = {of_type: np.mean(right) for of_type, right in hits.items()}
+                row = " ".join(f"{of_type} {share:.0%}" for of_type, share in shares.items())
+                mean = np.mean([shares[of_type] for of_type in shares if of_type != "describe"])
                 tqdm.write(f"step {step + 1}, {time.time() - start:.0f} s, {split}"
                            f"{' with noise' * (noise > 0)} {mean:.1%}: {row}")  # fmt: skip
             export_llm(llm, out)
