@@ -18,7 +18,7 @@ same in every picture, so they are permuted within each picture.
 `--before` is upcycled as at step 0 of stage 3: its experts are equal, its routers random. A random
 router is a function of the token too, so it has mutual information as well.
 
-Writes bench/experts.json and bench/experts.png.
+Writes bench/experts.json and bench/experts.png, or --out FILE.json and FILE.png.
 """
 
 import pathlib
@@ -34,10 +34,13 @@ sys.path[0] = str(ROOT)
 from bench.speed import conditions
 from cumo import CuMo
 from data import exam, world
+from data.checkpoint import recorded
 from data.flags import parse, run
 from data.hub import local_folder
 from data.images import preprocess
 from data.weights import write_json
+from engine.resume import read_state
+from extras.plots import check_target
 from runs.make.pretrain_mini import patch_targets
 from runs.make.text_world import GRID
 from runs.pictures import draw_content
@@ -50,6 +53,7 @@ class ExpertsConfig:
     before: str = "out/stage2"  # the dense one that it was upcycled from
     pictures: int = 1000  # number of new scenes
     seed: int = 0  # seeds the scenes and the random routers
+    out: str = ""  # a .json file; the picture stands next to it; empty: bench/experts.json
 
 
 def shown(scene):
@@ -127,8 +131,25 @@ def measure(choice_nPK, label_nP, times=20):
             "permuted_max": round(max(chance), 5)}  # fmt: skip
 
 
+def check_start(after, before):
+    """ValueError if their train.json files say that `after` was not trained from `before`. Without
+    such a file, nothing is known and nothing is refused."""
+    settings, then = recorded(after), recorded(before)
+    for name in ("preset", "clip", "llm", "scales"):
+        ours, theirs = settings.get(name), then.get(name)
+        if settings and then and ours != theirs:
+            raise ValueError(f"--before {before} is of another training: its {name} is {theirs}, "
+                             f"that of --model {after} is {ours}")  # fmt: skip
+    start = pathlib.Path(settings.get("init") or pathlib.Path(after).parent / "stage2")
+    sums = [(read_state(pathlib.Path(folder)) or {}).get("crc32") for folder in (start, before)]
+    if settings and all(sums) and sums[0] != sums[1]:
+        raise ValueError(f"--before {before} is of another training: --model {after} started "
+                         f"from {start}, whose weights differ")  # fmt: skip
+
+
 def open_models(after, before, seed):
     """-> {"before": the dense model `before`, upcycled; "after": the sparse model `after`}"""
+    check_start(after, before)
     model, dense = (CuMo.from_pretrained(local_folder(path)).eval() for path in (after, before))
     if dense.cfg.vision.num_experts or dense.cfg.mlp_experts:
         raise ValueError(
@@ -167,6 +188,10 @@ def main():
     cfg, _ = parse(ExpertsConfig, description=__doc__)
     if cfg.pictures < 100:
         raise ValueError(f"--pictures {cfg.pictures} must be 100 or more; fewer say nothing")
+    file = pathlib.Path(cfg.out or ROOT / "bench" / "experts.json")
+    if file.suffix != ".json":
+        raise ValueError(f"--out {file} must end in .json")
+    check_target(file.with_suffix(".png"), "--out")
     models = open_models(cfg.model, cfg.before, cfg.seed)
     rngs = (np.random.default_rng((cfg.seed, 98, i)) for i in range(cfg.pictures))
     scenes = [world.sample_scene(rng, exam.SPLITS[0]) for rng in rngs]
@@ -179,8 +204,8 @@ def main():
               f"{after['bits']:.3f} bits  permuted {after['permuted_mean']:.4f}, at most "
               f"{after['permuted_max']:.4f}")  # fmt: skip
     content = conditions() | {"pictures": cfg.pictures, "rows": rows, "load": load}
-    write_json(ROOT / "bench" / "experts.json", content)
-    draw_content(content, ROOT / "bench" / "experts.png")
+    write_json(file, content)
+    draw_content(content, file.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """bench/experts.py: mutual information of experts and of what patches show."""
 
+import json
 import math
 import re
 import sys
@@ -169,6 +170,25 @@ def test_before_is_upcycled_and_a_model_without_experts_is_refused(experts, tmp_
         experts.open_models(names[1], names[1], 5)
 
 
+def test_a_dense_stage_of_another_training_is_refused(experts, tmp_path, monkeypatch):
+    monkeypatch.setattr(experts, "GRID", 3)
+    folders = {name: tmp_path / name for name in ("a/stage2", "a/stage3", "b/stage2", "c/stage2")}
+    dense, other = tiny_cumo(), tiny_cumo()
+    for name, model in (("a/stage2", dense), ("b/stage2", other), ("c/stage2", dense),
+                        ("a/stage3", upcycle(dense))):  # fmt: skip
+        model.save_pretrained(folders[name])
+        config = {"preset": "mini", "clip": "x", "llm": "y" if name[0] != "c" else "z", "init": ""}
+        state = {"config": config, "finished": True, "crc32": {"model.safetensors": name[0]}}
+        (folders[name] / "train.json").write_text(json.dumps(state))
+    experts.open_models(folders["a/stage3"], folders["a/stage2"], 0)
+    with pytest.raises(ValueError, match="b/stage2 is of another training: .*whose weights differ"):
+        experts.open_models(folders["a/stage3"], folders["b/stage2"], 0)
+    with pytest.raises(ValueError, match="c/stage2 is of another training: its llm is z, that of"):
+        experts.open_models(folders["a/stage3"], folders["c/stage2"], 0)
+    (folders["b/stage2"] / "train.json").unlink()
+    experts.open_models(folders["a/stage3"], folders["b/stage2"], 0)  # nothing is known of it
+
+
 # ----------------------------------------------------------------------------- the picture
 
 
@@ -210,6 +230,9 @@ def test_the_picture_has_a_bar_for_every_load_and_the_bits_of_every_view(
 
 @pytest.mark.parametrize("flags, said", [
     (dict(pictures=99), "--pictures 99 must be 100 or more; fewer say nothing"),
+    (dict(out="a.txt"), "--out a.txt must end in .json"),
+    (dict(out="/no/a.json"), "--out /no/a.png cannot be written; name a file in a folder that "
+                             "exists"),
     (dict(before="sparse"), "--before {sparse} is sparse; give the dense stage 2 that it started "
                             "from")])  # fmt: skip
 def test_a_measurement_that_says_nothing_is_refused(flags, said, experts, tmp_path, monkeypatch):
