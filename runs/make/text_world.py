@@ -103,8 +103,9 @@ def telegraph_sample(tokenizer, rng, noise):
     for k in range(1 + (rng.random() < 0.4 * noise)):
         scene = world.sample_scene(rng, "train", n_objects=int(rng.integers(2, 5)))
         words = tokenizer.encode(written(scene, rng, noise))
-        ids += [tokenizer.eos] * k + start + words
-        place += [IGNORE] * (k + len(start)) + place_of(words)
+        ids += [tokenizer.eos] * k + start
+        place += [IGNORE] * (len(ids) - len(place)) + place_of(words)
+        ids += words
         labels += [IGNORE] * (len(ids) - len(labels))
         found += [IGNORE] * (len(ids) - len(found))
         answers = look_ups(scene, tokenizer)
