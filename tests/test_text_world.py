@@ -190,6 +190,21 @@ def test_places_and_found_names_are_those_of_the_picture_before_them():
     assert checked > 500
 
 
+def test_places_are_those_of_patches_in_every_scene_of_a_row_of_telegrams():
+    words = {TOKENIZER.encode(" " + name)[0] for name in (*world.CONCEPTS, *world.COLORS)}
+    words |= {TOKENIZER.encode(letter)[0] for letter in LETTERS}
+    pictures = 0
+    for step in range(3):  # with noise, 40 % of the samples have a second scene
+        batch, _ = text_batch(TOKENIZER, "train", 1, step, short=1.0, noise=1.0)
+        for tokens, place in zip(batch["tokens"].tolist(), batch["place"].tolist()):
+            starts = [i for i, at in enumerate(place) if at == 0]
+            for i in starts:
+                assert place[i : i + 64] == list(range(64)) and {*tokens[i : i + 64]} <= words
+            assert sum(at != IGNORE for at in place) == 64 * len(starts)
+            pictures += len(starts)
+    assert pictures > 40
+
+
 def test_no_row_is_empty():
     for step, short in ((0, 1.0), (1, 0.0), (2, 0.25)):
         batch, _ = text_batch(TOKENIZER, "train", 0, step, short)
