@@ -68,7 +68,7 @@ def test_transformers_splits_text_like_our_tokenizer():
 def answers(split, noise):
     """`text_answers` of the shipped language model."""
     llm = LLM.from_pretrained(MINI / "llm").eval()
-    torch.manual_seed(0)  # of the noise
+    torch.manual_seed(0)  # Seeds the noise.
     return text_answers(llm, Tokenizer.from_pretrained(MINI / "llm"), split, noise, batches=6)
 
 
