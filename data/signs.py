@@ -20,8 +20,12 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from data.drawings import SIDE, pick, rgb_of
 
 LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
-WORDS = tuple((pathlib.Path(__file__).resolve().parent / "words.txt").read_text().split())
-HELD_OUT_WORDS = frozenset(WORDS[k] for k in np.random.default_rng(24).permutation(len(WORDS))[:90])
+# The words of training, then those of `pairs`. Each letter is one token of data/mini/llm, which has
+# tokens ST, " D" and " I": no word contains or begins with one.
+WORDS, HELD_OUT_WORDS = (
+    tuple(part.split())
+    for part in (pathlib.Path(__file__).resolve().parent / "words.txt").read_text().split("\n\n")
+)
 ROWS = {  # place of a sign -> the first row of pixels that it may cover, and the one after the last
     "in the middle": (SIDE // 4, 3 * SIDE // 4),
     "at the top": (0, SIDE // 2),
@@ -55,9 +59,10 @@ def is_held_out(text):
 
 def sample_text(rng, split):
     """A word, or a number of two to four digits; in `pairs` one that training never shows."""
+    words = HELD_OUT_WORDS if split == "pairs" else WORDS
     while True:
         number = rng.random() < 0.25
-        text = str(rng.integers(10, 10 ** pick(rng, 2, 3, 4))) if number else pick(rng, *WORDS)
+        text = str(rng.integers(10, 10 ** pick(rng, 2, 3, 4))) if number else pick(rng, *words)
         if is_held_out(text) == (split == "pairs"):
             return text
 
@@ -71,14 +76,14 @@ def random_letters(rng, n):
 
 def sample_sign(rng, split, place, background, text=None, largest=14):
     """A sign in one of ROWS, on a plate whose color is not the background's. Its letters are at
-    least 8.5 pixels apart, and at most `largest`."""
+    least 9.5 pixels apart, and at most `largest`."""
     first, end = ROWS[place]
     plate = pick(rng, *[c for c in ("white", "yellow", "gray") if c != background])
     ink = "black" if plate == "gray" else pick(rng, "black", "black", "blue", "red")
     if split == "style":
         plate, ink = pick(rng, *sorted({"black", "blue", "purple"} - {background})), "white"
     text = text or sample_text(rng, split)
-    pitch = rng.uniform(8.5, min(largest, (SIDE - 2) / (len(text) + 0.5)))
+    pitch = rng.uniform(9.5, min(largest, (SIDE - 2) / (len(text) + 0.5)))
     width = int(pitch * (len(text) + 0.5))
     height = int(min(rng.uniform(1.4, 2.4) * pitch, end - first))
     left, top = int(rng.integers(1, SIDE - width)), int(rng.integers(first, end - height + 1))

@@ -229,9 +229,11 @@ def patch_targets(scene):
         beyond = np.maximum(beyond_x, np.abs(y - top - height / 2) - height / 2)
         target[beyond < 4] = IGNORE
         target[beyond < -1] = color_index(sign.plate)
-        for letter, distance in letter_patches(sign, x, y):
-            target[distance < 0.4] = IGNORE
-            target[distance < -0.4] = FIRST_LETTER + LETTERS.index(letter)
+        letters = letter_patches(sign, x, y)
+        for _, distance in letters:
+            target[distance < 0.2] = IGNORE
+        for letter, distance in letters:
+            target[distance <= 0] = FIRST_LETTER + LETTERS.index(letter)
     return target.ravel()
 
 
