@@ -6,7 +6,8 @@
     python eval.py --data val.json --image-folder pics      # your own data: loss, exact answers
 
 The splits (data/world.py): `new` (fresh scenes), `pairs` (pairs of objects, words and heights of
-bars that training held out), `style` (a drawing style never trained on). The baselines:
+bars that training held out), `style` (drawings, letters and bars of a style never trained on). The
+baselines:
 
     blank    the same model and question, every picture painted gray
     fixed    the most frequent answer to each form of question, from 8,000 training questions
@@ -74,14 +75,14 @@ def answer_batch(model, tokenizer, questions, pictures, max_new_tokens=48):
 def accuracy(ask, questions, batch, label=""):
     """{question type, kind of picture or "all": share of right answers}; `ask(questions, pictures)`
     -> answers."""
-    hits = {kind: [] for kind in QUESTION_TYPES}
+    hits = {of_type: [] for of_type in QUESTION_TYPES}
     for start in tqdm(range(0, len(questions), batch), desc=label, leave=False):
-        kinds, texts, truths, pictures = zip(*questions[start : start + batch])
-        for kind, truth, answer in zip(kinds, truths, ask(texts, pictures)):
-            hits[kind].append(answer == truth)
+        types, texts, truths, pictures = zip(*questions[start : start + batch])
+        for of_type, truth, answer in zip(types, truths, ask(texts, pictures)):
+            hits[of_type].append(answer == truth)
     kinds = {kind: sum((hits[name] for name in types), []) for kind, types in KINDS.items()}
     hits |= kinds | {"all": sum(kinds.values(), [])}
-    return {kind: round(float(np.mean(some)), 4) for kind, some in hits.items() if some}
+    return {name: round(float(np.mean(some)), 4) for name, some in hits.items() if some}
 
 
 def evaluate_scenes(ask, cfg):
@@ -100,8 +101,8 @@ def print_table(results):
     columns = [(split, row) for split in SPLITS for row in results[split]]
     print(f"{'':12}" + "".join(f"{split:^24}" for split in SPLITS))
     print(f"{'':12}" + "".join(f"{row:>8}" for _, row in columns))
-    for kind in (*QUESTION_TYPES, *KINDS, "all"):
-        print(f"{kind:12}" + "".join(f"{results[split][row][kind]:8.1%}" for split, row in columns))
+    for name in (*QUESTION_TYPES, *KINDS, "all"):
+        print(f"{name:12}" + "".join(f"{results[split][row][name]:8.1%}" for split, row in columns))
 
 
 def check_flags(cfg, given):

@@ -96,7 +96,7 @@ class StageSettings:
     val: str = ""  # held-out LLaVA file: its loss is logged at each --save-every
     samples: int = 0  # number of samples to see; 0: see --epochs
     epochs: int = 0  # if --samples is 0: how often to see all of --data (0: once)
-    augment: bool = True  # recolour the drawings of the emoji world
+    augment: bool = True  # recolor the drawings of the emoji world
     init: str = ""  # start from this checkpoint; if --stage is not given, only stage 3 runs
     template: str = "mistral_instruct_system"  # how conversations are written
     image_mode: str = "pad"  # pad (add borders) or square (crop the middle)

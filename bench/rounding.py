@@ -110,7 +110,7 @@ def draw(rows, file):
     curves = {(row["weights"], row["moments"]): np.array(row["loss"]) for row in rows}
     exact, five = curves["fp32", "fp32"], np.ones(5) / 5
     steps = (np.arange(len(exact)) + 0.5) * SMOOTH
-    shown = {  # Okabe and Ito's colours, safe for colour blindness
+    shown = {  # Okabe and Ito's colors, safe for color blindness
         ("fp32", "fp32"): ("float32, 16 bytes a parameter", "#000000", "-", 2),
         ("bf16-sr", "fp32"): ("bf16, stochastic rounding, 12", "#56B4E9", "--", 2),
         ("bf16-sr", "bf16"): ("... bf16 moments, 8", "#E69F00", "-.", 1.5),

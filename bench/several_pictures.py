@@ -27,12 +27,13 @@ sys.path[0] = str(ROOT)
 
 from bench.speed import conditions
 from data import exam, world
+from data.flags import run
 from data.tokenizer import Tokenizer
 from data.weights import write_json
 from engine.conversation import Conversation
 from sample import find_model, load_model
 
-KINDS = ("what", "background", "list")  # guessing does not help with these
+TYPES = ("what", "background", "list")  # guessing does not help with these
 WAYS = ("alone", "in turn", "by number", "all asked")
 
 
@@ -42,9 +43,9 @@ def scenes(n, seed):
     while len(found) < n:
         rng = np.random.default_rng((seed, 7, i))
         scene, i = world.sample_scene(rng, exam.SPLITS[0], "things"), i + 1
-        asked = [(kind, world.ASK[kind](scene, rng)) for kind in KINDS]
+        asked = [(of_type, world.ASK[of_type](scene, rng)) for of_type in TYPES]
         if all(pair for _, pair in asked):
-            asked = [(kind, *pair) for kind, pair in asked]
+            asked = [(of_type, *pair) for of_type, pair in asked]
             found.append((scene, world.draw(scene), asked))
     return found
 
@@ -56,11 +57,11 @@ def talk(ask, three, rng):
     pictures = [picture for _, picture, _ in three]
     for name in WAYS:
         for k, (_, picture, asked) in enumerate(three):
-            for q, (kind, question, answer) in enumerate(asked):
+            for q, (of_type, question, answer) in enumerate(asked):
                 first = name == "by number" or q == 0 and (k == 0 or name == "alone")
                 shown = [picture] * (q == 0)
                 if name in ("by number", "all asked"):
-                    question = world.of_picture(k, kind, question, rng)
+                    question = world.of_picture(k, of_type, question, rng)
                     shown = pictures * first
                 right[name][k].append(ask(question, shown, first) == answer)
     pair = world.ask_which([scene for scene, _, _ in three], rng)
@@ -95,9 +96,9 @@ def main():
     shares["which"] = round(float(np.mean(sum((one["which"] for one in talks), []))), 4)
     for name, row in shares.items():
         print(f"{name:10}", row)
-    about = {"models": len(paths), "questions": len(KINDS) * args.conversations, "kinds": KINDS}
+    about = {"models": len(paths), "questions": len(TYPES) * args.conversations, "types": TYPES}
     write_json(ROOT / "bench" / "several_pictures.json", conditions() | about | shares)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

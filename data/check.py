@@ -18,7 +18,7 @@ All but `cut` are listed with record, id and reason. The exit status is 1 if tra
 would have nothing to learn, else 0.
 
 `--show N` prints the first N samples. Learned text is green, or between « and » where there are no
-colours (no terminal, or NO_COLOR is set).
+colors (no terminal, or NO_COLOR is set).
 """
 
 import os

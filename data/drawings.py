@@ -1,7 +1,7 @@
 """The drawings of the emoji world: 132 concepts in eight styles, and how training changes them.
 
 `data/emoji/` has one atlas a style (ATTRIBUTION.md names authors and licences). Training mixes
-styles, changes colours and bends shapes, so that a style never seen is less of a surprise.
+styles, changes colors and bends shapes, so that a style never seen is less of a surprise.
 """
 
 import functools
@@ -46,7 +46,7 @@ def atlas(style):
 
 @functools.cache
 def backgrounds(style):
-    """concept -> the background colours from which most of its pixels clearly differ; none if the
+    """concept -> the background colors from which most of its pixels clearly differ; none if the
     style lacks the concept."""
     allowed = {}
     for name, glyph in zip(CONCEPTS, atlas(style)):
@@ -67,7 +67,7 @@ def between_styles(style, k, rng):
 
 
 def recolor(glyph, rng):
-    """The glyph in other colours: channels mixed, saturation changed, lit from one side, and with
+    """The glyph in other colors: channels mixed, saturation changed, lit from one side, and with
     the relief of a rounded body."""
     rgb = glyph[..., :3].astype(np.float32)
     mix = np.eye(3, dtype=np.float32) + rng.normal(0, 0.1, (3, 3)).astype(np.float32)

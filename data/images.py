@@ -1,6 +1,6 @@
 """Pictures as CLIP expects them: upright, RGB, square, resized, normalised.
 
-    pad      the whole picture, padded to a square with CLIP's mean colour (stages 2 and 3)
+    pad      the whole picture, padded to a square with CLIP's mean color (stages 2 and 3)
     square   the middle of the picture, a centre crop (stage 1)
 
 CuMo: the pixels are the original's, bit for bit, with two exceptions. A photo is turned as its

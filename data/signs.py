@@ -14,7 +14,6 @@ import functools
 import pathlib
 from dataclasses import dataclass
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from data.drawings import SIDE, pick, rgb_of

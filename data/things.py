@@ -121,7 +121,7 @@ def sample_things(rng, split, n_objects=None, cells=(0, 1, 2, 3)):
 
 
 def draw_thing(canvas, thing, style, scale, rng=None):
-    """Draw an object. With `rng`, its glyph is mixed with that of another style, recoloured and
+    """Draw an object. With `rng`, its glyph is mixed with that of another style, recolored and
     warped."""
     k = CONCEPTS.index(thing.name)
     glyph = recolor(between_styles(style, k, rng), rng) if rng else atlas(style)[k]

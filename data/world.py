@@ -100,7 +100,7 @@ def sample_things(rng, split, n_objects=None, cells=(0, 1, 2, 3)):
 
 
 def draw(scene, rng=None, scale=1):
-    """The picture of a scene, RGB, 64 pixels wide and high, times `scale`. With `rng`, the colours
+    """The picture of a scene, RGB, 64 pixels wide and high, times `scale`. With `rng`, the colors
     and shapes of what it shows are changed (augmentation)."""
     canvas = Image.new("RGB", (SIDE * scale, SIDE * scale), COLORS[scene.background])
     if scene.chart:
@@ -229,7 +229,7 @@ def records(turns):
 
 class World:
     """`size` samples of a split. `task`: "name" (stage 1), "describe" (stage 2) or "ask" (stage 3).
-    `augment` recolours the drawings."""
+    `augment` recolors the drawings."""
 
     tasks = ("name", "describe", "ask")
 

@@ -72,7 +72,7 @@ def check_effects(given, cfgs):
     for name in among("image_folder") if not (cfg.data or cfg.val) else []:
         refuse(name, "without --data FILE; name the file whose pictures are in this folder")
     for name in among("augment") if cfg.data else []:
-        refuse(name, "with --data; it recolours the drawings of the emoji world")
+        refuse(name, "with --data; it recolors the drawings of the emoji world")
     for name in among("upcycle", "num_experts", "top_k", "scratch") if 3 not in cfgs else []:
         refuse(name, f"in stage {max(cfgs)}; only stage 3 makes experts")
     for name in among("num_experts", "top_k", "scratch") if cfg.upcycle == "none" else []:

@@ -31,7 +31,7 @@ def noise(width, height, mode="RGB", seed=0):
 
 
 def brightness(x):
-    """The colours 0..255 of a preprocessed image [3, S, S]."""
+    """The colors 0..255 of a preprocessed image [3, S, S]."""
     return x.numpy().transpose(1, 2, 0) * STD * 255 + MEAN * 255
 
 
@@ -81,7 +81,7 @@ def test_a_tall_picture_has_the_same_pixels_with_every_pillow(seed, width, heigh
     assert zlib.crc32(image.tobytes()) == crc
 
 
-# ----------------------------------------------------------------------------------- shape, colour
+# ----------------------------------------------------------------------------------- shape, color
 
 
 @pytest.mark.parametrize("mode", ["pad", "square"])

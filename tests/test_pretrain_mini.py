@@ -89,6 +89,14 @@ def test_probe_of_spelling_is_0_without_letters_and_learns_with_them():
     assert losses[-1] == 0 and not grad.any() and torch.equal(losses[:-1], others)
 
 
+def test_exported_language_model_brings_its_tokenizer(tmp_path):
+    llm = LLM(LLMConfig(TOKENIZER.vocab_size, dim=32, hidden_dim=32, n_layers=1, n_heads=2,
+                        n_kv_heads=2, tie_embeddings=True))  # fmt: skip
+    pretrain_mini.export_llm(llm, TOKENIZER, tmp_path)
+    assert Tokenizer.from_pretrained(tmp_path / "llm").encode("a cat") == TOKENIZER.encode("a cat")
+    assert torch.isfinite(LLM.from_pretrained(tmp_path / "llm")(torch.tensor([[5]]))[0]).all()
+
+
 def tiny_contrast(seed):
     torch.manual_seed(seed)
     cfg = CLIPVisionConfig(world.SIDE, 8, dim=16, hidden_dim=16, n_layers=2, n_heads=2)

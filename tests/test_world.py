@@ -208,7 +208,7 @@ def bars_of(scene):
 
 
 def difference(scene, rng=None):
-    """Distance of each pixel's colour from the background colour, [64, 64]."""
+    """Distance of each pixel's color from the background color, [64, 64]."""
     picture = np.asarray(world.draw(scene, rng)).astype(float)
     return np.linalg.norm(picture - np.array(COLORS[scene.background]), axis=-1)
 

@@ -112,9 +112,11 @@ def text_answers(llm, tokenizer, split, noise, batches=12):
     return dict(sorted(hits.items()))
 
 
-def export_llm(llm, out):
+def export_llm(llm, tokenizer, out):
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     export(out / "llm", llm.public_state_dict(), llm.cfg.to_hf() | special)
+    for file in tokenizer.files:
+        (out / "llm" / file.name).write_bytes(file.read_bytes())
 
 
 class Probes(torch.nn.Module):
@@ -199,7 +201,7 @@ def pretrain_llm(steps, lr, seed, out, init=None):
                 mean = np.mean([shares[of_type] for of_type in shares if of_type != "describe"])
                 tqdm.write(f"step {step + 1}, {time.time() - start:.0f} s, {split}"
                            f"{' with noise' * (noise > 0)} {mean:.1%}: {row}")  # fmt: skip
-            export_llm(llm, out)
+            export_llm(llm, tokenizer, out)
 
 
 # ------------------------------------------------------------------------------ CLIP
