@@ -67,10 +67,14 @@ def sample_text(rng, split):
 
 
 def random_letters(rng, n):
-    """`n` random letters and digits; never a held-out word."""
-    while is_held_out(text := "".join(rng.choice(LETTERS, n))):
-        pass
-    return text
+    """`n` random letters and digits, often one of them twice in a row; never a held-out word."""
+    while True:
+        letters = rng.choice(LETTERS, n)
+        if n > 1 and rng.random() < 0.3:
+            k = rng.integers(1, n)
+            letters[k] = letters[k - 1]
+        if not is_held_out(text := "".join(letters)):
+            return text
 
 
 def sample_sign(rng, split, place, background, text=None, largest=14):

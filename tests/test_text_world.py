@@ -8,7 +8,6 @@ from test_world import NUMBERS, true_answer
 
 from data import world
 from data.chat import IGNORE
-from data.signs import letter_middles
 from data.tokenizer import Tokenizer
 from runs.make import text_world
 from runs.make.text_world import FOUND, LETTERS, blur, telegrams, text_batch, text_picture
@@ -50,8 +49,7 @@ def test_text_picture_of_a_sign_has_its_letters_from_left_to_right_in_the_rows_t
                 away = abs(8 * row + 4 - top - height / 2)
                 # One row, or two if the sign stands between them; tall letters cover more.
                 if away <= 5.5 or away <= 0.35 * height - 2:
-                    middles = zip(sign.text, letter_middles(sign))  # on a border: in both columns
-                    covering += [letter * (1 + (x % 8 == 0)) for letter, (x, _) in middles]
+                    covering += sign.text
             assert line == "".join(covering)
         plates = {sign.plate for sign in scene.signs}
         names = {o.name for o in scene.objects}

@@ -45,10 +45,11 @@ ASKED = world.KINDS | {
 def letter_patches(sign, x, y):
     """[(letter, distance [...])] of a sign: a patch with its middle at (x, y) shows the letter if
     its distance is at most 0. A large letter fills all patches that it covers. A small one fills
-    the patch of its middle, and the patch above or below if it stands between two."""
+    the patch of its middle (on a border: the one on the right), and the patch above or below if it
+    stands between two."""
     pitch, height = sign.box[2] / (len(sign.text) + 0.5), sign.box[3]
     wide, high = max(4, 0.5 * pitch - 4), max(5.5, 0.35 * height - 2)
-    return [(letter, np.maximum(np.abs(x - at_x) - wide, np.abs(y - at_y) - high))
+    return [(letter, np.maximum(np.abs(x - at_x - 1e-3) - wide, np.abs(y - at_y) - high))
             for letter, (at_x, at_y) in zip(sign.text, letter_middles(sign))]  # fmt: skip
 
 
