@@ -99,8 +99,10 @@ def ask_tallest(scene, rng):
 
 
 def ask_height(scene, rng):
+    """In the split `pairs`, of a bar that is held out."""
     if scene.chart:
-        color, height = pick(rng, *scene.chart.bars)
+        held_out = [bar for bar in scene.chart.bars if bar in HELD_OUT_BARS]
+        color, height = pick(rng, *(held_out or scene.chart.bars))
         q = f"How high is the {color} bar?", f"What is the value of the {color} bar?"
         return pick(rng, *q), NUMBERS[height]
 

@@ -1,4 +1,4 @@
-"""The drawings of the emoji world: 132 concepts in eight styles, and how training changes them.
+"""The drawings of the emoji world: 100 concepts in eight styles, and how training changes them.
 
 `data/emoji/` has one atlas a style (ATTRIBUTION.md names authors and licences). Training mixes
 styles, changes colors and bends shapes, so that a style never seen is less of a surprise.

@@ -4,8 +4,8 @@
     guess = fixed_answers()                     # {"Is there _?": "yes", ...}
 
 The splits are those of data/world.py that are not trained on. A fixed answer is the most frequent
-answer in the training data to questions of the same form. A model that ignores the picture cannot
-beat it.
+answer in the training data to questions of the same form. A model that sees no picture, but
+reads the whole question, gains little over it: see `blank` in eval.py.
 """
 
 import collections

@@ -200,8 +200,10 @@ def ask_kind(scene, rng):
 
 
 def ask_background(scene, rng):
-    q = pick(rng, "What color is the background?", "Which color is behind the objects?")
-    return q, scene.background
+    asked = ["What color is the background?"]
+    if scene.objects:
+        asked.append("Which color is behind the objects?")
+    return pick(rng, *asked), scene.background
 
 
 def ask_side(scene, rng):

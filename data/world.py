@@ -40,7 +40,7 @@ KINDS = {  # kind of picture -> types of the questions about it
 }
 SHARES = (0.5, 0.3, 0.2)  # how often training shows each kind
 QUESTION_TYPES = tuple(ASK)
-# In training the harder types are asked more often.
+# In training the harder types are asked more often; of things next to a sign, few.
 ASKED = {
     "things": (*KINDS["things"], "existence", "existence", "kind", "list"),
     "words": ("read", "read", "read", "existence", "what", "where", "background"),
@@ -65,9 +65,11 @@ class Scene:
 
 
 def sample_scene(rng, split, kind=None):
-    """A random scene of `split`, of one of KINDS (None: any). ValueError for an unknown split."""
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r} is unknown; the emoji world has {', '.join(SPLITS)}")
+    """A random scene of `split`, of one of KINDS (None: any). ValueError for an unknown one."""
+    for name, one, known in (("split", split, SPLITS), ("kind", kind, (None, *KINDS))):
+        if one not in known:
+            names = ", ".join(filter(None, known))
+            raise ValueError(f"{name} {one!r} is unknown; the emoji world has {names}")
     kind = kind or str(rng.choice(tuple(KINDS), p=SHARES))
     if kind == "things":
         return sample_things(rng, split)
@@ -85,12 +87,11 @@ def sample_scene(rng, split, kind=None):
 
 
 def sample_one(rng, split):
-    """A scene of stage 1, to learn names: one thing, or a sign with one to three random letters,
-    small or large."""
+    """A scene of stage 1, to learn names: one thing, or a sign with one to three random letters."""
     if rng.random() < 0.4:
         return sample_things(rng, split, 1)
     background, text = pick(rng, *COLORS), signs.random_letters(rng, pick(rng, 1, 1, 1, 2, 3))
-    sign = signs.sample_sign(rng, split, pick(rng, *signs.ROWS), background, text, largest=28)
+    sign = signs.sample_sign(rng, split, pick(rng, *signs.ROWS), background, text, largest=16)
     return Scene(background, (), pick(rng, *STYLES[split]), (sign,))
 
 
@@ -119,7 +120,7 @@ def caption(scene):
 
 
 def short_caption(scene):
-    """What stage 1 learns: `a cat and MILK.`"""
+    """What stage 1 learns: `a cat.` or `MI.`"""
     return join([a(o.name) for o in scene.objects] + [sign.text for sign in scene.signs]) + "."
 
 
@@ -146,10 +147,10 @@ def questions(scene, rng, n, types=None):
 # ---------------------------------------------------------------------------- several pictures
 
 
-def sample_scenes(rng, split, n):
+def sample_scenes(rng, split, n, kind=None):
     """`n` scenes of one conversation. In training no two of them share a held-out pair."""
     while True:
-        scenes = [sample_scene(rng, split) for _ in range(n)]
+        scenes = [sample_scene(rng, split, kind) for _ in range(n)]
         names = {o.name for scene in scenes for o in scene.objects}
         if split != "train" or names.isdisjoint(p for name in names for p in PARTNERS[name]):
             return scenes

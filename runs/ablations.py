@@ -4,11 +4,12 @@
     python runs/ablations.py --rows a,f-top1       # a whole group, or single rows
     python runs/ablations.py --samples 64 --questions 48 --out out/try --bench out/try
 
-Every run is a stage 3 from the same stage 2, with the same questions in the same order for all rows
-of a seed, and an exam on held-out scenes (runs/grading.py), the same for all. Rows that carry a
-verdict of the paper have five seeds, the others three. A run that is in several groups is trained
-once. Missing stages 1 and 2 in out/ are trained first. Ctrl-C stops it; the same command continues
-and skips finished runs. A run uses one thread; --jobs processes each take the next open run.
+Every run is a stage 3, with the same questions in the same order for all rows of a seed, and an
+exam on held-out scenes (runs/grading.py), the same for all. It starts from the same stage 2, except
+for other scales (stages 1 and 2 of their own, once) and "without stage 2". The rows of the paper's
+main claims have five seeds, the others three. A run that is in several groups is trained once.
+Missing stages 1 and 2 in out/ are trained first. Ctrl-C stops it; the same command continues and
+skips finished runs. A run uses one thread; --jobs processes each take the next open run.
 
 The results go to bench/ablations/, and `python runs/results.py` writes the table of docs/RESULTS.md
 from there (runs/verdicts.py).
@@ -33,6 +34,7 @@ from tqdm import tqdm
 SCRIPT = pathlib.Path(__file__).resolve()
 ROOT = SCRIPT.parents[1]
 sys.path.insert(0, str(ROOT))
+from data.exam import LEAST
 from data.flags import check_numbers, parse, run
 from data.weights import write_json
 from engine.resume import is_finished, read_state
@@ -61,8 +63,8 @@ RUNS = {  # flags of train.py that differ from CuMo's own stage 3
     "f-top1": dict(top_k=1),
     "f-top4": dict(top_k=4),
 }
-# Rows with a verdict of the paper: dense or MLP-MoE or CLIP-MoE, CLIP frozen or not, 1 or 2 scales,
-# from scratch. They get more seeds.
+# The paper's main claims: dense or MLP-MoE or CLIP-MoE, CLIP frozen or not, 1 or 2 scales, from
+# scratch; and an equally large dense CLIP. They get more seeds.
 SEEDS = {name: range(5) for name in ("a-dense", "a-losses", "b-clip", "b-wide", "b-cumo", "d-12",
                                      "a-scratch", "b-scratch")}  # fmt: skip
 SEEDS |= {name: range(3) for name in RUNS if name not in SEEDS}
@@ -111,7 +113,7 @@ GROUPS = [
         ("b-clip", "dense", UNFROZEN),
         ("b-cumo", "2 of 4 experts (CuMo)", CUMO),
     ]),
-    ("h", "the same at equal active parameters", [
+    ("h", "CLIP sparse instead of dense, equal active parameters", [
         ("b-wide", "dense, MLPs twice as wide", NOT_TRIED),
         ("b-cumo", "2 of 4 experts (CuMo)", NOT_TRIED),
     ]),
@@ -313,6 +315,8 @@ def other_jobs(cfg):
 def main():
     cfg, _ = parse(AblationConfig, description=__doc__.split("\n")[0])
     check_numbers(cfg, counts=("samples", "questions", "threads"))
+    if cfg.questions < LEAST:
+        raise ValueError(f"--questions {cfg.questions} must be {LEAST} or more")
     os.chdir(ROOT)
     os.environ["OMP_NUM_THREADS"] = str(cfg.threads)
     torch.set_num_threads(cfg.threads)

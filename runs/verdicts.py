@@ -73,9 +73,11 @@ def write_answers(file, runs):
 
 
 @functools.cache
-def question_weights(n):
-    """[DRAWS, n]: how often each of n questions is drawn, as shares with sum 1."""
-    drawn = np.random.default_rng(n).integers(n, size=(DRAWS, n)) + n * np.arange(DRAWS)[:, None]
+def question_weights(n, kind):
+    """[DRAWS, n]: how often each of n questions is drawn, as shares with sum 1. Other draws for
+    each number `kind`."""
+    rng = np.random.default_rng((n, kind))
+    drawn = rng.integers(n, size=(DRAWS, n)) + n * np.arange(DRAWS)[:, None]
     counts = np.bincount(drawn.ravel(), minlength=DRAWS * n)
     return counts.reshape(DRAWS, n).astype(np.float32) / n
 
@@ -116,7 +118,7 @@ def compare(ours, reference):
     kinds, parts = kinds_of(both.shape[-1]), {}
     for k, kind in enumerate(KINDS):
         part = both[..., kinds == k].reshape(len(both), -1)
-        parts[kind] = part.mean(1), question_weights(part.shape[1]) @ part.T
+        parts[kind] = part.mean(1), question_weights(part.shape[1], k) @ part.T
     shares = np.bincount(kinds) / len(kinds)
     mix = lambda i: sum(share * part[i] for share, part in zip(shares, parts.values()))
     parts[ALL] = mix(0), mix(1)

@@ -39,6 +39,13 @@ def test_heights_in_the_picture_are_the_heights_of_the_answers(split):
                 assert answer == true_answer(question, scene), question
 
 
+def test_heights_asked_in_pairs_are_those_that_training_never_showed():
+    for scene, rng in scenes("pairs", 100, "charts"):
+        question, answer = charts.ask_height(scene, rng)
+        (color,) = [color for color, _ in scene.chart.bars if f"the {color} bar" in question]
+        assert (color, NUMBERS.index(answer)) in charts.HELD_OUT_BARS
+
+
 def test_a_tie_has_no_tallest_bar():
     scene = world.Scene("white", (), "noto", chart=charts.Chart((("red", 3), ("blue", 3))))
     rng = np.random.default_rng(0)

@@ -1,5 +1,6 @@
 """How the miniature is pretrained: sheets of letters, targets of patches, probes, --init."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from refused import refusal
 from clip_moe import CLIPVision, CLIPVisionConfig
 from data import world
 from data.chat import IGNORE
-from data.signs import LETTERS, is_held_out
+from data.signs import HELD_OUT_WORDS, LETTERS, WORDS, is_held_out
 from data.tokenizer import Tokenizer
 from llm import LLM, LLMConfig
 from runs.make import pretrain_mini
@@ -121,3 +122,20 @@ def test_init_without_fitting_heads_is_refused_in_one_line(
     line = refusal(pretrain_mini.main, flags, monkeypatch, capsys)
     assert f"--init {tmp_path}" in line and said in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags, said", [
+    ("llm --signs 0.5", "--signs has no effect on llm"),
+    ("tokenizer --steps 5", "--steps has no effect on tokenizer"),
+    ("clip --signs 1.5", "--signs 1.5 must be from 0 to 1"),
+    ("llm --steps 0", "--steps 0 must be above 0"),
+])  # fmt: skip
+def test_flags_without_effect_or_out_of_range_are_refused(flags, said, monkeypatch, capsys):
+    assert said in refusal(pretrain_mini.main, flags.split(), monkeypatch, capsys)
+
+
+def test_tokenizer_learns_from_no_sign_and_keeps_letters_of_words_apart():
+    text = " ".join(pretrain_mini.corpus(40))
+    assert {*re.findall("[A-Z0-9]{2,}", text)} == {"INST"}
+    for word in (*WORDS, *HELD_OUT_WORDS):
+        assert len(TOKENIZER.encode(f" {word}")) == len(word) + 1, word  # a space, then its letters

@@ -432,6 +432,8 @@ def test_unknown_split_and_task_name_the_choices():
         World("sen", "ask", 5)
     with pytest.raises(ValueError, match="'sing' is unknown.*name, describe, ask"):
         World("new", "sing", 5)
+    with pytest.raises(ValueError, match="kind 'thing' is unknown.*things, words, charts"):
+        world.sample_scene(np.random.default_rng(0), "new", "thing")
     with pytest.raises(ValueError, match="'x' is unknown"):
         world.sample_scene(np.random.default_rng(0), "x")
 

@@ -9,8 +9,8 @@ on the emoji world, small enough for a laptop:
 
 The language model sees no picture. It reads scenes as text (text_world.py), first with short
 questions, then mostly in conversations; on signs it reads random letters, never words. CLIP sees
-things and signs, but no chart. Neither model sees what the split `pairs` holds out, or the
-drawings, signs and bars of `style`.
+things and signs, but no chart. Neither model learns an answer about what the split `pairs` holds
+out, or sees the drawings, signs and bars of `style`.
 
 `--init` continues from weights that this script has written: `llm --init data/mini/llm`, or `clip
 --init out/clip --out out` for a folder with heads.pt, which holds the parts of CLIP's training that
@@ -54,7 +54,7 @@ def corpus(n=6000):
         rng = np.random.default_rng((9, i))
         scene = world.sample_things(rng, "train")
         yield from (world.caption(scene) + "\n", world.short_caption(scene) + "\n")
-        several = world.conversation(world.sample_scenes(rng, "train", 3), rng, 4)
+        several = world.conversation(world.sample_scenes(rng, "train", 3, "things"), rng, 4)
         turns = world.questions(scene, rng, 4) + several
         yield from (f"[INST] {q} [/INST] {a} " for _, q, a in turns)
         yield " ".join(["", world.DESCRIBE, *(o.name for o in scene.objects), scene.background])
@@ -159,7 +159,7 @@ class Probes(torch.nn.Module):
         return before, place, found, spelled.nan_to_num(0)
 
 
-def pretrain_llm(steps, lr, seed, out, init=None):
+def pretrain_llm(steps, out, lr=1e-3, seed=0, init=None):
     torch.manual_seed(seed)
     tokenizer = Tokenizer.from_pretrained(MINI / "llm")
     cfg = LLMConfig(vocab_size=tokenizer.vocab_size, dim=256, hidden_dim=512, n_layers=5, n_heads=8,
@@ -369,7 +369,7 @@ def load_heads(model, folder):
         raise ValueError(f"--init {file} is of another model: {error}") from None
 
 
-def pretrain_clip(steps, lr, seed, out, init=None, signs=0.5, batch=96):
+def pretrain_clip(steps, out, lr=1e-3, seed=0, init=None, signs=0.5, batch=96):
     torch.manual_seed(seed)
     cfg = CLIPVisionConfig(world.SIDE, PATCH, dim=192, hidden_dim=768, n_layers=6, n_heads=3)
     model = Contrast(CLIPVision(cfg), Tokenizer.from_pretrained(MINI / "llm"))
@@ -399,23 +399,38 @@ def pretrain_clip(steps, lr, seed, out, init=None, signs=0.5, batch=96):
             export_clip(model, out)
 
 
+def check_flags(what, given):
+    """ValueError for a flag without effect on `what`, or out of range."""
+    known = {"tokenizer": (), "llm": ("steps", "lr", "seed", "init"),
+             "clip": ("steps", "lr", "seed", "init", "signs")}[what]  # fmt: skip
+    for flag, value in given.items():
+        if flag not in known:
+            raise ValueError(f"--{flag} has no effect on {what}")
+        if flag in ("steps", "lr") and value <= 0:
+            raise ValueError(f"--{flag} {value} must be above 0")
+        if flag == "signs" and not 0 <= value <= 1:
+            raise ValueError(f"--signs {value} must be from 0 to 1")
+
+
 def main():
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("what", choices=("tokenizer", "llm", "clip"))
     parser.add_argument("--steps", type=READ[int], help="default: 5000 (llm), 6500 (clip)")
-    parser.add_argument("--lr", type=READ[float], default=1e-3, help="peak learning rate")
-    parser.add_argument("--seed", type=READ["seed"], default=0)
+    parser.add_argument("--lr", type=READ[float], help="peak learning rate (default: 1e-3)")
+    parser.add_argument("--seed", type=READ["seed"], help="default: 0")
     parser.add_argument("--init", help=f"continue from this folder (clip: one with {HEADS})")
     parser.add_argument("--out", type=pathlib.Path, default=MINI, help="write llm/ or clip/ here")
-    parser.add_argument("--signs", type=READ[float], default=0.5, help="share of signs (clip)")
+    parser.add_argument("--signs", type=READ[float], help="share of signs (clip; default: 0.5)")
     args = parser.parse_args()
+    given = {k: v for k, v in vars(args).items() if v is not None and k not in ("what", "out")}
+    check_flags(args.what, given)
     if args.what == "tokenizer":
-        (MINI / "llm").mkdir(parents=True, exist_ok=True)
-        (MINI / "llm" / "tokenizer.json").write_text(json.dumps(train_bpe(corpus(), 1024)))
+        (args.out / "llm").mkdir(parents=True, exist_ok=True)
+        (args.out / "llm" / "tokenizer.json").write_text(json.dumps(train_bpe(corpus(), 1024)))
     elif args.what == "llm":
-        pretrain_llm(args.steps or 5000, args.lr, args.seed, args.out, args.init)
+        pretrain_llm(**{"steps": 5000, "out": args.out} | given)
     else:
-        pretrain_clip(args.steps or 6500, args.lr, args.seed, args.out, args.init, args.signs)
+        pretrain_clip(**{"steps": 6500, "out": args.out} | given)
 
 
 if __name__ == "__main__":

@@ -44,12 +44,11 @@ ASKED = world.KINDS | {
 
 def letter_patches(sign, x, y):
     """[(letter, distance [...])] of a sign: a patch with its middle at (x, y) shows the letter if
-    its distance is at most 0. A large letter fills all patches that it covers. A small one fills
-    the patch of its middle (on a border: the one on the right), and the patch above or below if it
-    stands between two."""
-    pitch, height = sign.box[2] / (len(sign.text) + 0.5), sign.box[3]
-    wide, high = max(4, 0.5 * pitch - 4), max(5.5, 0.35 * height - 2)
-    return [(letter, np.maximum(np.abs(x - at_x - 1e-3) - wide, np.abs(y - at_y) - high))
+    its distance is at most 0. Each letter is in one column of patches, that of its middle (on a
+    border, the right one): AA is never taken for a wide A. A letter that is high, or stands between
+    two rows, is in several rows."""
+    half, high = PATCH / 2, max(5.5, 0.35 * sign.box[3] - 2)
+    return [(letter, np.maximum(np.abs(x - at_x - 1e-3) - half, np.abs(y - at_y) - high))
             for letter, (at_x, at_y) in zip(sign.text, letter_middles(sign))]  # fmt: skip
 
 
@@ -291,7 +290,7 @@ def caption_sample(tokenizer, rng, noise):
 
 def letter_places(tokens, labels, place, letters):
     """For each token [T] of a row that comes before a letter of an answer: the place of that letter
-    in its text picture. IGNORE for all other tokens, and for letters larger than a patch.
+    in its text picture, in the last row that shows it. IGNORE for all other tokens.
 
     `letters`: the ids of all letters. An answer and a line of a text picture belong together if
     their letters are the same.
