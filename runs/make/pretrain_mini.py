@@ -141,7 +141,8 @@ class Probes(torch.nn.Module):
             layer.register_forward_hook(lambda _, __, out, k=k: self.seen.update({k: out[0]}))
 
     def losses(self, llm, batch):
-        """Cross-entropies of the four probes: before, place, found, spelled (0 without letters)."""
+        """Cross-entropies of the probes before, place, found (0 if no name is asked) and spelled (0
+        without letters)."""
         tokens, real, norm = batch["tokens"], batch["segments"] > 0, torch.nn.functional.rms_norm
         cross_entropy = torch.nn.functional.cross_entropy
         first, second, third = (norm(self.seen[k], self.seen[k].shape[-1:]) for k in (0, 1, 2))
@@ -156,7 +157,7 @@ class Probes(torch.nn.Module):
         found = cross_entropy(self.found(second[asked]).float(), batch["found"][asked])
         next_one = batch["spelled"] != IGNORE
         spelled = cross_entropy(self.spelled(third[next_one]).float(), batch["spelled"][next_one])
-        return before, place, found, spelled.nan_to_num(0)
+        return before, place, found.nan_to_num(0), spelled.nan_to_num(0)
 
 
 def pretrain_llm(steps, out, lr=1e-3, seed=0, init=None):
