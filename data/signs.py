@@ -79,14 +79,14 @@ def random_letters(rng, n):
 
 def sample_sign(rng, split, place, background, text=None, largest=14):
     """A sign in one of ROWS, on a plate whose color is not the background's. Its letters are at
-    least 9 pixels apart, and at most `largest`."""
+    least 9.5 pixels apart, and at most `largest`."""
     first, end = ROWS[place]
     plate = pick(rng, *[c for c in ("white", "yellow", "gray") if c != background])
     ink = "black" if plate == "gray" else pick(rng, "black", "black", "blue", "red")
     if split == "style":
         plate, ink = pick(rng, *sorted({"black", "blue", "purple"} - {background})), "white"
     text = text or sample_text(rng, split)
-    pitch = rng.uniform(9.5, min(largest, (SIDE - 2) / (len(text) + 0.5)))
+    pitch = rng.uniform(10, min(largest, (SIDE - 2) / (len(text) + 0.5)))
     width = int(pitch * (len(text) + 0.5))
     height = int(min(rng.uniform(1.4, 2.4) * pitch, end - first))
     left, top = int(rng.integers(1, SIDE - width)), int(rng.integers(first, end - height + 1))

@@ -183,16 +183,17 @@ def ask_where(scene, rng):
         return pick(rng, f"Where is the {o.name}?", f"Where do you see the {o.name}?"), o.place
 
 
-def ask_kind(scene, rng):
-    """None if two answers would be right: with a duck and a cat, "which animal?" is ambiguous."""
+def only_ones(scene):
+    """[(category, object)]: the only object of each category. With a duck and a cat there is no
+    only animal, and "object" and "sky" are not asked for."""
     kinds = [CATEGORIES[o.name] for o in scene.objects]
     wider = {"animal": ("animal", "bird"), "food": ("food", "fruit", "vegetable")}
-    asked = []
-    for o, kind in zip(scene.objects, kinds):
-        alike = wider.get(kind, (kind,))
-        if kind not in ("object", "sky") and sum(k in alike for k in kinds) == 1:
-            asked.append((kind, o))
-    if asked:
+    return [(kind, o) for o, kind in zip(scene.objects, kinds) if kind not in ("object", "sky")
+            and sum(k in wider.get(kind, (kind,)) for k in kinds) == 1]  # fmt: skip
+
+
+def ask_kind(scene, rng):
+    if asked := only_ones(scene):
         kind, o = pick(rng, *asked)
         kind = "garment" if kind == "clothing" else kind
         q = pick(rng, f"Which {kind} is in the picture?", f"Which {kind} do you see?")

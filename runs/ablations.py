@@ -206,6 +206,19 @@ def run_training(words, folder):
     return seconds
 
 
+def clip_of(cfg):
+    """The CLIP of all stages 1 and 2: that of a finished stage 2 in --demo, else --clip. ValueError
+    if both are given and differ."""
+    stage2 = pathlib.Path(cfg.demo, "stage2")
+    if not is_finished(stage2):
+        return cfg.clip
+    used = read_state(stage2)["config"]["clip"]
+    if cfg.clip not in ("", used):
+        raise ValueError(f"--clip {cfg.clip}, but {stage2} was trained with {used}; name another "
+                         "--demo")  # fmt: skip
+    return used
+
+
 def prepare(cfg, folder, scales=""):
     """Make the stage in `folder` that runs start from, unless it is finished."""
     with lock(folder.parent):  # shared by runs and seeds
@@ -217,7 +230,8 @@ def prepare(cfg, folder, scales=""):
             return widen(narrow, folder)
         flags = ["--stage", folder.name[-1], "--out", str(folder.parent)]
         flags += ["--scales", scales] if scales else []
-        flags += ["--clip", cfg.clip] if cfg.clip else []
+        clip = clip_of(cfg)
+        flags += ["--clip", clip] if clip else []
         run_training(["python", "train.py", *flags], folder.parent)
 
 
@@ -321,7 +335,7 @@ def main():
     os.environ["OMP_NUM_THREADS"] = str(cfg.threads)
     torch.set_num_threads(cfg.threads)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    read_results(cfg)  # refuses other lengths before any job starts
+    read_results(cfg), clip_of(cfg)  # refuse other lengths or another CLIP before any job starts
     bar = tqdm(planned(cfg), unit="run")
     try:
         with other_jobs(cfg):

@@ -291,8 +291,8 @@ def draw_row(axis, y, row, reach):
     axis.plot(mean, y, "o", color=color, markersize=8, zorder=4)
     for kind, marker in MARKERS.items():
         value = row["found"][kind]["right"][0]
-        if abs(value) < reach:
-            axis.plot(value, y + 0.3, marker, color=COLORS[4], markersize=4.5, zorder=3)
+        axis.plot(np.clip(value, -reach, reach), y + 0.3, marker, color=COLORS[4], markersize=4.5,
+                  zorder=3, clip_on=False)  # fmt: skip
     if row["paper"] is not None:
         axis.plot(row["paper"], y, "D", markersize=8, markeredgewidth=1.6, zorder=5,
                   markerfacecolor="none", markeredgecolor="black")  # fmt: skip
@@ -302,7 +302,7 @@ def draw_ablations(groups, file, reach=6):
     """Draw each row's difference to the first of its group, ours and the paper's, in points.
 
     `groups` come from runs/verdicts.py. A difference of more than `reach` points is an arrow with
-    its number, so that small differences stay visible.
+    its number, so that small differences stay visible; that of a kind of picture is at the edge.
     """
     plt = pyplot()
     if not plt:

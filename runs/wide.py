@@ -7,7 +7,8 @@ copy, and splits each weight that reads it between the two, in random shares:
     y = fc2 h      becomes      y = (s * fc2) h + ((1 - s) * fc2) h'      with h' = h
 
 With equal shares, s = 1/2, both copies would get equal gradients and stay copies in training, so
-the MLP would be no wider than before.
+the MLP would be no wider than before. AdamW moves every weight by the same step, so at first the
+output moves up to twice as far in a step as that of the narrow MLP.
 """
 
 from dataclasses import replace

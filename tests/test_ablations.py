@@ -80,7 +80,7 @@ def start(tmp_path, monkeypatch, *flags):
     folders = [f"--{k}={tmp_path / k}" for k in ("demo", "out", "bench")]
     for stage in (1, 2):
         (tmp_path / "demo" / f"stage{stage}").mkdir(parents=True, exist_ok=True)
-        state = '{"finished": true, "config": {}}'
+        state = '{"finished": true, "config": {"clip": "data/mini/clip"}}'
         (tmp_path / "demo" / f"stage{stage}" / "train.json").write_text(state)
     monkeypatch.setattr(
         sys, "argv", ["ablations.py", "--jobs=1", "--questions=40", *folders, *flags]
@@ -93,6 +93,19 @@ def start(tmp_path, monkeypatch, *flags):
 def test_sizes_below_one_are_one_line(flag, monkeypatch, capsys):
     said = refusal(ablations.main, [f"--{flag}", "0"], monkeypatch, capsys)
     assert f"--{flag} 0" in said and said.endswith("must be 1 or more")
+
+
+def test_an_exam_too_short_for_every_type_is_one_line(monkeypatch, capsys):
+    assert "--questions 3 must be" in refusal(
+        ablations.main, ["--questions", "3"], monkeypatch, capsys
+    )
+
+
+def test_another_clip_than_that_of_the_demo_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="--clip weak, but .*stage2 was trained with data"):
+        start(tmp_path, monkeypatch, "--clip=weak")
+    cfg = ablations.AblationConfig(clip="weak", demo=str(tmp_path / "none"))
+    assert ablations.clip_of(cfg) == "weak"
 
 
 def test_finished_runs_are_kept_and_an_interrupted_one_is_run_again(tmp_path, monkeypatch):

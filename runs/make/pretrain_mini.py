@@ -244,7 +244,7 @@ def sample_sheet(rng):
     """A scene of three lines of random letters and digits: many letters in one picture."""
     background, signs, third = world.pick(rng, *world.COLORS), [], world.SIDE // 3
     for k in range(3):
-        text = random_letters(rng, int(rng.integers(3, 7)))
+        text = random_letters(rng, int(rng.integers(3, 6)))
         sign = sample_sign(rng, "train", "in the middle", background, text)
         left, _, width, height = sign.box
         height = min(height, third)

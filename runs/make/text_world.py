@@ -28,6 +28,7 @@ from data.chat import IGNORE, IMAGE_TAG, IMAGE_TOKEN, render
 from data.drawings import NUMBERS
 from data.packing import assemble
 from data.signs import LETTERS, letter_middles, random_letters
+from data.things import only_ones
 
 PATCH, GRID = 8, 8
 ROWS, LENGTH = 6, 400  # rows of a batch, tokens of a row
@@ -124,19 +125,17 @@ def look_ups(scene, tokenizer):
 
 def telegrams_of_things(scene, rng):
     names = [o.name for o in scene.objects]
-    kinds = [world.CATEGORIES[name] for name in names]
     place = {o: o.place.split(" ", 2)[2] for o in scene.objects}  # "top left", "middle"
     asked = [(f"{name}?", "yes") for name in dict.fromkeys(names)]
     known = {*names, *(partner for name in names for partner in world.PARTNERS[name])}
     others = [world.CONCEPTS[i] for i in rng.permutation(len(world.CONCEPTS))[: len(names)]]
     asked += [(f"{name}?", "no") for name in others if name not in known]
-    for o, kind in zip(scene.objects, kinds):
+    asked += [(f"{kind}:", o.name) for kind, o in only_ones(scene)]
+    for o in scene.objects:
         asked.append((f"{place[o]}:", o.name))
         if names.count(o.name) > 1:
             continue
         asked.append((f"{o.name}:", place[o]))
-        if kinds.count(kind) == 1:
-            asked.append((f"{kind}:", o.name))
         for p in scene.objects:
             side, other = o.place.split()[-1], p.place.split()[-1]
             if names.count(p.name) == 1 and side != other:
@@ -145,7 +144,7 @@ def telegrams_of_things(scene, rng):
 
 
 def telegrams(scene, rng):
-    """All look-ups that a scene allows, in telegraph style: [(question, answer)], shuffled.
+    """The look-ups that a scene allows, in telegraph style: [(question, answer)], shuffled.
 
         cat? yes   owl? no   cat: top left   top left: cat   cat bus? left   animal: cat
         sign at the top: MILK       red: three   which bar is the tallest? red
