@@ -255,8 +255,8 @@ def test_the_picture_has_a_bar_for_every_load_and_the_bits_of_every_view(
     (dict(out="a.txt"), "--out a.txt must end in .json"),
     (dict(out="/no/a.json"), "--out /no/a.png cannot be written; name a file in a folder that "
                              "exists"),
-    (dict(before="sparse"), "--before {sparse} is sparse; give the dense stage 2 that it started "
-                            "from")])  # fmt: skip
+    (dict(before="sparse"), "--before {sparse} is sparse; give the dense stage 2 that --model "
+                            "{sparse} started from")])  # fmt: skip
 def test_a_measurement_that_says_nothing_is_refused(flags, said, experts, tmp_path, monkeypatch):
     sparse = tmp_path / "sparse"
     tiny_cumo(8).save_pretrained(sparse)

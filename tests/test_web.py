@@ -301,11 +301,11 @@ def test_the_map_has_its_caption_above_it_and_before_a_line_in_place_of_an_empty
     assert chart.options["show_label"] is False, "gradio writes a label over the picture"
 
 
-def test_the_page_has_three_pictures_to_try_and_says_what_can_be_asked(sparse):
+def test_the_page_has_five_pictures_to_try_and_says_what_can_be_asked(sparse):
     page = Page(sparse)
     (examples,), (title, *_) = page.gr.parts["Examples"], page.gr.parts["Markdown"]
     files = {file for row in examples.args[0] for file in row["files"]}
-    assert len(files) == 3 and max(len(row["files"]) for row in examples.args[0]) == 2
+    assert len(files) == 5 and max(len(row["files"]) for row in examples.args[0]) == 2
     assert all(web.open_image(file).width for file in files)
     assert "knows drawings of 100 objects" in title.args[0]
     assert "language model" in web.examples(tiny_cumo().llm)[1]
