@@ -29,7 +29,7 @@ PAPER = {
 MINI = {
     1: dict(template=PLAIN,  lr=2e-3,   samples=9_000, rows=4, row_tokens=280),
     2: dict(template=CHAT,   lr=2.5e-4, samples=2_500, rows=6, row_tokens=400),
-    3: dict(template=CHAT,   lr=2e-4,   samples=5_000, rows=6, row_tokens=400),
+    3: dict(template=CHAT,   lr=2e-4,   samples=5_600, rows=6, row_tokens=400),
 }
 SMOL_MINI = {
     1: dict(template=PLAIN,  lr=1e-3,   samples=1_000, rows=2, accumulate=1, row_tokens=216),

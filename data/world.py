@@ -38,7 +38,7 @@ KINDS = {  # kind of picture -> types of the questions about it
     "words": tuple(signs.ASK),
     "charts": tuple(charts.ASK),
 }
-SHARES = (0.5, 0.3, 0.2)  # how often training shows each kind
+SHARES = (0.5, 0.35, 0.15)  # how often training shows each kind
 QUESTION_TYPES = tuple(ASK)
 # In training the harder types are asked more often; of things next to a sign, few.
 ASKED = {
