@@ -365,7 +365,7 @@ def true_answer(question, scene):
 def test_every_answer_is_true_of_its_scene():
     counts = dict.fromkeys(world.QUESTION_TYPES, 0)
     for split in world.SPLITS:
-        for scene, rng in scenes(split, 600):
+        for scene, rng in scenes(split, 800):
             for kind, question, answer in world.questions(scene, rng, 6):
                 counts[kind] += 1
                 assert answer == true_answer(question, scene), (question, scene)
