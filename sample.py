@@ -38,7 +38,7 @@ DTYPES = {"": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 @dataclass
 class SampleConfig:
     image: tuple[str, ...] = ()  # pictures of one question, where it says <image> or before it
-    ask: str = ""  # the question; -: read it from a pipe; empty: "Describe the picture."
+    ask: str = ""  # the question; -: read it from a pipe; not given: "Describe the picture."
     chat: bool = False  # a conversation: type questions, read answers
     json: bool = False  # print each answer as JSON, with its tokens and seconds
     model: str = ""  # a checkpoint or a folder of stages; empty: the last finished stage in out/

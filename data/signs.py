@@ -79,7 +79,7 @@ def random_letters(rng, n):
 
 def sample_sign(rng, split, place, background, text=None, largest=14):
     """A sign in one of ROWS, on a plate whose color is not the background's. Its letters are at
-    least 9.5 pixels apart, and at most `largest`."""
+    least 10 pixels apart, and at most `largest`."""
     first, end = ROWS[place]
     plate = pick(rng, *[c for c in ("white", "yellow", "gray") if c != background])
     ink = "black" if plate == "gray" else pick(rng, "black", "black", "blue", "red")

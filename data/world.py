@@ -274,10 +274,11 @@ def main():
     parser = Parser(description="Draw a scene and print questions about it.", allow_abbrev=False)
     parser.add_argument("--seed", type=READ["seed"], default=0, help="another seed, another scene")
     parser.add_argument("--split", default="new", help=f"one of {', '.join(SPLITS)}")
+    parser.add_argument("--kind", help=f"one of {', '.join(KINDS)}; not given: any")
     parser.add_argument("--out", default="scene.png", help="the picture to write")
     args = parser.parse_args()
     rng = np.random.default_rng((args.seed, 21))
-    scene = sample_scene(rng, args.split)
+    scene = sample_scene(rng, args.split, args.kind)
     draw(scene, scale=4).save(args.out)
     print(f"{args.out}: {caption(scene)}")
     for _, question, answer in questions(scene, rng, 6):

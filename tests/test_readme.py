@@ -240,7 +240,7 @@ def test_what_the_results_say_of_experts_is_true_of_every_layer():
     most = {view: max(after for _, after, _ in rows) for view, rows in views.items()}
     kind = stated(r"things, words and charts they know at most ([\d.]+) bits", RESULTS)
     assert kind == [round(most["kind"], 3)]
-    assert kind == stated(r"hardly divide the kinds of pictures: at most ([\d.]+) bits")
+    assert kind == stated(r"No block divides the kinds of pictures: at most ([\d.]+) bits")
     assert [round(most["part"], 2)] == stated(r"they know at most ([\d.]+) bits, at", RESULTS)
     said = stated(r"They follow the object: up to ([\d.]+) bits, in the connector, .*? category \("
                   r"at most ([\d.]+) bits\) or the color of the background \(at most ([\d.]+)\)",

@@ -22,7 +22,7 @@ def drawn_signs(split, n, seed=17):
 
 
 @pytest.mark.parametrize("split", world.SPLITS)
-def test_letters_stand_9_5_pixels_apart_inside_the_plate_and_share_no_patch(split):
+def test_letters_stand_10_pixels_apart_inside_the_plate_and_share_no_patch(split):
     for _, sign in drawn_signs(split, 400):
         left, top, width, height = sign.box
         first, last = signs.ROWS[sign.place]
@@ -30,7 +30,7 @@ def test_letters_stand_9_5_pixels_apart_inside_the_plate_and_share_no_patch(spli
         middles = signs.letter_middles(sign)
         for x, y in middles:
             assert left + 3 < x < left + width - 3 and top + 4 < y < top + height - 4
-        assert all(9.5 <= right[0] - x[0] for x, right in zip(middles, middles[1:]))
+        assert all(9.99 <= right[0] - x[0] for x, right in zip(middles, middles[1:]))
         patches = {(int(x) // PATCH, int(y) // PATCH) for x, y in middles}
         assert len(patches) == len(sign.text)
 

@@ -9,8 +9,8 @@ on the emoji world, small enough for a laptop:
 
 The language model sees no picture. It reads scenes as text (text_world.py), first with short
 questions, then mostly in conversations; on signs it reads random letters, never words. CLIP sees
-things and signs, but no chart. Neither model learns an answer about what the split `pairs` holds
-out, or sees the drawings, signs and bars of `style`.
+things and signs, but no chart. Of what the split `pairs` holds out they learn nothing but some
+answers "no" (docs/RESULTS.md). Neither sees the drawings, signs and bars of `style`.
 
 `--init` continues from weights that this script has written: `llm --init data/mini/llm`, or `clip
 --init out/clip --out out` for a folder with heads.pt, which holds the parts of CLIP's training that
