@@ -299,7 +299,7 @@ def draw_row(axis, y, row, reach):
 
 
 def draw_ablations(groups, file, reach=6):
-    """Draw each row's difference to the first of its group, ours and the paper's, in points.
+    """Draw each row's difference to the row that it is compared with, ours and the paper's.
 
     `groups` come from runs/verdicts.py. A difference of more than `reach` points is an arrow with
     its number, so that small differences stay visible; that of a kind of picture is at the edge.
@@ -313,9 +313,10 @@ def draw_ablations(groups, file, reach=6):
     for group in groups:
         top = y
         ticks.append((y, f"({group['group']}) {group['title']}"))
-        for k, row in enumerate(group["rows"]):
+        for row in group["rows"]:
             y += 1
-            ticks.append((y, row["label"] + (" (reference)" if not k else "")))
+            versus = row["versus"] and f" vs. {row['versus']}"
+            ticks.append((y, row["label"] + versus))
             draw_row(axis, y, row, reach)
         axis.axhspan(top + 0.5, y + 0.5, color="#F4F4F4", zorder=0)
         axis.plot([0, 0], [top + 0.5, y + 0.5], color="black", linewidth=1, zorder=1)
@@ -324,7 +325,7 @@ def draw_ablations(groups, file, reach=6):
     for label in axis.get_yticklabels():
         label.set_fontweight("bold" if label.get_text().startswith("(") else "normal")
     axis.set(xlim=(-reach, reach), ylim=(y - 0.8, -0.7))
-    axis.set_xlabel("exact answers, points above the reference of the group", fontsize=10)
+    axis.set_xlabel("exact answers, points above the second of the two", fontsize=10)
     axis.grid(axis="x", color="#DDDDDD", linewidth=0.6)
     axis.set_axisbelow(True)
     axis.tick_params(axis="y", length=0)

@@ -1,8 +1,8 @@
 """The verdict on each row of runs/ablations.py: confirmed, contradicted or undecided.
 
-A row is compared with the first row of its group, question by question and seed by seed, which
-removes the luck that both share. Its difference has a 95 % interval from a bootstrap: draw
-questions and seeds with replacement, 2,000 times; 95 % of the means are inside the interval.
+A row is compared with another one, question by question and seed by seed, which removes the luck
+that both share. Its difference has a 95 % interval from a bootstrap: draw questions and seeds
+with replacement, 2,000 times; 95 % of the means are inside the interval.
 
     confirmed      the interval excludes 0, on the side of the paper's difference
     contradicted   it excludes 0, on the other side
@@ -147,24 +147,31 @@ def ablations(content, answers):
     """The groups of runs/ablations.py with their measures.
 
     content: results.json; answers: `read_answers`. Each row gets its `means` over all its seeds;
-    `found`, its differences to the first row (`compare`) over the seeds that both have, or None;
-    what the paper says of it (`paper_of`), and the `verdict`, "" with fewer than two seeds.
+    the label of the row that it is compared with (`versus`, "" for a reference); `found`, the
+    differences (`compare`) over the seeds that both have, or None; what the paper says of it
+    (`paper_of`), and the `verdict`, "" with fewer than two seeds.
     """
     shape = len(SPLITS), content["questions"]
+    given = {}  # {run: {seed: its answers}}
+    for run in content["rows"]:
+        packed = answers[f"{run['name']}-{run['seed']}"]
+        given.setdefault(run["name"], {})[run["seed"]] = unpack(packed, shape)
+    every = [line for group in content["groups"] for line in group["rows"]]
     groups = []
     for group in content["groups"]:
         rows = []
         for line in group["rows"]:
-            runs = {run["seed"]: run for run in content["rows"] if run["name"] == line["name"]}
-            given = {s: unpack(answers[f"{line['name']}-{s}"], shape) for s in runs}
-            row = {"label": line["label"], "runs": list(runs.values()), "answers": given}
-            row |= paper_of(line, group["rows"][0])
-            row |= {"found": None, "seeds": len(given), "verdict": "", "means": means(given)}
-            first = rows[0]["answers"] if rows else {}
-            common = sorted(given.keys() & first.keys())
+            name, named = line["name"], [*group["rows"], *every]  # first the lines of the group
+            other = next((one for one in named if one["name"] == line["against"]), None)
+            ours, theirs = given.get(name, {}), given.get(line["against"], {})
+            row = {"label": line["label"], "versus": other["label"] if other else "",
+                   "runs": [run for run in content["rows"] if run["name"] == name],
+                   "found": None, "seeds": len(ours), "verdict": "", "means": means(ours),
+                   **paper_of(line, other)}  # fmt: skip
+            common = sorted(ours.keys() & theirs.keys())
             if common:
                 pair = [[np.stack([side[s][k] for s in common]) for k in (0, 1)]
-                        for side in (given, first)]  # fmt: skip
+                        for side in (ours, theirs)]  # fmt: skip
                 row["found"], row["seeds"] = compare(*pair), len(common)
                 if len(common) > 1:
                     row["verdict"] = verdict(row["expected"], row["found"][ALL]["right"])
@@ -184,14 +191,18 @@ def means(given):
     return {name: (100 * right[part].mean(), loss[part].mean()) for name, part in chosen.items()}
 
 
-def paper_of(line, first):
-    """What the paper says of a row, compared with the first row of its group: `paper`, points of
-    the mean of its four benchmarks; `text_vqa`, of TextVQA alone; `expected`, the difference or its
-    sign (None: not in the paper); `remark`, instead of numbers."""
-    if isinstance(line["paper"], str):
+def paper_of(line, other):
+    """What the paper says of a row, compared with the row `other` (None: with nothing): `paper`,
+    points of the mean of its four benchmarks; `text_vqa`, of TextVQA alone; `expected`, the
+    difference or its sign (None: not in the paper); `remark`, instead of numbers."""
+    said = {"paper": None, "text_vqa": None, "expected": None, "remark": ""}
+    if other is None:
+        return said
+    remarks = [one["paper"] for one in (line, other) if isinstance(one["paper"], str)]
+    if remarks:
         expected = -1 if line["paper"] == "did not converge" else None
-        return {"paper": None, "text_vqa": None, "expected": expected, "remark": line["paper"]}
-    points = [ours - theirs for ours, theirs in zip(line["paper"], first["paper"])]
+        return said | {"expected": expected, "remark": remarks[0]}
+    points = [ours - theirs for ours, theirs in zip(line["paper"], other["paper"])]
     mean = round(sum(points) / len(points), 9)
     return {"paper": mean, "text_vqa": round(points[1], 9), "expected": mean, "remark": ""}
 
@@ -204,11 +215,11 @@ def span(found, digits=1):
 
 
 def lines_of(groups, write):
-    """The lines of a table: the cells that `write(row)` gives, after the row's label."""
+    """The lines of a table: a row's label, what it is compared with, and the cells `write(row)`."""
     for group in groups:
         for i, row in enumerate(group["rows"]):
             title = "" if i else f"**({group['group']}) {group['title']}**: "
-            yield title + row["label"], *write(row)
+            yield title + row["label"], row["versus"], *write(row)
 
 
 def verdict_cells(row):
@@ -245,10 +256,10 @@ def kind_cells(row):
 
 def tables(groups):
     """Two tables: the verdicts, then the kinds of pictures, splits, sizes and times."""
-    head = ("stage 3", "exact, %", "difference", "in the paper", "verdict", "loss, nats",
-            "difference of the loss")  # fmt: skip
-    more = ("stage 3", "things", "words", "TextVQA in the paper", "charts", *SPLITS, "seeds",
-            "active / all, M", "CPU seconds")  # fmt: skip
+    head = ("stage 3", "compared with", "exact, %", "difference", "in the paper", "verdict",
+            "loss, nats", "difference of the loss")  # fmt: skip
+    more = ("stage 3", "compared with", "things", "words", "TextVQA in the paper", "charts",
+            *SPLITS, "seeds", "active / all, M", "CPU seconds")  # fmt: skip
     return [table(head, *lines_of(groups, verdict_cells)),
             table(more, *lines_of(groups, kind_cells))]  # fmt: skip
 

@@ -101,13 +101,16 @@ def test_verdict_follows_from_the_interval_and_the_papers_sign(expected, low, hi
     assert verdicts.verdict(expected, ((low + high) / 2, low, high)) == word
 
 
-def test_what_the_paper_says_is_counted_from_the_first_row():
+def test_what_the_paper_says_is_counted_from_the_row_compared_with():
     first, row = {"paper": (71, 59, 34, 69)}, {"paper": (72, 62, 36, 70)}
     assert verdicts.paper_of(row, first) == {"paper": 1.75, "text_vqa": 3, "expected": 1.75,
                                              "remark": ""}  # fmt: skip
     failed = verdicts.paper_of({"paper": "did not converge"}, first)
     assert failed["paper"] is None and failed["expected"] == -1
-    assert verdicts.paper_of({"paper": "not in the paper"}, first)["expected"] is None
+    for pair in ((first, {"paper": "not in the paper"}), ({"paper": "not in the paper"}, first)):
+        told = verdicts.paper_of(*pair)
+        assert told["remark"] == "not in the paper" and told["expected"] is None
+    assert not any(verdicts.paper_of(row, None).values())
 
 
 def test_packed_answers_are_those_of_the_run(tmp_path):
