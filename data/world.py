@@ -279,7 +279,11 @@ def main():
     args = parser.parse_args()
     rng = np.random.default_rng((args.seed, 21))
     scene = sample_scene(rng, args.split, args.kind)
-    draw(scene, scale=4).save(args.out)
+    try:
+        draw(scene, scale=4).save(args.out)
+    except (OSError, ValueError) as error:  # no such folder, no such kind of picture
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"--out {args.out}: {reason}; name a picture, as in scene.png") from None
     print(f"{args.out}: {caption(scene)}")
     for _, question, answer in questions(scene, rng, 6):
         print(f"{question:48}{answer}")

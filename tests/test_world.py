@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from refused import refusal
 
 from data import drawings, world
 from data.charts import HELD_OUT_BARS, bar_boxes
@@ -444,3 +445,14 @@ def test_world_ends():
     for i in (3, -1):
         with pytest.raises(IndexError, match=f"sample {i} of 3"):
             data[i]
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [("--out scene.foo", "--out scene.foo: unknown file extension"),
+     ("--out scene", "--out scene: unknown file extension"),
+     ("--out none/scene.png", "--out none/scene.png: No such file or directory")])  # fmt: skip
+def test_a_picture_that_cannot_be_written_is_one_line(flags, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    line = refusal(world.main, flags.split(), monkeypatch, capsys)
+    assert said in line and "name a picture" in line and not any(tmp_path.iterdir())
