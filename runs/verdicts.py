@@ -11,9 +11,12 @@ with replacement, 2,000 times; 95 % of the means are inside the interval.
 Drawn from only 3 or 5 seeds, the means vary too little: such intervals contain the truth in 75 % or
 84 % of cases. So the deviation of drawn seeds is widened as in Student's t (`seed_weights`).
 
+No sample comes twice in stage 3, so the loss before a step is a test of it, and rows see the same
+samples. Its mean over the last third of the steps is compared too, as percent (`compare_training`).
+
 bench/ablations/ holds results.json, a summary of every run, and exam.npz with every answer of every
-run in one bit and one byte (`pack`, 0.6 MB). So the table follows from the two files, and another
-way to compare needs no training.
+run in one bit and one byte, and its losses in training (`pack`). So the table follows from the two
+files, and another way to compare needs no training.
 """
 
 import functools
@@ -36,11 +39,12 @@ ALL = "all"
 # ------------------------------------------------------------------------------ answers on disk
 
 
-def pack(right, loss):
-    """Answers of a run -> what exam.npz holds: a bit for right or wrong, a byte for the loss, which
-    is rounded by at most 0.0005 nats and 5 %."""
+def pack(right, loss, training):
+    """Answers of a run and its losses in training -> what exam.npz holds: a bit for right or wrong;
+    a byte for the loss, which is rounded by at most 0.0005 nats and 5 %; two bytes a step."""
     steps = np.rint(SCALE * np.log1p(1000 * loss.ravel())).clip(max=255)
-    return {"right": np.packbits(right.ravel()), "loss": steps.astype(np.uint8)}
+    return {"right": np.packbits(right.ravel()), "loss": steps.astype(np.uint8),
+            "training": np.float16(training)}  # fmt: skip
 
 
 def unpack(packed, shape):
@@ -50,7 +54,7 @@ def unpack(packed, shape):
 
 
 def read_answers(file):
-    """{run: {"right", "loss"}} of exam.npz, packed; run: "b-cumo-0". Empty without the file."""
+    """{run: what `pack` gives} of exam.npz; run: "b-cumo-0". Empty without the file."""
     runs = {}
     if file.is_file():
         with np.load(file) as arrays:
@@ -129,6 +133,15 @@ def compare(ours, reference):
     }  # fmt: skip
 
 
+def compare_training(ours, reference):
+    """Losses of paired seeds by step, an array each -> (mean, low, high) of the difference over the
+    last third of the steps, in percent of the reference."""
+    steps = max(1, min(map(len, reference)) // 3)  # seeds differ by a step or two
+    ours, reference = (np.float32([x[-steps:] for x in side]) for side in (ours, reference))
+    percent = 100 * (ours - reference) / reference.mean()
+    return interval(percent.mean(1), question_weights(steps, len(KINDS)) @ percent.T)
+
+
 def verdict(expected, found):
     """expected: the paper's difference, or only its sign, or None if the row is not in the paper;
     found: (mean, low, high) -> one of the words above; without the paper "better" or "worse"."""
@@ -148,8 +161,9 @@ def ablations(content, answers):
 
     content: results.json; answers: `read_answers`. Each row gets its `means` over all its seeds;
     the label of the row that it is compared with (`versus`, "" for a reference); `found`, the
-    differences (`compare`) over the seeds that both have, or None; what the paper says of it
-    (`paper_of`), and the `verdict`, "" with fewer than two seeds.
+    differences (`compare`) over the seeds that both have, or None; `training`, that of the losses
+    in training; what the paper says of it (`paper_of`), and the `verdict`, "" with fewer than two
+    seeds.
     """
     shape = len(SPLITS), content["questions"]
     given = {}  # {run: {seed: its answers}}
@@ -173,6 +187,9 @@ def ablations(content, answers):
                 pair = [[np.stack([side[s][k] for s in common]) for k in (0, 1)]
                         for side in (ours, theirs)]  # fmt: skip
                 row["found"], row["seeds"] = compare(*pair), len(common)
+                row["training"] = compare_training(
+                    *([answers[f"{one}-{s}"]["training"] for s in common]
+                      for one in (name, line["against"])))  # fmt: skip
                 if len(common) > 1:
                     row["verdict"] = verdict(row["expected"], row["found"][ALL]["right"])
             rows.append(row)
@@ -225,15 +242,16 @@ def lines_of(groups, write):
 def verdict_cells(row):
     right, loss = row["means"].get(ALL, (None, None))
     if right is None:
-        return "not measured", "", row["remark"], "", "", ""
+        return "not measured", "", row["remark"], "", "", "", ""
     paper = row["remark"] if row["paper"] is None else f"{row['paper']:+.1f}"
     if not row["found"]:
-        return f"{right:.1f}", "", row["remark"], "", f"{loss:.3f}", ""
+        return f"{right:.1f}", "", row["remark"], "", f"{loss:.3f}", "", ""
     found = row["found"][ALL]
     _, low, high = found["right"]
     said = f"{row['verdict']}: {low:+.1f} to {high:+.1f}" if row["verdict"] else "one seed"
     difference = f"{found['right'][0]:+.1f}"
-    return f"{right:.1f}", difference, paper, said, f"{loss:.3f}", span(found["loss"], 3)
+    losses = f"{loss:.3f}", span(found["loss"], 3), span(row["training"], 2)
+    return f"{right:.1f}", difference, paper, said, *losses
 
 
 def kind_cells(row):
@@ -257,7 +275,7 @@ def kind_cells(row):
 def tables(groups):
     """Two tables: the verdicts, then the kinds of pictures, splits, sizes and times."""
     head = ("stage 3", "compared with", "exact, %", "difference", "in the paper", "verdict",
-            "loss, nats", "difference of the loss")  # fmt: skip
+            "loss, nats", "difference of the loss", "... in training, %")  # fmt: skip
     more = ("stage 3", "compared with", "things", "words", "TextVQA in the paper", "charts",
             *SPLITS, "seeds", "active / all, M", "CPU seconds")  # fmt: skip
     return [table(head, *lines_of(groups, verdict_cells)),

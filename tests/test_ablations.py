@@ -12,6 +12,7 @@ from tiny import ROOT
 
 from data.flags import parse
 from runs import ablations, verdicts
+from runs.make import pretrain_mini
 from train import TrainConfig, resolve
 
 
@@ -29,7 +30,7 @@ def content(*rows, questions=6):
 def answers(*shares, questions=6):
     """Answers of a run, packed: of each split of so many questions, the first ones are right."""
     right = np.arange(questions) < np.array(shares)[:, None] * questions
-    return verdicts.pack(right, np.where(right, 0.1, 2.0))
+    return verdicts.pack(right, np.where(right, 0.1, 2.0), np.linspace(1, sum(shares), 9))
 
 
 @pytest.mark.parametrize("name", ablations.RUNS)
@@ -39,7 +40,7 @@ def test_flags_of_every_row_are_a_valid_stage_3(name):
     cfg = resolve({k: getattr(cfg, k) for k in given}, 3)
     assert cfg.samples == 1600 and cfg.seed == 1 and cfg.out == f"out/ablations/{name}-1"
     scales = "".join(map(str, cfg.scales))
-    folder = {"1": "out"}.get(scales, f"out/ablations/scales-1,{scales[-1]}")
+    folder = {"1": "out/weak"}.get(scales, f"out/ablations/scales-1,{scales[-1]}")
     folder = "out/ablations/wide" if name == "b-wide" else folder
     assert cfg.init == folder + ("/stage1" if name == "e-without" else "/stage2")
 
@@ -115,6 +116,7 @@ def test_another_clip_than_that_of_the_demo_is_refused(tmp_path, monkeypatch):
         start(tmp_path, monkeypatch, "--clip=weak")
     cfg = ablations.AblationConfig(clip="weak", demo=str(tmp_path / "none"))
     assert ablations.clip_of(cfg) == "weak"
+    assert ablations.clip_of(ablations.AblationConfig(demo="none")) == "none/clip"
 
 
 def test_finished_runs_are_kept_and_an_interrupted_one_is_run_again(tmp_path, monkeypatch):
@@ -132,6 +134,7 @@ def test_finished_runs_are_kept_and_an_interrupted_one_is_run_again(tmp_path, mo
     def examine(folder, n):
         right = np.arange(3 * n).reshape(3, n) % 2 == 0
         np.savez(folder / "exam.npz", right=right, loss=1.5 - right)
+        (folder / "metrics.jsonl").write_text('{"step": 1, "lm_loss": 2}\n{"lm_loss": 1.5}\n')
         return {"parameters": 12, "active_parameters": 8}
 
     monkeypatch.setattr(ablations, "run_training", train)
@@ -148,6 +151,7 @@ def test_finished_runs_are_kept_and_an_interrupted_one_is_run_again(tmp_path, mo
     kept = verdicts.read_answers(tmp_path / "bench" / "exam.npz")
     assert sorted(kept) == sorted(f"{r['name']}-{r['seed']}" for r in found["rows"])
     right, loss = verdicts.unpack(kept["c-llm-1"], (3, 40))
+    assert kept["c-llm-1"]["training"].tolist() == [2, 1.5]
     assert right[0, :4].tolist() == [True, False] * 2 and loss[0, 1] == pytest.approx(1.5, rel=0.05)
     with pytest.raises(ValueError, match="of 1600 samples and 40 questions; name another"):
         start(tmp_path, monkeypatch, "--samples=64")
@@ -173,12 +177,51 @@ def test_two_commands_never_train_the_same_run(tmp_path, monkeypatch):
 def test_missing_stages_are_trained_first_at_the_scales_of_the_row(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(ablations, "run_training", lambda words, _: calls.append(words))
-    cfg = ablations.AblationConfig(demo=str(tmp_path), out=str(tmp_path))
+    cfg = ablations.AblationConfig(clip="a/clip", demo=str(tmp_path), out=str(tmp_path))
     with pytest.raises(ValueError, match="was interrupted"):
         ablations.train_and_examine(cfg, "d-13", 0)
     folder = str(tmp_path / "scales-1,3")
-    assert calls[0][2:] == ["--stage", "2", "--out", folder, "--scales", "1,3"]
+    words = ["--stage", "2", "--out", folder, "--clip", "a/clip", "--scales", "1,3"]
+    assert calls[0][2:] == words
     assert calls[1][2:6] == ["--stage", "3", "--init", f"{folder}/stage2"]
+
+
+def test_the_weak_clip_is_pretrained_once_and_an_unfinished_one_does_not_count(
+    tmp_path, monkeypatch
+):
+    calls, plug = [], iter([1, 0, 0, 0])  # the first pretraining is interrupted
+
+    def train(words, _):
+        calls.append(words[1:])
+        folder = words[words.index("--out") + 1]
+        if "--stage" not in words:
+            (tmp_path / "demo" / "unfinished" / "clip").mkdir(parents=True, exist_ok=True)
+            assert folder == str(tmp_path / "demo" / "unfinished")
+        if next(plug):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ablations, "run_training", train)
+    cfg = ablations.AblationConfig(demo=str(tmp_path / "demo"), out=str(tmp_path / "runs"))
+    stage2 = ablations.start_of(cfg, "b-cumo")
+    with pytest.raises(KeyboardInterrupt):
+        ablations.prepare(cfg, stage2)
+    assert not (tmp_path / "demo" / "clip").exists()
+    for _ in range(2):
+        ablations.prepare(cfg, stage2)
+    pretrained, demo = ablations.WEAK.split(), str(tmp_path / "demo")
+    assert [words[: len(pretrained)] == pretrained for words in calls] == [True, True, False, False]
+    for words in calls[2:]:
+        assert words == f"train.py --stage 2 --out {demo} --clip {demo}/clip".split()
+    assert (tmp_path / "demo" / "clip").is_dir() and not any((tmp_path / "runs").glob("*"))
+
+
+def test_the_command_of_the_weak_clip_is_a_valid_one(tmp_path, monkeypatch):
+    words, given = [*ablations.WEAK.split(), "--out", str(tmp_path)], []
+    monkeypatch.setattr(pretrain_mini, "pretrain_clip", lambda **flags: given.append(flags))
+    monkeypatch.setattr(sys, "argv", words)
+    pretrain_mini.main()
+    assert (ROOT / words[0]).is_file() and given[0]["out"] == tmp_path
+    assert given[0]["steps"] < 2000, "cut short"
 
 
 def test_cpu_seconds_of_every_attempt_are_counted_and_a_failure_is_one_line(tmp_path):
@@ -206,7 +249,7 @@ def test_block_of_the_page_gives_a_verdict_on_every_row(tmp_path, monkeypatch):
     for part in (tables[:size], tables[size:]):
         assert len({line.count("|") for line in part}) == 1
     verdict, kinds = (i for i, line in enumerate(lines) if "**(e) pre-finetuning" in line)
-    assert lines[verdict].endswith("without |  | 5.6 |  |  |  | 1.962 |  |")
+    assert lines[verdict].endswith("without |  | 5.6 |  |  |  | 1.962 |  |  |")
     assert lines[verdict + 1].startswith("| with | without | 83.3 | +77.8 | +2.2 | confirmed: +")
     assert lines[kinds].endswith("without |  | 16.7 % | 0.0 % |  | 0.0 % | 16.7 | 0.0 | 0.0 | 2 | "
                                  "8.0 / 12.0 | 10 |")  # fmt: skip

@@ -127,6 +127,8 @@ def test_init_without_fitting_heads_is_refused_in_one_line(
 @pytest.mark.parametrize("flags, said", [
     ("llm --signs 0.5", "--signs has no effect on llm"),
     ("tokenizer --steps 5", "--steps has no effect on tokenizer"),
+    ("llm --hidden-dim 96", "--hidden-dim has no effect on llm"),
+    ("clip --hidden-dim 0", "--hidden-dim 0 must be above 0"),
     ("clip --signs 1.5", "--signs 1.5 must be from 0 to 1"),
     ("llm --steps 0", "--steps 0 must be above 0"),
 ])  # fmt: skip

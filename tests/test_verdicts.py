@@ -85,6 +85,19 @@ def test_right_answers_are_compared_in_percent_and_by_kind_of_picture():
     assert found["charts"]["right"] == (0, 0, 0)
 
 
+def test_losses_in_training_are_compared_over_the_last_third_of_the_steps():
+    rng = np.random.default_rng(4)
+    reference = np.tile(np.linspace(3, 1, 300), (5, 1))
+    ours = reference + rng.normal(0, 0.1, (5, 300)) + 0.4 * (np.arange(300) < 200)
+    longer = [[*first, *x] for first, x in zip(([], [9], [], [9, 9], []), reference)]
+    ours_too = [[*first, *x] for first, x in zip(([], [1], [], [1, 1], []), ours)]
+    mean, low, high = verdicts.compare_training(ours_too, longer)
+    late = 100 * (ours - reference)[:, 200:] / reference[:, 200:].mean()
+    assert mean == pytest.approx(late.mean(), abs=1e-3) and low < mean < high
+    at_least = 1.96 * late.std() / late.size**0.5  # if seeds do not differ, steps do
+    assert at_least < (high - low) / 2 < 3 * at_least
+
+
 def test_kinds_of_questions_are_those_of_the_exam():
     types = [kind for kind, *_ in exam("new", 12, 1)]
     kinds = [list(KINDS)[k] for k in verdicts.kinds_of(12)]
@@ -117,7 +130,8 @@ def test_packed_answers_are_those_of_the_run(tmp_path):
     rng = np.random.default_rng(0)
     right, loss = rng.random((3, 17)) < 0.5, rng.exponential(2, (3, 17)).astype(np.float32)
     loss[0, :3] = 0, 1e-6, 300
-    verdicts.write_answers(tmp_path / "new" / "exam.npz", {"b-8-0": verdicts.pack(right, loss)})
+    packed = verdicts.pack(right, loss, training=[2, 1])
+    verdicts.write_answers(tmp_path / "new" / "exam.npz", {"b-8-0": packed})
     kept = verdicts.read_answers(tmp_path / "new" / "exam.npz")
     assert list(kept) == ["b-8-0"] and verdicts.read_answers(tmp_path / "exam.npz") == {}
     found = verdicts.unpack(kept["b-8-0"], (3, 17))

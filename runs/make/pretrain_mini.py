@@ -370,9 +370,10 @@ def load_heads(model, folder):
         raise ValueError(f"--init {file} is of another model: {error}") from None
 
 
-def pretrain_clip(steps, out, lr=1e-3, seed=0, init=None, signs=0.5, batch=96):
+def pretrain_clip(steps, out, lr=1e-3, seed=0, init=None, signs=0.5, hidden_dim=768, batch=96):
     torch.manual_seed(seed)
-    cfg = CLIPVisionConfig(world.SIDE, PATCH, dim=192, hidden_dim=768, n_layers=6, n_heads=3)
+    cfg = CLIPVisionConfig(world.SIDE, PATCH, dim=192, hidden_dim=hidden_dim, n_layers=6,
+                           n_heads=3)  # fmt: skip
     model = Contrast(CLIPVision(cfg), Tokenizer.from_pretrained(MINI / "llm"))
     if init:
         load_heads(model, init)
@@ -403,12 +404,12 @@ def pretrain_clip(steps, out, lr=1e-3, seed=0, init=None, signs=0.5, batch=96):
 def check_flags(what, given):
     """ValueError for a flag without effect on `what`, or out of range."""
     known = {"tokenizer": (), "llm": ("steps", "lr", "seed", "init"),
-             "clip": ("steps", "lr", "seed", "init", "signs")}[what]  # fmt: skip
+             "clip": ("steps", "lr", "seed", "init", "signs", "hidden_dim")}[what]  # fmt: skip
     for flag, value in given.items():
         if flag not in known:
-            raise ValueError(f"--{flag} has no effect on {what}")
-        if flag in ("steps", "lr") and value <= 0:
-            raise ValueError(f"--{flag} {value} must be above 0")
+            raise ValueError(f"--{flag.replace('_', '-')} has no effect on {what}")
+        if flag in ("steps", "lr", "hidden_dim") and value <= 0:
+            raise ValueError(f"--{flag.replace('_', '-')} {value} must be above 0")
         if flag == "signs" and not 0 <= value <= 1:
             raise ValueError(f"--signs {value} must be from 0 to 1")
 
@@ -422,6 +423,7 @@ def main():
     parser.add_argument("--init", help=f"continue from this folder (clip: one with {HEADS})")
     parser.add_argument("--out", type=pathlib.Path, default=MINI, help="write llm/ or clip/ here")
     parser.add_argument("--signs", type=READ[float], help="share of signs (clip; default: 0.5)")
+    parser.add_argument("--hidden-dim", type=READ[int], help="of the MLPs (clip; default: 768)")
     args = parser.parse_args()
     given = {k: v for k, v in vars(args).items() if v is not None and k not in ("what", "out")}
     check_flags(args.what, given)
