@@ -128,7 +128,7 @@ GROUPS = [
 class AblationConfig:
     rows: str = ""  # names of runs, or letters of groups, as in a,f-top1; empty: all
     seeds: tuple = ()  # of the questions, their order and the routers; empty: 0 to 4, or 0 to 2
-    samples: int = 1600  # of stage 3
+    samples: int = 5600  # of stage 3, as many as in the demo
     questions: int = 4000  # of the exam, a split
     jobs: int = 2  # processes, each with its own run; 0: one, which writes no table at the end
     threads: int = 1  # of a training; two are faster, but take more CPU time
