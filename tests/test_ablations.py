@@ -39,7 +39,8 @@ def test_flags_of_every_row_are_a_valid_stage_3(name):
     words = ablations.command(ablations.AblationConfig(), name, 1)
     cfg, given = parse(TrainConfig, words[2:])
     cfg = resolve({k: getattr(cfg, k) for k in given}, 3)
-    assert cfg.samples == STAGES["mini"][3]["samples"] and cfg.seed == 1 and cfg.out == f"out/ablations/{name}-1"
+    assert cfg.samples == STAGES["mini"][3]["samples"]
+    assert cfg.seed == 1 and cfg.out == f"out/ablations/{name}-1"
     scales = "".join(map(str, cfg.scales))
     folder = {"1": "out/weak"}.get(scales, f"out/ablations/scales-1,{scales[-1]}")
     folder = "out/ablations/wide" if name == "b-wide" else folder
