@@ -43,7 +43,7 @@ from data.images import preprocess
 from data.weights import write_json
 from engine.resume import read_state
 from extras.plots import check_target
-from runs.make.pretrain_mini import patch_targets
+from runs.make.pretrain_clip import patch_targets
 from runs.make.text_world import GRID, PATCH
 from runs.pictures import draw_content
 from upcycle import upcycle

@@ -13,7 +13,7 @@ from tiny import ROOT
 from data.flags import parse
 from data.stages import STAGES
 from runs import ablations, verdicts
-from runs.make import pretrain_mini
+from runs.make import pretrain_clip
 from train import TrainConfig, resolve
 
 
@@ -220,11 +220,11 @@ def test_the_weak_clip_is_pretrained_once_and_an_unfinished_one_does_not_count(
 
 def test_the_command_of_the_weak_clip_is_a_valid_one(tmp_path, monkeypatch):
     words, given = [*ablations.WEAK.split(), "--out", str(tmp_path)], []
-    monkeypatch.setattr(pretrain_mini, "pretrain_clip", lambda **flags: given.append(flags))
+    monkeypatch.setattr(pretrain_clip, "pretrain_clip", given.append)
     monkeypatch.setattr(sys, "argv", words)
-    pretrain_mini.main()
-    assert (ROOT / words[0]).is_file() and given[0]["out"] == tmp_path
-    assert given[0]["steps"] < 2000, "cut short"
+    pretrain_clip.main()
+    assert (ROOT / words[0]).is_file() and given[0].out == str(tmp_path)
+    assert given[0].steps < 2000, "cut short"
 
 
 def test_cpu_seconds_of_every_attempt_are_counted_and_a_failure_is_one_line(tmp_path):

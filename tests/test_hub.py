@@ -111,7 +111,9 @@ COMMANDS = [
     *([f"{name}.py"] for name in ("mlp_moe", "clip_moe", "llm", "cumo")),
     ["-m", "data.check", "my.json"],
     ["-c", "from data.world import World; print(World('train', 'ask', 1)[0]['id'])"],
-    ["runs/make/pretrain_mini.py", "--help"],
+    ["runs/make/train_tokenizer.py", "--help"],
+    ["runs/make/pretrain_llm.py", "--help"],
+    ["runs/make/pretrain_clip.py", "--help"],
     ["runs/make/make_atlas.py", "--help"],
     ["runs/make/convert_smollm2.py", "--help"],
 ]

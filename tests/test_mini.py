@@ -12,7 +12,8 @@ from data import world
 from data.images import preprocess
 from data.tokenizer import Tokenizer
 from llm import LLM
-from runs.make.pretrain_mini import HEADS, text_answers
+from runs.make.pretrain_clip import HEADS
+from runs.make.pretrain_llm import text_answers
 
 MINI = Path(__file__).resolve().parents[1] / "data" / "mini"
 # Least accuracy of the language model on scenes given as text, over all questions about a kind.

@@ -315,7 +315,7 @@ def text_batch(tokenizer, split, seed, step, short=0.0, noise=1.0):
     """ROWS rows of samples -> (batch, types of the questions of each row). `short`: the share of
     samples that are telegrams or captions, else dialogues.
 
-    The batch is that of data/packing.py and, for the probes of pretrain_mini.py, [ROWS, LENGTH]
+    The batch is that of data/packing.py and, for the probes of pretrain_llm.py, [ROWS, LENGTH]
     each: "place" and "found" of the samples, and "spelled" of `letter_places`.
     """
     rows, types = [], []

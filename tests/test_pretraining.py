@@ -14,8 +14,9 @@ from data.chat import IGNORE
 from data.signs import HELD_OUT_WORDS, LETTERS, WORDS, is_held_out
 from data.tokenizer import Tokenizer
 from llm import LLM, LLMConfig
-from runs.make import pretrain_mini
-from runs.make.pretrain_mini import FIRST_LETTER, HEADS, Contrast, Probes
+from runs.make import pretrain_clip, pretrain_llm, train_tokenizer
+from runs.make.pretrain_clip import FIRST_LETTER, HEADS, Contrast
+from runs.make.pretrain_llm import Probes
 from runs.make.text_world import text_batch, text_picture
 
 TOKENIZER = Tokenizer.from_pretrained(Path(__file__).resolve().parents[1] / "data" / "mini" / "llm")
@@ -27,7 +28,7 @@ def seeded(n):
 
 def test_sheet_has_three_lines_that_do_not_overlap_and_nothing_held_out():
     for rng in seeded(200):
-        signs = pretrain_mini.sample_sheet(rng).signs
+        signs = pretrain_clip.sample_sheet(rng).signs
         assert len(signs) == 3 and not any(is_held_out(sign.text) for sign in signs)
         edges = [y for _, top, _, height in (s.box for s in signs) for y in (top, top + height)]
         assert edges == sorted(edges) and 0 <= edges[0] and edges[-1] <= world.SIDE
@@ -36,7 +37,7 @@ def test_sheet_has_three_lines_that_do_not_overlap_and_nothing_held_out():
 
 def test_pictures_of_training_show_nothing_held_out():
     for rng in seeded(300):
-        scene = pretrain_mini.sample_picture(rng, "train", p_single=0.3, signs=0.7)
+        scene = pretrain_clip.sample_picture(rng, "train", p_single=0.3, signs=0.7)
         assert not scene.chart and not any(is_held_out(sign.text) for sign in scene.signs)
         names = [o.name for o in scene.objects]
         assert not any(frozenset((a, b)) in world.HELD_OUT for a in names for b in names)
@@ -44,11 +45,11 @@ def test_pictures_of_training_show_nothing_held_out():
 
 def test_target_of_a_patch_is_the_word_of_the_clean_text_picture():
     words = [*world.CONCEPTS, *world.COLORS, *LETTERS]
-    assert len(words) == len(pretrain_mini.phrases()) and words[FIRST_LETTER] == LETTERS[0]
+    assert len(words) == len(pretrain_clip.phrases()) and words[FIRST_LETTER] == LETTERS[0]
     letters = shown = 0
     for rng in seeded(300):
-        scene = pretrain_mini.sample_picture(rng, "train", p_single=0.3, signs=0.7)
-        targets, text = pretrain_mini.patch_targets(scene), text_picture(scene, rng, noise=0)
+        scene = pretrain_clip.sample_picture(rng, "train", p_single=0.3, signs=0.7)
+        targets, text = pretrain_clip.patch_targets(scene), text_picture(scene, rng, noise=0)
         pairs = [(words[t], word) for t, word in zip(targets, text, strict=True) if t != IGNORE]
         assert len(pairs) > 10 and all(target == word for target, word in pairs)
         shown += len({word for word in text if word in LETTERS})
@@ -57,13 +58,13 @@ def test_target_of_a_patch_is_the_word_of_the_clean_text_picture():
 
 
 def test_letter_accuracy_is_the_share_of_letters_that_are_named():
-    _, targets, _ = pretrain_mini.picture_batch("new", 79, 0, 16, 0, augment=False, signs=1.0)
-    right = torch.nn.functional.one_hot(targets.clamp(min=0), len(pretrain_mini.phrases())).float()
+    _, targets, _ = pretrain_clip.picture_batch("new", 79, 0, 16, 0, augment=False, signs=1.0)
+    right = torch.nn.functional.one_hot(targets.clamp(min=0), len(pretrain_clip.phrases())).float()
     always_E = torch.zeros_like(right)
     always_E[..., FIRST_LETTER + LETTERS.index("E")] = 1
     share = (targets == FIRST_LETTER + LETTERS.index("E")).sum() / (targets >= FIRST_LETTER).sum()
-    assert pretrain_mini.letter_accuracy(lambda _: (None, right), "new", 16) == 1
-    found = pretrain_mini.letter_accuracy(lambda _: (None, always_E), "new", 16)
+    assert pretrain_clip.letter_accuracy(lambda _: (None, right), "new", 16) == 1
+    found = pretrain_clip.letter_accuracy(lambda _: (None, always_E), "new", 16)
     assert found == pytest.approx(share.item()) and 0 < found < 0.5
 
 
@@ -93,7 +94,7 @@ def test_probe_of_spelling_is_0_without_letters_and_learns_with_them():
 def test_exported_language_model_brings_its_tokenizer(tmp_path):
     llm = LLM(LLMConfig(TOKENIZER.vocab_size, dim=32, hidden_dim=32, n_layers=1, n_heads=2,
                         n_kv_heads=2, tie_embeddings=True))  # fmt: skip
-    pretrain_mini.export_llm(llm, TOKENIZER, tmp_path)
+    pretrain_llm.export_llm(llm, TOKENIZER, tmp_path)
     assert Tokenizer.from_pretrained(tmp_path / "llm").encode("a cat") == TOKENIZER.encode("a cat")
     assert torch.isfinite(LLM.from_pretrained(tmp_path / "llm")(torch.tensor([[5]]))[0]).all()
 
@@ -106,8 +107,8 @@ def tiny_contrast(seed):
 
 def test_heads_continue_a_training_of_clip(tmp_path):
     model, other = tiny_contrast(0), tiny_contrast(1)
-    pretrain_mini.export_clip(model, tmp_path)
-    pretrain_mini.load_heads(other, tmp_path / "clip")
+    pretrain_clip.export_clip(model, tmp_path)
+    pretrain_clip.load_heads(other, tmp_path / "clip")
     for ours, theirs in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -118,26 +119,32 @@ def test_init_without_fitting_heads_is_refused_in_one_line(
 ):
     if heads is not None:
         torch.save(heads, tmp_path / HEADS)
-    flags = ["clip", "--init", tmp_path, "--out", tmp_path / "out"]
-    line = refusal(pretrain_mini.main, flags, monkeypatch, capsys)
+    flags = ["--init", tmp_path, "--out", tmp_path / "out"]
+    line = refusal(pretrain_clip.main, flags, monkeypatch, capsys)
     assert f"--init {tmp_path}" in line and said in line
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("flags, said", [
-    ("llm --signs 0.5", "--signs has no effect on llm"),
-    ("tokenizer --steps 5", "--steps has no effect on tokenizer"),
-    ("llm --hidden-dim 96", "--hidden-dim has no effect on llm"),
-    ("clip --hidden-dim 0", "--hidden-dim 0 must be above 0"),
-    ("clip --signs 1.5", "--signs 1.5 must be from 0 to 1"),
-    ("llm --steps 0", "--steps 0 must be above 0"),
+@pytest.mark.parametrize("command, flags, said", [
+    (pretrain_llm, "--signs 0.5", "unknown flag --signs"),
+    (train_tokenizer, "--steps 5", "unknown flag --steps"),
+    (pretrain_llm, "--hidden-dim 96", "unknown flag --hidden-dim"),
+    (pretrain_clip, "--hidden-dim 0", "--hidden-dim 0 must be above 0"),
+    (pretrain_clip, "--signs 1.5", "--signs 1.5 must be from 0 to 1"),
+    (pretrain_clip, "--signs -0.5", "--signs -0.5 must be from 0 to 1"),
+    (pretrain_clip, "--lr 0", "--lr 0.0 must be above 0"),
+    (pretrain_clip, "--steps 0", "--steps 0 must be above 0"),
+    (pretrain_llm, "--lr 0", "--lr 0.0 must be above 0"),
+    (pretrain_llm, "--steps 0", "--steps 0 must be above 0"),
 ])  # fmt: skip
-def test_flags_without_effect_or_out_of_range_are_refused(flags, said, monkeypatch, capsys):
-    assert said in refusal(pretrain_mini.main, flags.split(), monkeypatch, capsys)
+def test_flags_without_effect_or_out_of_range_are_refused(
+    command, flags, said, monkeypatch, capsys
+):
+    assert said in refusal(command.main, flags.split(), monkeypatch, capsys)
 
 
 def test_tokenizer_learns_from_no_sign_and_keeps_letters_of_words_apart():
-    text = " ".join(pretrain_mini.corpus(40))
+    text = " ".join(train_tokenizer.corpus(40))
     assert {*re.findall("[A-Z0-9]{2,}", text)} == {"INST"}
     for word in (*WORDS, *HELD_OUT_WORDS):
         assert len(TOKENIZER.encode(f" {word}")) == len(word) + 1, word  # a space, then its letters
