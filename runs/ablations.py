@@ -224,7 +224,7 @@ def clip_of(cfg):
 
 
 def pretrain(cfg):
-    """Pretrain WEAK in --demo, unless it is there. After Ctrl-C it begins anew."""
+    """Pretrain WEAK in --demo, unless it is there. After Ctrl-C it starts from step 0."""
     folder = pathlib.Path(cfg.demo)
     with lock(folder):
         if not (folder / "clip").is_dir():
