@@ -49,7 +49,7 @@ from runs.grading import examine
 from runs.pictures import draw_ablations
 from runs.wide import widen
 
-WEAK = "runs/make/pretrain_clip.py --steps 1500 --hidden-dim 96"  # MLPs an eighth as wide
+WEAK = "runs/make/pretrain_clip.py --steps 3000 --hidden-dim 96"  # MLPs an eighth as wide
 FROZEN = dict(freeze="clip")  # as in LLaVA
 NO_LOSSES = dict(balance_coef=0, z_coef=0)
 RUNS = {  # flags of train.py that differ from CuMo's own stage 3

@@ -14,6 +14,7 @@ from data.flags import parse
 from data.stages import STAGES
 from runs import ablations, verdicts
 from runs.make import pretrain_clip
+from runs.make.pretrain_clip import PretrainCLIPConfig
 from train import TrainConfig, resolve
 
 
@@ -224,7 +225,7 @@ def test_the_command_of_the_weak_clip_is_a_valid_one(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", words)
     pretrain_clip.main()
     assert (ROOT / words[0]).is_file() and given[0].out == str(tmp_path)
-    assert given[0].steps < 2000, "cut short"
+    assert given[0].steps < PretrainCLIPConfig.steps, "cut short"
 
 
 def test_cpu_seconds_of_every_attempt_are_counted_and_a_failure_is_one_line(tmp_path):
