@@ -12,7 +12,8 @@ main claims have five seeds, the others three. A run that is in several groups i
 The shipped CLIP was pretrained until it named nearly all things and letters: experts would have
 little to learn. These runs start from a WEAK one, with narrow MLPs and a pretraining cut short,
 which names 3 of 10 things and letters (docs/LOG.md says how it was chosen). It is pretrained first,
-then stages 1 and 2 are trained. For the shipped one: --clip data/mini/clip --demo out.
+then stages 1 and 2 are trained. For the shipped one: --clip data/mini/clip --demo out, and --out
+and --bench of its own.
 
 Ctrl-C stops it; the same command continues and skips finished runs. A run uses one thread; --jobs
 processes each take the next open run.
@@ -100,7 +101,7 @@ GROUPS = [
         ("b-scratch", "b-cumo", "2 of 4, from scratch", "did not converge"),
     ]),
     ("c", "language model sparse too", [
-        ("b-cumo", "", "CuMo", CUMO),
+        ("b-cumo", "", "CuMo", NO_PFT),  # at the lower LR, as 4x7B probably is
         ("c-llm", "b-cumo", "language model upcycled", (72.8, 57.0, 35.2, 69.9)),
     ]),
     ("d", "scales of the image", [
@@ -130,7 +131,7 @@ class AblationConfig:
     seeds: tuple = ()  # of the questions, their order and the routers; empty: 0 to 4, or 0 to 2
     samples: int = 5600  # of stage 3, as many as in the demo
     questions: int = 4000  # of the exam, a split
-    jobs: int = 2  # processes, each with its own run; 0: one, which writes no table at the end
+    jobs: int = 2  # processes, each with its own run; 0: one without a table, used internally
     threads: int = 1  # of a training; two are faster, but take more CPU time
     clip: str = ""  # CLIP of stages 1 and 2; empty: WEAK, trained into --demo if it is not there
     demo: str = "out/weak"  # folder of stages 1 and 2
@@ -170,9 +171,11 @@ def command(cfg, name, seed):
 
 @contextlib.contextmanager
 def lock(folder, wait=True):
-    """Lock a folder against other processes. Yields False if another has it and `wait` is off."""
+    """Lock a folder against other processes. Yields False if another has it and `wait` is off.
+    A training started meanwhile shares the lock, and keeps it if this process is killed."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as file:
+        os.set_inheritable(file.fileno(), True)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             ours = True
@@ -189,7 +192,8 @@ def run_training(words, folder):
     seconds = json.loads(file.read_text())["seconds"] if file.is_file() else 0.0
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with open(folder / "train.log", "a") as log:
-        child = subprocess.Popen([sys.executable, *words[1:]], stdout=log, stderr=log)
+        words = [sys.executable, *words[1:]]
+        child = subprocess.Popen(words, stdout=log, stderr=log, close_fds=False)
 
     def stop(*_):
         stops.append(1)
@@ -210,6 +214,12 @@ def run_training(words, folder):
     return seconds
 
 
+def made_by(cfg):
+    """What results.json says of the CLIP: the command that pretrains it, or its name."""
+    clip = clip_of(cfg)
+    return WEAK if clip == f"{cfg.demo}/clip" else clip
+
+
 def clip_of(cfg):
     """The CLIP of all stages 1 and 2: that of a finished stage 2 in --demo, else --clip. ValueError
     if both are given and differ."""
@@ -224,13 +234,19 @@ def clip_of(cfg):
 
 
 def pretrain(cfg):
-    """Pretrain WEAK in --demo, unless it is there. After Ctrl-C it starts from step 0."""
+    """Pretrain WEAK in --demo, unless it is there. After Ctrl-C it starts from step 0. ValueError
+    if the one there is of another command."""
     folder = pathlib.Path(cfg.demo)
+    made = folder / "clip" / "command.txt"
     with lock(folder):
         if not (folder / "clip").is_dir():
             unfinished = folder / "unfinished"
             run_training(["python", *WEAK.split(), "--out", str(unfinished)], folder)
+            (unfinished / "clip" / made.name).write_text(WEAK)
             (unfinished / "clip").rename(folder / "clip")
+        if not made.is_file() or made.read_text() != WEAK:
+            raise ValueError(f"{folder / 'clip'} was not pretrained with {WEAK}; name another "
+                             "--demo and --out")  # fmt: skip
 
 
 def prepare(cfg, folder, scales=""):
@@ -274,16 +290,16 @@ def train_and_examine(cfg, name, seed):
 
 
 def read_results(cfg):
-    """results.json, or a new one. ValueError if its runs have another length."""
+    """results.json, or a new one. ValueError if its runs have another length or another CLIP."""
     file = pathlib.Path(cfg.bench, "results.json")
-    lengths = {"samples": cfg.samples, "questions": cfg.questions}
-    content = {"command": "runs/ablations.py", **lengths, "rows": []}
+    same = {"samples": cfg.samples, "questions": cfg.questions, "clip": made_by(cfg)}
+    content = {"command": "runs/ablations.py", **same, "rows": []}
     if file.is_file():
         content |= json.loads(file.read_text())
-        if any(content[k] != n for k, n in lengths.items()):
+        if any(content[k] != value for k, value in same.items()):
             raise ValueError(f"{file} has runs of {content['samples']} samples and "
-                             f"{content['questions']} questions; name another --bench, and another "
-                             "--out")  # fmt: skip
+                             f"{content['questions']} questions, with CLIP {content['clip']}; name "
+                             "another --bench, and another --out")  # fmt: skip
     groups = [{"group": group, "title": title,
                "rows": [dict(zip(("name", "against", "label", "paper"), line)) for line in lines]}
               for group, title, lines in GROUPS]  # fmt: skip
@@ -317,11 +333,9 @@ def planned(cfg):
 
 
 @contextlib.contextmanager
-def other_jobs(cfg):
-    """Start --jobs - 1 other processes with the same command, and wait for them at the end.
-
-    An exception here, such as Ctrl-C, stops them too. ValueError if one of them failed.
-    """
+def other_jobs(cfg, failures):
+    """Start --jobs - 1 other processes with the same command, and wait for them at the end. What
+    went wrong in them is added to `failures`. An exception here, such as Ctrl-C, stops them too."""
     pathlib.Path(cfg.out).mkdir(parents=True, exist_ok=True)
     words, jobs = [sys.executable, str(SCRIPT), *sys.argv[1:], "--jobs", "0"], []
     for k in range(1, cfg.jobs):
@@ -330,17 +344,17 @@ def other_jobs(cfg):
             jobs.append(subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True))
     try:
         yield
-        failed = [k for k, job in enumerate(jobs, 1) if job.wait()]
+        for k, job in enumerate(jobs, 1):
+            if job.wait():
+                log = pathlib.Path(cfg.out, f"job-{k}.log")
+                last = log.read_text().strip().splitlines()[-1:]
+                failures.append(f"another job, see {log}: {''.join(last)}")
     except BaseException:
         for job in jobs:
             job.send_signal(signal.SIGINT)
         for job in jobs:
             job.wait()
         raise
-    if failed:
-        log = pathlib.Path(cfg.out, f"job-{failed[0]}.log")
-        last = log.read_text().strip().splitlines()[-1:]
-        raise ValueError(f"another job failed, see {log}: {''.join(last)}")
 
 
 def main():
@@ -351,25 +365,31 @@ def main():
     os.chdir(ROOT)
     os.environ["OMP_NUM_THREADS"] = str(cfg.threads)
     torch.set_num_threads(cfg.threads)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    read_results(cfg), clip_of(cfg)  # refuse other lengths or another CLIP before any job starts
-    bar = tqdm(planned(cfg), unit="run")
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):  # ignored behind nohup and &
+        signal.signal(number, signal.default_int_handler)
+    read_results(cfg)  # refuse other lengths or another CLIP before any job starts
+    bar, failures = tqdm(planned(cfg), unit="run"), []
     try:
-        with other_jobs(cfg):
+        with other_jobs(cfg, failures):
             for name, seed in bar:
                 bar.set_description(f"{name}, seed {seed}")
                 with lock(pathlib.Path(cfg.out, f"{name}-{seed}"), wait=False) as ours:
                     done = {(row["name"], row["seed"]) for row in read_results(cfg)["rows"]}
                     if ours and (name, seed) not in done:
-                        publish_run(cfg, train_and_examine(cfg, name, seed))
+                        try:
+                            publish_run(cfg, train_and_examine(cfg, name, seed))
+                        except ValueError as error:  # the others do not depend on it
+                            failures.append(f"{name}, seed {seed}: {error}")
+                            tqdm.write(failures[-1])
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command continues")
-    if not cfg.jobs:
-        return
-    bench = pathlib.Path(cfg.bench)
-    groups = verdicts.ablations(read_results(cfg), verdicts.read_answers(bench / "exam.npz"))
-    print(*verdicts.tables(groups), sep="\n\n")
-    draw_ablations(groups, bench / "ablations.png")
+    if cfg.jobs:
+        bench = pathlib.Path(cfg.bench)
+        groups = verdicts.ablations(read_results(cfg), verdicts.read_answers(bench / "exam.npz"))
+        print(*verdicts.tables(groups), sep="\n\n")
+        draw_ablations(groups, bench / "ablations.png")
+    if failures:
+        raise ValueError(f"failed: {len(failures)}; the first: {failures[0]}")
 
 
 if __name__ == "__main__":

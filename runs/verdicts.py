@@ -42,6 +42,8 @@ ALL = "all"
 def pack(right, loss, training):
     """Answers of a run and its losses in training -> what exam.npz holds: a bit for right or wrong;
     a byte for the loss, which is rounded by at most 0.0005 nats and 5 %; two bytes a step."""
+    if not np.isfinite(loss).all():
+        raise ValueError("the exam has losses that are not finite")
     steps = np.rint(SCALE * np.log1p(1000 * loss.ravel())).clip(max=255)
     return {"right": np.packbits(right.ravel()), "loss": steps.astype(np.uint8),
             "training": np.float16(training)}  # fmt: skip
@@ -144,7 +146,8 @@ def compare_training(ours, reference):
 
 def verdict(expected, found):
     """expected: the paper's difference, or only its sign, or None if the row is not in the paper;
-    found: (mean, low, high) -> one of the words above; without the paper "better" or "worse"."""
+    found: (mean, low, high) -> one of the words above; "better" or "worse" without a row in the
+    paper, or without a difference there."""
     _, low, high = found
     if low <= 0 <= high:
         return "undecided"
@@ -245,7 +248,7 @@ def verdict_cells(row):
         return "not measured", "", row["remark"], "", "", "", ""
     paper = row["remark"] if row["paper"] is None else f"{row['paper']:+.1f}"
     if not row["found"]:
-        return f"{right:.1f}", "", row["remark"], "", f"{loss:.3f}", "", ""
+        return f"{right:.1f}", "", paper, "", f"{loss:.3f}", "", ""
     found = row["found"][ALL]
     _, low, high = found["right"]
     said = f"{row['verdict']}: {low:+.1f} to {high:+.1f}" if row["verdict"] else "one seed"
@@ -295,11 +298,11 @@ def ablations_block():
     found = read_content()
     if not found:
         return "Not measured yet."
-    content, last = found[0], found[0]["rows"][-1]
+    content = found[0]
     verdicts, kinds = tables(ablations(*found))
     length = f"{content['questions']:,} questions a split, after {content['samples']:,} samples"
-    made = f"{last['machine']}, {last['precision']}, commit {last['commit']}"
-    note = f"{length} of stage 3; {made}."
+    made = {f"{r['machine']}, {r['precision']}, commit {r['commit']}" for r in content["rows"]}
+    note = f"{length} of stage 3; {'; '.join(sorted(made))}."
     lines = [verdicts, "", note]
     if (FOLDER / "ablations.png").is_file():
         picture = "../bench/ablations/ablations.png"

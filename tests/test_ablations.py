@@ -1,7 +1,10 @@
 """The ablations: every row is a valid training, is run once, and is shown as measured."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
 import time
 
@@ -156,7 +159,7 @@ def test_finished_runs_are_kept_and_an_interrupted_one_is_run_again(tmp_path, mo
     right, loss = verdicts.unpack(kept["c-llm-1"], (3, 40))
     assert kept["c-llm-1"]["training"].tolist() == [2, 1.5]
     assert right[0, :4].tolist() == [True, False] * 2 and loss[0, 1] == pytest.approx(1.5, rel=0.05)
-    with pytest.raises(ValueError, match="of 5600 samples and 40 questions; name another"):
+    with pytest.raises(ValueError, match="of 5600 samples and 40 questions, with .*; name another"):
         start(tmp_path, monkeypatch, "--samples=64")
 
 
@@ -174,7 +177,8 @@ def test_two_commands_never_train_the_same_run(tmp_path, monkeypatch):
     with ablations.lock(tmp_path / "out" / "f-top1-0") as ours:
         assert ours
         (tmp_path / "bench").mkdir()
-        (tmp_path / "bench" / "results.json").write_text(json.dumps(content(questions=40)))
+        found = content(questions=40) | {"clip": "data/mini/clip"}
+        (tmp_path / "bench" / "results.json").write_text(json.dumps(found))
         assert not start(tmp_path, monkeypatch, "--rows=f-top1", "--seeds=0")["rows"]
 
 
@@ -217,6 +221,57 @@ def test_the_weak_clip_is_pretrained_once_and_an_unfinished_one_does_not_count(
     for words in calls[2:]:
         assert words == f"train.py --stage 2 --out {demo} --clip {demo}/clip".split()
     assert (tmp_path / "demo" / "clip").is_dir() and not any((tmp_path / "runs").glob("*"))
+    monkeypatch.setattr(ablations, "WEAK", "pretrain_clip.py --steps 9")
+    with pytest.raises(ValueError, match="clip was not pretrained with .*--steps 9; name another"):
+        ablations.prepare(cfg, stage2)
+
+
+def test_one_table_never_mixes_two_clips(tmp_path):
+    cfg = ablations.AblationConfig(bench=str(tmp_path), demo=str(tmp_path / "demo"))
+    (tmp_path / "results.json").write_text(json.dumps(ablations.read_results(cfg)))
+    assert ablations.read_results(cfg)["clip"] == ablations.WEAK
+    other = ablations.AblationConfig(bench=str(tmp_path), demo=str(tmp_path), clip="data/mini/clip")
+    with pytest.raises(ValueError, match="with CLIP runs/make/pretrain_clip.py .*; name another"):
+        ablations.read_results(other)
+
+
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
+    def train(cfg, name, seed):
+        if name == "f-top1":
+            raise ValueError("a gradient is not finite")
+        return {"name": name, "seed": seed}
+
+    published = []
+    monkeypatch.setattr(ablations, "train_and_examine", train)
+    monkeypatch.setattr(ablations, "publish_run", lambda _, run: published.append(run["name"]))
+    monkeypatch.setattr(ablations, "draw_ablations", lambda *_: published.append("drawn"))
+    with pytest.raises(ValueError, match="failed: 1; the first: f-top1, seed 0: a gradient is not"):
+        start(tmp_path, monkeypatch, "--rows=f", "--seeds=0")
+    assert published == ["b-cumo", "f-top4", "drawn"]
+
+
+def test_a_training_keeps_the_lock_if_its_parent_is_killed(tmp_path):
+    wait = "import pathlib, time; pathlib.Path({!r}).touch(); time.sleep(60)".format(
+        str(tmp_path / "begun")
+    )
+    parent = f"""
+import pathlib, sys
+sys.path.insert(0, {str(ROOT)!r})
+from runs import ablations
+with ablations.lock(pathlib.Path({str(tmp_path / "run")!r})):
+    ablations.run_training(["python", "-c", {wait!r}], pathlib.Path({str(tmp_path / "log")!r}))
+"""
+    child = subprocess.Popen([sys.executable, "-c", parent], start_new_session=True)
+    until = time.time() + 60
+    while not (tmp_path / "begun").exists() and time.time() < until:
+        time.sleep(0.02)
+    child.kill()
+    child.wait()
+    with ablations.lock(tmp_path / "run", wait=False) as ours:
+        assert not ours
+    os.killpg(child.pid, signal.SIGKILL)
+    with ablations.lock(tmp_path / "run") as ours:
+        assert ours
 
 
 def test_the_command_of_the_weak_clip_is_a_valid_one(tmp_path, monkeypatch):
@@ -286,26 +341,28 @@ sys.exit({status!r})
 """
 
 
-def other_jobs(tmp_path, monkeypatch, seconds=0, status=0):
+def other_jobs(tmp_path, monkeypatch, failures, seconds=0, status=0):
     """`ablations.other_jobs` of --jobs 2, the other one with work that only takes time."""
     (tmp_path / "job.py").write_text(JOB.format(seconds=seconds, status=status))
     monkeypatch.setattr(ablations, "SCRIPT", tmp_path / "job.py")
     monkeypatch.setattr(sys, "argv", ["ablations.py", "--rows=c"])
-    return ablations.other_jobs(ablations.AblationConfig(jobs=2, out=str(tmp_path / "out")))
+    cfg = ablations.AblationConfig(jobs=2, out=str(tmp_path / "out"))
+    return ablations.other_jobs(cfg, failures)
 
 
 def test_the_other_jobs_are_waited_for_and_a_failed_one_is_one_line(tmp_path, monkeypatch):
-    with other_jobs(tmp_path, monkeypatch, seconds=0.5):
+    failures = []
+    with other_jobs(tmp_path, monkeypatch, failures, seconds=0.5):
         pass
-    assert (tmp_path / "begun").exists()
-    with pytest.raises(ValueError, match="another job failed, see .*job-1.log: no such thing"):
-        with other_jobs(tmp_path, monkeypatch, status="no such thing"):
-            pass
+    assert (tmp_path / "begun").exists() and not failures
+    with other_jobs(tmp_path, monkeypatch, failures, status="no such thing"):
+        pass
+    assert failures == [f"another job, see {tmp_path}/out/job-1.log: no such thing"]
 
 
 def test_ctrl_c_stops_the_other_jobs_too(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
-        with other_jobs(tmp_path, monkeypatch, seconds=600):
+        with other_jobs(tmp_path, monkeypatch, [], seconds=600):
             until = time.time() + 60
             while not (tmp_path / "begun").exists() and time.time() < until:
                 time.sleep(0.02)

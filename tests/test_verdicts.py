@@ -109,9 +109,14 @@ def test_kinds_of_questions_are_those_of_the_exam():
     [(1.6, 0.1, 2, "confirmed"), (-1, -2, -0.1, "confirmed"), (1.6, -2, -0.1, "contradicted"),
      (-1, 0.1, 2, "contradicted"), (1.6, -0.1, 2, "undecided"), (1.6, 0, 2, "undecided"),
      (1, 0, 0, "undecided"), (None, 0.1, 2, "better"), (None, -2, -0.1, "worse"),
-     (None, -1, 1, "undecided")])  # fmt: skip
+     (None, -1, 1, "undecided"), (0.0, 0.1, 2, "better")])  # fmt: skip
 def test_verdict_follows_from_the_interval_and_the_papers_sign(expected, low, high, word):
     assert verdicts.verdict(expected, ((low + high) / 2, low, high)) == word
+
+
+def test_a_loss_that_is_not_finite_is_no_answer():
+    with pytest.raises(ValueError, match="not finite"):
+        verdicts.pack(np.ones(2, bool), np.array([0.1, np.nan]), [1])
 
 
 def test_what_the_paper_says_is_counted_from_the_row_compared_with():
