@@ -11,9 +11,9 @@ main claims have five seeds, the others three. A run that is in several groups i
 
 The shipped CLIP was pretrained until it named nearly all things and letters: experts would have
 little to learn. These runs start from a WEAK one, with narrow MLPs and a pretraining cut short,
-which names 3 of 10 things and letters (docs/LOG.md says how it was chosen). It is pretrained first,
-then stages 1 and 2 are trained. For the shipped one: --clip data/mini/clip --demo out, and --out
-and --bench of its own.
+which names every other thing and letter (docs/LOG.md says how it was chosen). It is pretrained
+first, then stages 1 and 2 are trained. For the shipped one: --clip data/mini/clip --demo out, and
+--out and --bench of its own.
 
 Ctrl-C stops it; the same command continues and skips finished runs. A run uses one thread; --jobs
 processes each take the next open run.
