@@ -380,6 +380,19 @@ def test_a_job_of_another_command_trains_and_writes_no_table(tmp_path, monkeypat
     assert published == [("b-cumo", 4), ("c-llm", 4)]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_is_obeyed_where_a_shell_ignores_it(number, tmp_path, monkeypatch):
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    monkeypatch.setattr(ablations, "train_and_examine", lambda *_: os.kill(os.getpid(), number))
+    try:
+        signal.signal(number, signal.SIG_IGN)  # as behind nohup and &
+        with pytest.raises(SystemExit, match="stopped; the same command continues"):
+            start(tmp_path, monkeypatch, "--rows=c-llm", "--seeds=0")
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+
 @pytest.mark.slow
 def test_a_tiny_run_is_trained_and_examined(tmp_path, monkeypatch):
     flags = ["--rows=b-cumo", "--seeds=0", "--samples=16", "--questions=16"]
