@@ -7,13 +7,14 @@
 Every run is a stage 3, with the same questions in the same order for all rows of a seed, and an
 exam on held-out scenes (runs/grading.py), the same for all. It starts from the same stage 2, except
 for other scales (stages 1 and 2 of their own, once) and "without stage 2". The rows of the paper's
-main claims have five seeds, the others three. A run that is in several groups is trained once.
+main claims have five seeds and come first, the others three. A run that is in several groups is
+trained once.
 
-The shipped CLIP was pretrained until it named nearly all things and letters: experts would have
-little to learn. These runs start from a WEAK one, with narrow MLPs and a pretraining cut short,
-which names every other thing and letter (docs/LOG.md says how it was chosen). It is pretrained
-first, then stages 1 and 2 are trained. For the shipped one: --clip data/mini/clip --demo out, and
---out and --bench of its own.
+The CLIP of the demo was pretrained until it named nearly all things and letters: experts would have
+little to learn. These runs start from a weak one, data/mini/weak_clip, which names every other
+thing and letter: it has narrow MLPs, and its pretraining was cut short (`runs/make/pretrain_clip.py
+--steps 3000 --hidden-dim 96`; docs/LOG.md says how it was chosen). For the demo's: --clip
+data/mini/clip --demo out, and --out and --bench of its own.
 
 Ctrl-C stops it; the same command continues and skips finished runs. A run uses one thread; --jobs
 processes each take the next open run.
@@ -50,7 +51,6 @@ from runs.grading import examine
 from runs.pictures import draw_ablations
 from runs.wide import widen
 
-WEAK = "runs/make/pretrain_clip.py --steps 3000 --hidden-dim 96"  # MLPs an eighth as wide
 FROZEN = dict(freeze="clip")  # as in LLaVA
 NO_LOSSES = dict(balance_coef=0, z_coef=0)
 RUNS = {  # flags of train.py that differ from CuMo's own stage 3
@@ -73,9 +73,7 @@ RUNS = {  # flags of train.py that differ from CuMo's own stage 3
 }
 # The paper's main claims: dense or MLP-MoE or CLIP-MoE, CLIP frozen or not, 1 or 2 scales, from
 # scratch; and an equally large dense CLIP. They get more seeds.
-SEEDS = {name: range(5) for name in ("a-dense", "a-losses", "b-clip", "b-wide", "b-cumo", "d-12",
-                                     "a-scratch", "b-scratch")}  # fmt: skip
-SEEDS |= {name: range(3) for name in RUNS if name not in SEEDS}
+MAIN = "a-dense a-scratch a-losses b-clip b-wide b-cumo b-scratch d-12".split()
 # The table's groups. A row: the run, the run that it is compared with, its label, and the paper's
 # SQA, TextVQA, MM-Vet and SEED, if it has them.
 CUMO = (72.8, 59.7, 35.4, 69.8)
@@ -133,7 +131,7 @@ class AblationConfig:
     questions: int = 4000  # of the exam, a split
     jobs: int = 2  # processes, each with its own run; 0: one without a table, used internally
     threads: int = 1  # of a training; two are faster, but take more CPU time
-    clip: str = ""  # CLIP of stages 1 and 2; empty: WEAK, trained into --demo if it is not there
+    clip: str = "data/mini/weak_clip"  # CLIP of stages 1 and 2
     demo: str = "out/weak"  # folder of stages 1 and 2
     out: str = "out/ablations"  # folder of the runs
     bench: str = "bench/ablations"  # folder of results.json, exam.npz and ablations.png
@@ -214,46 +212,16 @@ def run_training(words, folder):
     return seconds
 
 
-def made_by(cfg):
-    """What results.json says of the CLIP: the command that pretrains it, or its name."""
-    clip = clip_of(cfg)
-    return WEAK if clip == f"{cfg.demo}/clip" else clip
-
-
-def clip_of(cfg):
-    """The CLIP of all stages 1 and 2: that of a finished stage 2 in --demo, else --clip. ValueError
-    if both are given and differ."""
-    stage2 = pathlib.Path(cfg.demo, "stage2")
-    if not is_finished(stage2):
-        return cfg.clip or f"{cfg.demo}/clip"
-    used = read_state(stage2)["config"]["clip"]
-    if cfg.clip not in ("", used):
-        raise ValueError(f"--clip {cfg.clip}, but {stage2} was trained with {used}; name another "
-                         "--demo")  # fmt: skip
-    return used
-
-
-def pretrain(cfg):
-    """Pretrain WEAK in --demo, unless it is there. After Ctrl-C it starts from step 0. ValueError
-    if the one there is of another command."""
-    folder = pathlib.Path(cfg.demo)
-    made = folder / "clip" / "command.txt"
-    with lock(folder):
-        if not (folder / "clip").is_dir():
-            unfinished = folder / "unfinished"
-            run_training(["python", *WEAK.split(), "--out", str(unfinished)], folder)
-            (unfinished / "clip" / made.name).write_text(WEAK)
-            (unfinished / "clip").rename(folder / "clip")
-        if not made.is_file() or made.read_text() != WEAK:
-            raise ValueError(f"{folder / 'clip'} was not pretrained with {WEAK}; name another "
-                             "--demo and --out")  # fmt: skip
+def check_clip(cfg):
+    """ValueError if runs would start from a stage that was made with another --clip."""
+    for folder in {start_of(cfg, name): None for name, _ in planned(cfg)}:
+        if is_finished(folder) and (used := read_state(folder)["config"]["clip"]) != cfg.clip:
+            raise ValueError(f"--clip {cfg.clip}, but {folder} was trained with {used}; name "
+                             "another --demo and --out")  # fmt: skip
 
 
 def prepare(cfg, folder, scales=""):
     """Make the stage in `folder` that runs start from, unless it is finished."""
-    clip = clip_of(cfg)
-    if clip == f"{cfg.demo}/clip":
-        pretrain(cfg)
     with lock(folder.parent):  # shared by runs and seeds
         if is_finished(folder):
             return
@@ -261,7 +229,7 @@ def prepare(cfg, folder, scales=""):
             narrow = pathlib.Path(cfg.demo, "stage2")
             prepare(cfg, narrow)
             return widen(narrow, folder)
-        flags = ["--stage", folder.name[-1], "--out", str(folder.parent), "--clip", clip]
+        flags = ["--stage", folder.name[-1], "--out", str(folder.parent), "--clip", cfg.clip]
         flags += ["--scales", scales] if scales else []
         run_training(["python", "train.py", *flags], folder.parent)
 
@@ -292,7 +260,7 @@ def train_and_examine(cfg, name, seed):
 def read_results(cfg):
     """results.json, or a new one. ValueError if its runs have another length or another CLIP."""
     file = pathlib.Path(cfg.bench, "results.json")
-    same = {"samples": cfg.samples, "questions": cfg.questions, "clip": made_by(cfg)}
+    same = {"samples": cfg.samples, "questions": cfg.questions, "clip": cfg.clip}
     content = {"command": "runs/ablations.py", **same, "rows": []}
     if file.is_file():
         content |= json.loads(file.read_text())
@@ -326,10 +294,10 @@ def publish_run(cfg, row):
 
 
 def planned(cfg):
-    """[(run, seed)]: first every row once, then every row with its second seed, and so on."""
-    seeds = {name: cfg.seeds or SEEDS[name] for name in chosen_runs(cfg.rows)}
-    every = sorted({seed for some in seeds.values() for seed in some})
-    return [(name, seed) for seed in every for name in seeds if seed in seeds[name]]
+    """[(run, seed)], seed by seed: first those of the main claims, then the others."""
+    runs = [(name, seed) for name in chosen_runs(cfg.rows)
+            for seed in cfg.seeds or range(5 if name in MAIN else 3)]  # fmt: skip
+    return sorted(runs, key=lambda run: (run[0] not in MAIN, run[1]))
 
 
 @contextlib.contextmanager
@@ -368,6 +336,7 @@ def main():
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):  # ignored behind nohup and &
         signal.signal(number, signal.default_int_handler)
     read_results(cfg)  # refuse other lengths or another CLIP before any job starts
+    check_clip(cfg)
     bar, failures = tqdm(planned(cfg), unit="run"), []
     try:
         with other_jobs(cfg, failures):
@@ -385,6 +354,7 @@ def main():
         sys.exit("\nstopped; the same command continues")
     if cfg.jobs:
         bench = pathlib.Path(cfg.bench)
+        bench.mkdir(parents=True, exist_ok=True)  # if every run failed
         groups = verdicts.ablations(read_results(cfg), verdicts.read_answers(bench / "exam.npz"))
         print(*verdicts.tables(groups), sep="\n\n")
         draw_ablations(groups, bench / "ablations.png")

@@ -2,17 +2,20 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from refused import refusal
 from tiny import ROOT
 
+from clip_moe import CLIPVision
 from data.flags import parse
 from data.stages import STAGES
 from runs import ablations, verdicts
@@ -86,9 +89,12 @@ def test_rows_that_carry_a_verdict_have_five_seeds_and_every_row_three():
     more = {name for name in seeds if len(seeds[name]) >= 5}
     assert more == set("a-dense a-scratch a-losses b-clip b-wide b-cumo b-scratch d-12".split())
     assert min(map(len, seeds.values())) == 3
-    assert [seed for _, seed in plan] == sorted(seed for _, seed in plan), "whole tables first"
-    few = ablations.planned(ablations.AblationConfig(rows="a-8,b-cumo", seeds=(7, 1)))
-    assert few == [("a-8", 1), ("b-cumo", 1), ("a-8", 7), ("b-cumo", 7)]
+    for part, n in ((plan[:40], 8), (plan[40:], 8)):  # the verdicts first
+        assert [seed for _, seed in part] == [k // n for k in range(len(part))]
+        assert {name for name, _ in part[:n]} == {name for name, _ in part}
+    few = ablations.planned(ablations.AblationConfig(rows="a-dense,a-8,b-cumo", seeds=(7, 1)))
+    assert few == [("a-dense", 1), ("b-cumo", 1), ("a-dense", 7), ("b-cumo", 7), ("a-8", 1),
+                   ("a-8", 7)]  # fmt: skip
 
 
 def start(tmp_path, monkeypatch, *flags):
@@ -96,7 +102,7 @@ def start(tmp_path, monkeypatch, *flags):
     folders = [f"--{k}={tmp_path / k}" for k in ("demo", "out", "bench")]
     for stage in (1, 2):
         (tmp_path / "demo" / f"stage{stage}").mkdir(parents=True, exist_ok=True)
-        state = '{"finished": true, "config": {"clip": "data/mini/clip"}}'
+        state = '{"finished": true, "config": {"clip": "data/mini/weak_clip"}}'
         (tmp_path / "demo" / f"stage{stage}" / "train.json").write_text(state)
     monkeypatch.setattr(
         sys, "argv", ["ablations.py", "--jobs=1", "--questions=40", *folders, *flags]
@@ -118,11 +124,10 @@ def test_an_exam_too_short_for_every_type_is_one_line(monkeypatch, capsys):
 
 
 def test_another_clip_than_that_of_the_demo_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="--clip weak, but .*stage2 was trained with data"):
-        start(tmp_path, monkeypatch, "--clip=weak")
-    cfg = ablations.AblationConfig(clip="weak", demo=str(tmp_path / "none"))
-    assert ablations.clip_of(cfg) == "weak"
-    assert ablations.clip_of(ablations.AblationConfig(demo="none")) == "none/clip"
+    monkeypatch.setattr(ablations, "run_training", lambda *_: pytest.fail("trained"))
+    said = "^--clip other, but .*stage2 was trained with data/mini/weak_clip; name another"
+    with pytest.raises(ValueError, match=said):
+        start(tmp_path, monkeypatch, "--clip=other", "--rows=f-top1", "--seeds=0")
 
 
 def test_finished_runs_are_kept_and_an_interrupted_one_is_run_again(tmp_path, monkeypatch):
@@ -147,9 +152,9 @@ def test_finished_runs_are_kept_and_an_interrupted_one_is_run_again(tmp_path, mo
     monkeypatch.setattr(ablations, "examine", examine)
     with pytest.raises(SystemExit, match="the same command continues"):
         start(tmp_path, monkeypatch, "--rows=c", "--seeds=0,1")
-    assert calls == ["b-cumo-0", "c-llm-0"]
+    assert calls == ["b-cumo-0", "b-cumo-1"]
     found = start(tmp_path, monkeypatch, "--rows=c", "--seeds=0,1")
-    assert calls[2:] == ["c-llm-0", "b-cumo-1", "c-llm-1"]
+    assert calls[2:] == ["b-cumo-1", "c-llm-0", "c-llm-1"]
     assert [(r["name"], r["seed"]) for r in found["rows"]] == [
         ("b-cumo", 0), ("b-cumo", 1), ("c-llm", 0), ("c-llm", 1)]  # fmt: skip
     assert found["rows"][0]["groups"] == list("bcdefg") and found["rows"][0]["cpu_seconds"] == 12.3
@@ -166,8 +171,8 @@ def test_finished_runs_are_kept_and_an_interrupted_one_is_run_again(tmp_path, mo
 def test_the_command_without_flags_continues_the_published_results():
     cfg = ablations.AblationConfig(bench=str(ROOT / "bench" / "ablations"))
     done = [(row["name"], row["seed"]) for row in ablations.read_results(cfg)["rows"]]
-    rounds = [[run for run in ablations.planned(cfg) if run[1] < k] for k in range(6)]
-    assert sorted(done) in map(sorted, rounds), "every row with the same first seeds"
+    plan = ablations.planned(cfg)
+    assert len(done) % 8 == 0 and sorted(done) == sorted(plan[: len(done)]), "whole rounds"
     kept = verdicts.read_answers(ROOT / "bench" / "ablations" / "exam.npz")
     assert sorted(kept) == sorted(f"{name}-{seed}" for name, seed in done)
 
@@ -177,8 +182,7 @@ def test_two_commands_never_train_the_same_run(tmp_path, monkeypatch):
     with ablations.lock(tmp_path / "out" / "f-top1-0") as ours:
         assert ours
         (tmp_path / "bench").mkdir()
-        found = content(questions=40) | {"clip": "data/mini/clip"}
-        (tmp_path / "bench" / "results.json").write_text(json.dumps(found))
+        (tmp_path / "bench" / "results.json").write_text(json.dumps(content(questions=40)))
         assert not start(tmp_path, monkeypatch, "--rows=f-top1", "--seeds=0")["rows"]
 
 
@@ -194,45 +198,21 @@ def test_missing_stages_are_trained_first_at_the_scales_of_the_row(tmp_path, mon
     assert calls[1][2:6] == ["--stage", "3", "--init", f"{folder}/stage2"]
 
 
-def test_the_weak_clip_is_pretrained_once_and_an_unfinished_one_does_not_count(
-    tmp_path, monkeypatch
-):
-    calls, plug = [], iter([1, 0, 0, 0])  # the first pretraining is interrupted
-
-    def train(words, _):
-        calls.append(words[1:])
-        folder = words[words.index("--out") + 1]
-        if "--stage" not in words:
-            (tmp_path / "demo" / "unfinished" / "clip").mkdir(parents=True, exist_ok=True)
-            assert folder == str(tmp_path / "demo" / "unfinished")
-        if next(plug):
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(ablations, "run_training", train)
-    cfg = ablations.AblationConfig(demo=str(tmp_path / "demo"), out=str(tmp_path / "runs"))
-    stage2 = ablations.start_of(cfg, "b-cumo")
-    with pytest.raises(KeyboardInterrupt):
-        ablations.prepare(cfg, stage2)
-    assert not (tmp_path / "demo" / "clip").exists()
-    for _ in range(2):
-        ablations.prepare(cfg, stage2)
-    pretrained, demo = ablations.WEAK.split(), str(tmp_path / "demo")
-    assert [words[: len(pretrained)] == pretrained for words in calls] == [True, True, False, False]
-    for words in calls[2:]:
-        assert words == f"train.py --stage 2 --out {demo} --clip {demo}/clip".split()
-    assert (tmp_path / "demo" / "clip").is_dir() and not any((tmp_path / "runs").glob("*"))
-    monkeypatch.setattr(ablations, "WEAK", "pretrain_clip.py --steps 9")
-    with pytest.raises(ValueError, match="clip was not pretrained with .*--steps 9; name another"):
-        ablations.prepare(cfg, stage2)
-
-
 def test_one_table_never_mixes_two_clips(tmp_path):
-    cfg = ablations.AblationConfig(bench=str(tmp_path), demo=str(tmp_path / "demo"))
+    cfg = ablations.AblationConfig(bench=str(tmp_path))
     (tmp_path / "results.json").write_text(json.dumps(ablations.read_results(cfg)))
-    assert ablations.read_results(cfg)["clip"] == ablations.WEAK
-    other = ablations.AblationConfig(bench=str(tmp_path), demo=str(tmp_path), clip="data/mini/clip")
-    with pytest.raises(ValueError, match="with CLIP runs/make/pretrain_clip.py .*; name another"):
+    other = ablations.AblationConfig(bench=str(tmp_path), clip="data/mini/clip")
+    with pytest.raises(ValueError, match="with CLIP data/mini/weak_clip; name another"):
         ablations.read_results(other)
+
+
+def test_a_table_of_which_every_run_failed_is_one_line(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise ValueError("no disk")
+
+    monkeypatch.setattr(ablations, "train_and_examine", refuse)
+    with pytest.raises(ValueError, match="^failed: 1; the first: f-top1, seed 0: no disk"):
+        start(tmp_path, monkeypatch, "--rows=f-top1", "--seeds=0")
 
 
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
@@ -274,12 +254,15 @@ with ablations.lock(pathlib.Path({str(tmp_path / "run")!r})):
         assert ours
 
 
-def test_the_command_of_the_weak_clip_is_a_valid_one(tmp_path, monkeypatch):
-    words, given = [*ablations.WEAK.split(), "--out", str(tmp_path)], []
+def test_the_weak_clip_is_the_one_that_its_command_makes(monkeypatch):
+    (words,) = re.findall(r"`(runs/make/pretrain_clip.py[^`]+)`", ablations.__doc__)
+    given = []
     monkeypatch.setattr(pretrain_clip, "pretrain_clip", given.append)
-    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(sys, "argv", words.split())
     pretrain_clip.main()
-    assert (ROOT / words[0]).is_file() and given[0].out == str(tmp_path)
+    weak, strong = (CLIPVision.from_pretrained(ROOT / "data" / "mini" / name).cfg
+                    for name in ("weak_clip", "clip"))  # fmt: skip
+    assert weak == replace(strong, hidden_dim=given[0].hidden_dim) != strong
     assert given[0].steps < PretrainCLIPConfig.steps, "cut short"
 
 
