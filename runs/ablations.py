@@ -45,7 +45,7 @@ sys.path.insert(0, str(ROOT))
 from data.exam import LEAST
 from data.flags import check_numbers, parse, run
 from data.weights import write_json
-from engine.resume import is_finished, read_state
+from engine.resume import crc_of_weights, is_finished, read_state
 from runs import results, verdicts
 from runs.grading import examine
 from runs.pictures import draw_ablations
@@ -234,11 +234,25 @@ def prepare(cfg, folder, scales=""):
         run_training(["python", "train.py", *flags], folder.parent)
 
 
+def check_start(cfg, name):
+    """CRC-32 of the weights that a run starts from. ValueError if finished runs have another start:
+    a stage 2 trained again on another type of CPU. Such rows cannot be compared."""
+    folder = start_of(cfg, name)
+    (crc,) = crc_of_weights(folder).values()
+    for row in read_results(cfg)["rows"]:
+        if start_of(cfg, row["name"]) == folder and row["start"] != crc:
+            raise ValueError(f"{folder} has CRC-32 {crc}, but {row['name']} of {cfg.bench} started "
+                             f"from {row['start']}; get that folder from the machine that trained "
+                             "it, or name another --bench and --out")  # fmt: skip
+    return crc
+
+
 def train_and_examine(cfg, name, seed):
     """Train and examine one run -> its row of results.json."""
     words = command(cfg, name, seed)
     folder = pathlib.Path(words[words.index("--out") + 1])
     prepare(cfg, start_of(cfg, name), RUNS[name].get("scales"))
+    start = check_start(cfg, name)
     seconds = run_training(words, folder)
     if not is_finished(folder / "stage3"):
         raise ValueError(f"{folder} was interrupted; the same command continues")
@@ -248,6 +262,7 @@ def train_and_examine(cfg, name, seed):
         "name": name,
         "groups": groups,
         "seed": seed,
+        "start": start,
         **examine(folder / "stage3", cfg.questions),
         "cpu_seconds": round(seconds, 1),
         "machine": results.machine(),

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -104,6 +105,7 @@ def start(tmp_path, monkeypatch, *flags):
         (tmp_path / "demo" / f"stage{stage}").mkdir(parents=True, exist_ok=True)
         state = '{"finished": true, "config": {"clip": "data/mini/weak_clip"}}'
         (tmp_path / "demo" / f"stage{stage}" / "train.json").write_text(state)
+        (tmp_path / "demo" / f"stage{stage}" / "model.safetensors").write_bytes(b"weights")
     monkeypatch.setattr(
         sys, "argv", ["ablations.py", "--jobs=1", "--questions=40", *folders, *flags]
     )
@@ -187,12 +189,17 @@ def test_two_commands_never_train_the_same_run(tmp_path, monkeypatch):
 
 
 def test_missing_stages_are_trained_first_at_the_scales_of_the_row(tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(ablations, "run_training", lambda words, _: calls.append(words))
+    calls, folder = [], str(tmp_path / "scales-1,3")
+
+    def train(words, _):
+        calls.append(words)
+        (tmp_path / "scales-1,3" / "stage2").mkdir(exist_ok=True)
+        (tmp_path / "scales-1,3" / "stage2" / "model.safetensors").touch()
+
+    monkeypatch.setattr(ablations, "run_training", train)
     cfg = ablations.AblationConfig(clip="a/clip", demo=str(tmp_path), out=str(tmp_path))
     with pytest.raises(ValueError, match="was interrupted"):
         ablations.train_and_examine(cfg, "d-13", 0)
-    folder = str(tmp_path / "scales-1,3")
     words = ["--stage", "2", "--out", folder, "--clip", "a/clip", "--scales", "1,3"]
     assert calls[0][2:] == words
     assert calls[1][2:6] == ["--stage", "3", "--init", f"{folder}/stage2"]
@@ -204,6 +211,27 @@ def test_one_table_never_mixes_two_clips(tmp_path):
     other = ablations.AblationConfig(bench=str(tmp_path), clip="data/mini/clip")
     with pytest.raises(ValueError, match="with CLIP data/mini/weak_clip; name another"):
         ablations.read_results(other)
+
+
+def test_rows_that_start_from_other_weights_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "train_and_examine", lambda cfg, name, seed:
+                        row(name, seed) | {"start": ablations.check_start(cfg, name)})  # fmt: skip
+    publish = lambda cfg, run: ablations.write_json(
+        tmp_path / "bench" / "results.json", ablations.merge(ablations.read_results(cfg), run)
+    )
+    monkeypatch.setattr(ablations, "publish_run", publish)
+    monkeypatch.setattr(verdicts, "ablations", lambda *_: [])
+    monkeypatch.setattr(ablations, "draw_ablations", lambda *_: None)
+    (tmp_path / "bench").mkdir()
+    (made,) = start(tmp_path, monkeypatch, "--rows=f-top1", "--seeds=0")["rows"]
+    assert made["start"] == f"{zlib.crc32(b'weights'):08x}"
+    monkeypatch.setattr(ablations, "crc_of_weights", lambda _: {"model.safetensors": "1234"})
+    said = f"stage2 has CRC-32 1234, but f-top1 .* started from {made['start']}; get that folder"
+    with pytest.raises(ValueError, match=said):
+        start(tmp_path, monkeypatch, "--rows=f-top4", "--seeds=0")
+    other = start(tmp_path, monkeypatch, "--rows=e-without", "--seeds=0")["rows"]
+    assert {one["name"]: one["start"] for one in other} == {
+        "e-without": "1234", "f-top1": made["start"]}  # fmt: skip
 
 
 def test_a_table_of_which_every_run_failed_is_one_line(tmp_path, monkeypatch):
