@@ -4,17 +4,17 @@
     python runs/ablations.py --rows a,f-top1       # a whole group, or single rows
     python runs/ablations.py --samples 64 --questions 48 --out out/try --bench out/try
 
-Every run is a stage 3, with the same questions in the same order for all rows of a seed, and an
-exam on held-out scenes (runs/grading.py), the same for all. It starts from the same stage 2, except
-for other scales (stages 1 and 2 of their own, once) and "without stage 2". The rows of the paper's
-main claims have five seeds and come first, the others three. A run that is in several groups is
-trained once.
+Every run is a stage 3, with the same samples in the same order for all rows of a seed, and an exam
+on held-out scenes (runs/grading.py), the same for all. All start from one stage 2, except for other
+scales (stages 1 and 2 of their own), "without stage 2", and MLPs twice as wide (runs/wide.py). The
+rows of the paper's main claims have five seeds and come first, the others three. A run that is in
+several groups is trained once.
 
 The CLIP of the demo was pretrained until it named nearly all things and letters: experts would have
-little to learn. These runs start from a weak one, data/mini/weak_clip, which names every other
-thing and letter: it has narrow MLPs, and its pretraining was cut short (`runs/make/pretrain_clip.py
---steps 3000 --hidden-dim 96`; docs/LOG.md says how it was chosen). For the demo's: --clip
-data/mini/clip --demo out, and --out and --bench of its own.
+little to learn. These runs start from a weak one, data/mini/weak_clip, which names about half of
+them: it has narrow MLPs, and its pretraining was cut short (`runs/make/pretrain_clip.py --steps
+3000 --hidden-dim 96`; docs/LOG.md says how it was chosen). For the demo's: --clip data/mini/clip
+--demo out, and --out and --bench of its own.
 
 Ctrl-C stops it; the same command continues and skips finished runs. A run uses one thread; --jobs
 processes each take the next open run.
@@ -72,7 +72,7 @@ RUNS = {  # flags of train.py that differ from CuMo's own stage 3
     "f-top4": dict(top_k=4),
 }
 # The paper's main claims: dense or MLP-MoE or CLIP-MoE, CLIP frozen or not, 1 or 2 scales, from
-# scratch; and an equally large dense CLIP. They get more seeds.
+# scratch; and a dense CLIP with as many active parameters. They get more seeds.
 MAIN = "a-dense a-scratch a-losses b-clip b-wide b-cumo b-scratch d-12".split()
 # The table's groups. A row: the run, the run that it is compared with, its label, and the paper's
 # SQA, TextVQA, MM-Vet and SEED, if it has them.
@@ -126,7 +126,7 @@ GROUPS = [
 @dataclass
 class AblationConfig:
     rows: str = ""  # names of runs, or letters of groups, as in a,f-top1; empty: all
-    seeds: tuple = ()  # of the questions, their order and the routers; empty: 0 to 4, or 0 to 2
+    seeds: tuple = ()  # of the samples, their order and the routers; empty: 0 to 4, or 0 to 2
     samples: int = 5600  # of stage 3, as many as in the demo
     questions: int = 4000  # of the exam, a split
     jobs: int = 2  # processes, each with its own run; 0: one without a table, used internally
@@ -149,14 +149,18 @@ def chosen_runs(rows):
     return [name for name in RUNS if name in names]
 
 
+def stages_of(cfg, name):
+    """The folder of stages 1 and 2 from which a run comes."""
+    scales = RUNS[name].get("scales")
+    return pathlib.Path(cfg.out, f"scales-{scales}") if scales else pathlib.Path(cfg.demo)
+
+
 def start_of(cfg, name):
     """The folder of the stage that a run starts from."""
-    flags = {"init": 2} | RUNS[name]
-    if "scales" in flags:
-        return pathlib.Path(cfg.out, f"scales-{flags['scales']}", "stage2")
-    if flags["init"] == "wide":
+    init = RUNS[name].get("init", 2)
+    if init == "wide":
         return pathlib.Path(cfg.out, "wide", "stage2")
-    return pathlib.Path(cfg.demo, f"stage{flags['init']}")
+    return stages_of(cfg, name) / f"stage{init}"
 
 
 def command(cfg, name, seed):
@@ -182,24 +186,33 @@ def lock(folder, wait=True):
         yield ours
 
 
+def on_stop(handler):
+    """Let `handler` answer Ctrl-C, a terminated process and a closed terminal (but for nohup) ->
+    {signal: handler before}."""
+    numbers = [signal.SIGINT, signal.SIGTERM]  # ignored behind &, and yet obeyed
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
 def run_training(words, folder):
     """Run a training, with its output in `folder`/train.log -> its CPU seconds, earlier attempts
     included. KeyboardInterrupt after Ctrl-C, once it has saved a resume point."""
     folder.mkdir(parents=True, exist_ok=True)
-    file, stops = folder / "cpu.json", []
+    file, children, stops = folder / "cpu.json", [], []
     seconds = json.loads(file.read_text())["seconds"] if file.is_file() else 0.0
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    with open(folder / "train.log", "a") as log:
-        words = [sys.executable, *words[1:]]
-        child = subprocess.Popen(words, stdout=log, stderr=log, close_fds=False)
 
     def stop(*_):
         stops.append(1)
-        child.send_signal(signal.SIGINT)
+        for child in children:
+            child.send_signal(signal.SIGINT)
 
-    handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    status = child.wait()
-    for number, handler in handlers.items():
+    earlier, before = on_stop(stop), resource.getrusage(resource.RUSAGE_CHILDREN)
+    with open(folder / "train.log", "a") as log:
+        words = [sys.executable, *words[1:]]
+        children.append(subprocess.Popen(words, stdout=log, stderr=log, close_fds=False))
+    status = children[0].wait()
+    for number, handler in earlier.items():
         signal.signal(number, handler)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds += after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
@@ -214,36 +227,33 @@ def run_training(words, folder):
 
 def check_clip(cfg):
     """ValueError if runs would start from a stage that was made with another --clip."""
-    for folder in {start_of(cfg, name): None for name, _ in planned(cfg)}:
+    for folder in {stages_of(cfg, name) / "stage2" for name, _ in planned(cfg)}:
         if is_finished(folder) and (used := read_state(folder)["config"]["clip"]) != cfg.clip:
             raise ValueError(f"--clip {cfg.clip}, but {folder} was trained with {used}; name "
                              "another --demo and --out")  # fmt: skip
 
 
-def prepare(cfg, folder, scales=""):
-    """Make the stage in `folder` that runs start from, unless it is finished."""
-    with lock(folder.parent):  # shared by runs and seeds
-        if is_finished(folder):
-            return
-        if folder == start_of(cfg, "b-wide"):
-            narrow = pathlib.Path(cfg.demo, "stage2")
-            prepare(cfg, narrow)
-            return widen(narrow, folder)
-        flags = ["--stage", folder.name[-1], "--out", str(folder.parent), "--clip", cfg.clip]
-        flags += ["--scales", scales] if scales else []
-        run_training(["python", "train.py", *flags], folder.parent)
+def prepare(cfg, name):
+    """Make the stages that a run starts from, unless they are finished -> CRC-32 of their weights.
 
-
-def check_start(cfg, name):
-    """CRC-32 of the weights that a run starts from. ValueError if finished runs have another start:
-    a stage 2 trained again on another type of CPU. Such rows cannot be compared."""
-    folder = start_of(cfg, name)
-    (crc,) = crc_of_weights(folder).values()
+    ValueError if finished runs of the table come from other weights, as after training stages 1 and
+    2 again on another type of CPU: such rows cannot be compared."""
+    folder, scales = stages_of(cfg, name), RUNS[name].get("scales")
+    flags = ["--stage", "2", "--out", str(folder), "--clip", cfg.clip]
+    with lock(folder):  # shared by runs and seeds
+        if not is_finished(folder / "stage2"):
+            flags += ["--scales", scales] if scales else []
+            run_training(["python", "train.py", *flags], folder)
+        if not is_finished(folder / "stage2"):
+            raise ValueError(f"{folder} was interrupted; the same command continues")
+        if name == "b-wide" and not is_finished(start_of(cfg, name)):
+            widen(folder / "stage2", start_of(cfg, name))
+    crc = "-".join(crc for k in (1, 2) for crc in crc_of_weights(folder / f"stage{k}").values())
     for row in read_results(cfg)["rows"]:
-        if start_of(cfg, row["name"]) == folder and row["start"] != crc:
-            raise ValueError(f"{folder} has CRC-32 {crc}, but {row['name']} of {cfg.bench} started "
-                             f"from {row['start']}; get that folder from the machine that trained "
-                             "it, or name another --bench and --out")  # fmt: skip
+        if stages_of(cfg, row["name"]) == folder and row["start"] != crc:
+            raise ValueError(f"stages 1 and 2 in {folder} have CRC-32 {crc}, those of the table's "
+                             f"{row['name']} {row['start']}; get that folder from where it was "
+                             "trained, or name another --bench and --out")  # fmt: skip
     return crc
 
 
@@ -251,16 +261,13 @@ def train_and_examine(cfg, name, seed):
     """Train and examine one run -> its row of results.json."""
     words = command(cfg, name, seed)
     folder = pathlib.Path(words[words.index("--out") + 1])
-    prepare(cfg, start_of(cfg, name), RUNS[name].get("scales"))
-    start = check_start(cfg, name)
+    start = prepare(cfg, name)
     seconds = run_training(words, folder)
     if not is_finished(folder / "stage3"):
         raise ValueError(f"{folder} was interrupted; the same command continues")
     bf16 = read_state(folder / "stage3")["config"]["bf16"]
-    groups = [group for group, _, lines in GROUPS if name in [line[0] for line in lines]]
     return {
         "name": name,
-        "groups": groups,
         "seed": seed,
         "start": start,
         **examine(folder / "stage3", cfg.questions),
@@ -273,16 +280,16 @@ def train_and_examine(cfg, name, seed):
 
 
 def read_results(cfg):
-    """results.json, or a new one. ValueError if its runs have another length or another CLIP."""
+    """results.json, or a new one. ValueError if its runs have another length, another CLIP or
+    another number of threads, which changes the rounding."""
     file = pathlib.Path(cfg.bench, "results.json")
-    same = {"samples": cfg.samples, "questions": cfg.questions, "clip": cfg.clip}
+    same = {k: getattr(cfg, k) for k in ("samples", "questions", "clip", "threads")}
     content = {"command": "runs/ablations.py", **same, "rows": []}
     if file.is_file():
         content |= json.loads(file.read_text())
         if any(content[k] != value for k, value in same.items()):
-            raise ValueError(f"{file} has runs of {content['samples']} samples and "
-                             f"{content['questions']} questions, with CLIP {content['clip']}; name "
-                             "another --bench, and another --out")  # fmt: skip
+            said = ", ".join(f"--{k} {content[k]}" for k in same)
+            raise ValueError(f"{file} has runs with {said}; name another --bench and --out")
     groups = [{"group": group, "title": title,
                "rows": [dict(zip(("name", "against", "label", "paper"), line)) for line in lines]}
               for group, title, lines in GROUPS]  # fmt: skip
@@ -303,7 +310,7 @@ def publish_run(cfg, row):
     with open(folder / "metrics.jsonl") as lines, np.load(folder / "exam.npz") as exam:
         training = [json.loads(line)["lm_loss"] for line in lines]
         packed = verdicts.pack(exam["right"], exam["loss"], training)
-    with lock(pathlib.Path(cfg.out)):
+    with lock(file.parent):
         verdicts.write_answers(file, verdicts.read_answers(file) | {run: packed})
         write_json(file.with_name("results.json"), merge(read_results(cfg), row))
 
@@ -348,8 +355,7 @@ def main():
     os.chdir(ROOT)
     os.environ["OMP_NUM_THREADS"] = str(cfg.threads)
     torch.set_num_threads(cfg.threads)
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):  # ignored behind nohup and &
-        signal.signal(number, signal.default_int_handler)
+    on_stop(signal.default_int_handler)
     read_results(cfg)  # refuse other lengths or another CLIP before any job starts
     check_clip(cfg)
     bar, failures = tqdm(planned(cfg), unit="run"), []
@@ -370,9 +376,13 @@ def main():
     if cfg.jobs:
         bench = pathlib.Path(cfg.bench)
         bench.mkdir(parents=True, exist_ok=True)  # if every run failed
-        groups = verdicts.ablations(read_results(cfg), verdicts.read_answers(bench / "exam.npz"))
+        content = read_results(cfg)
+        groups = verdicts.ablations(content, verdicts.read_answers(bench / "exam.npz"))
         print(*verdicts.tables(groups), sep="\n\n")
         draw_ablations(groups, bench / "ablations.png")
+        done = {(row["name"], row["seed"]) for row in content["rows"]}
+        if missing := [f"{name}-{seed}" for name, seed in planned(cfg) if (name, seed) not in done]:
+            print(f"\nnot in the table: {', '.join(missing)} (failed, or another command has them)")
     if failures:
         raise ValueError(f"failed: {len(failures)}; the first: {failures[0]}")
 

@@ -282,12 +282,13 @@ def draw_row(axis, y, row, reach):
     if abs(mean) > reach - 0.5:
         sign = 1 if mean > 0 else -1
         axis.plot(sign * (reach - 0.3), y, ">" if sign > 0 else "<", color=color, markersize=9)
-        said = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+        said = f"{mean:+.1f}" + (f" ({low:+.1f} to {high:+.1f})" if row["verdict"] else "")
         said += "" if row["paper"] is None else f"; the paper {row['paper']:+.1f}"
         axis.text(sign * (reach - 0.7), y, said, fontsize=10, va="center",
                   ha="right" if sign > 0 else "left")  # fmt: skip
         return
-    axis.plot([low, high], [y, y], color=color, linewidth=3, solid_capstyle="butt", zorder=3)
+    if row["verdict"]:  # one seed has no interval
+        axis.plot([low, high], [y, y], color=color, linewidth=3, solid_capstyle="butt", zorder=3)
     axis.plot(mean, y, "o", color=color, markersize=8, zorder=4)
     for kind, marker in MARKERS.items():
         value = row["found"][kind]["right"][0]

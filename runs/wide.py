@@ -22,10 +22,10 @@ from engine.resume import read_state
 
 
 @torch.no_grad()
-def widen(source, folder, seed=0):
+def widen(source, folder):
     """Write the finished stage `source` to `folder` with wide MLPs in CLIP and equal outputs."""
     model = CuMo.from_pretrained(source)
-    weights, generator = model.state_dict(), torch.Generator().manual_seed(seed)
+    weights, generator = model.state_dict(), torch.Generator().manual_seed(0)
     for name, weight in weights.items():
         if name.startswith("vision.") and ".mlp.fc1." in name:
             weights[name] = torch.cat([weight, weight])

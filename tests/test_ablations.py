@@ -105,7 +105,9 @@ def start(tmp_path, monkeypatch, *flags):
         (tmp_path / "demo" / f"stage{stage}").mkdir(parents=True, exist_ok=True)
         state = '{"finished": true, "config": {"clip": "data/mini/weak_clip"}}'
         (tmp_path / "demo" / f"stage{stage}" / "train.json").write_text(state)
-        (tmp_path / "demo" / f"stage{stage}" / "model.safetensors").write_bytes(b"weights")
+        weights = tmp_path / "demo" / f"stage{stage}" / "model.safetensors"
+        if not weights.exists():
+            weights.write_bytes(b"weights")
     monkeypatch.setattr(
         sys, "argv", ["ablations.py", "--jobs=1", "--questions=40", *folders, *flags]
     )
@@ -159,14 +161,14 @@ def test_finished_runs_are_kept_and_an_interrupted_one_is_run_again(tmp_path, mo
     assert calls[2:] == ["b-cumo-1", "c-llm-0", "c-llm-1"]
     assert [(r["name"], r["seed"]) for r in found["rows"]] == [
         ("b-cumo", 0), ("b-cumo", 1), ("c-llm", 0), ("c-llm", 1)]  # fmt: skip
-    assert found["rows"][0]["groups"] == list("bcdefg") and found["rows"][0]["cpu_seconds"] == 12.3
+    assert found["rows"][0]["cpu_seconds"] == 12.3
     assert start(tmp_path, monkeypatch, "--rows=c-llm", "--seeds=1") == found and len(calls) == 5
     kept = verdicts.read_answers(tmp_path / "bench" / "exam.npz")
     assert sorted(kept) == sorted(f"{r['name']}-{r['seed']}" for r in found["rows"])
     right, loss = verdicts.unpack(kept["c-llm-1"], (3, 40))
     assert kept["c-llm-1"]["training"].tolist() == [2, 1.5]
     assert right[0, :4].tolist() == [True, False] * 2 and loss[0, 1] == pytest.approx(1.5, rel=0.05)
-    with pytest.raises(ValueError, match="of 5600 samples and 40 questions, with .*; name another"):
+    with pytest.raises(ValueError, match="with --samples 5600, --questions 40, .*; name another"):
         start(tmp_path, monkeypatch, "--samples=64")
 
 
@@ -179,59 +181,65 @@ def test_the_command_without_flags_continues_the_published_results():
     assert sorted(kept) == sorted(f"{name}-{seed}" for name, seed in done)
 
 
-def test_two_commands_never_train_the_same_run(tmp_path, monkeypatch):
+def test_two_commands_never_train_the_same_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablations, "run_training", lambda *_: pytest.fail("another has it"))
     with ablations.lock(tmp_path / "out" / "f-top1-0") as ours:
         assert ours
         (tmp_path / "bench").mkdir()
         (tmp_path / "bench" / "results.json").write_text(json.dumps(content(questions=40)))
         assert not start(tmp_path, monkeypatch, "--rows=f-top1", "--seeds=0")["rows"]
+    assert "not in the table: f-top1-0" in capsys.readouterr().out
+
+
+def finish(folder):
+    for stage in ("stage1", "stage2"):
+        (folder / stage).mkdir(parents=True)
+        (folder / stage / "train.json").write_text('{"finished": true, "config": {}}')
+        (folder / stage / "model.safetensors").write_bytes(stage.encode())
 
 
 def test_missing_stages_are_trained_first_at_the_scales_of_the_row(tmp_path, monkeypatch):
-    calls, folder = [], str(tmp_path / "scales-1,3")
-
-    def train(words, _):
-        calls.append(words)
-        (tmp_path / "scales-1,3" / "stage2").mkdir(exist_ok=True)
-        (tmp_path / "scales-1,3" / "stage2" / "model.safetensors").touch()
-
-    monkeypatch.setattr(ablations, "run_training", train)
-    cfg = ablations.AblationConfig(clip="a/clip", demo=str(tmp_path), out=str(tmp_path))
-    with pytest.raises(ValueError, match="was interrupted"):
-        ablations.train_and_examine(cfg, "d-13", 0)
-    words = ["--stage", "2", "--out", folder, "--clip", "a/clip", "--scales", "1,3"]
-    assert calls[0][2:] == words
-    assert calls[1][2:6] == ["--stage", "3", "--init", f"{folder}/stage2"]
+    calls = []
+    monkeypatch.setattr(ablations, "run_training", lambda words, _: calls.append(words[2:]))
+    monkeypatch.setattr(ablations, "widen", lambda *folders: calls.append(folders))
+    cfg = ablations.AblationConfig(clip="a/clip", demo=f"{tmp_path}/demo", out=f"{tmp_path}/runs",
+                                   bench=str(tmp_path))  # fmt: skip
+    demo, scales = tmp_path / "demo", tmp_path / "runs" / "scales-1,3"
+    words = lambda folder: ["--stage", "2", "--out", str(folder), "--clip", "a/clip"]
+    with pytest.raises(ValueError, match="demo was interrupted; the same command continues"):
+        ablations.prepare(cfg, "b-cumo")
+    for folder in (demo, scales):
+        finish(folder)
+    crc = "-".join(f"{zlib.crc32(stage):08x}" for stage in (b"stage1", b"stage2"))
+    for name in ("b-cumo", "b-wide", "d-13"):
+        assert ablations.prepare(cfg, name) == crc
+    assert calls == [words(demo), (demo / "stage2", tmp_path / "runs" / "wide" / "stage2")]
+    (scales / "stage2" / "train.json").unlink()
+    with pytest.raises(ValueError, match="scales-1,3 was interrupted"):
+        ablations.prepare(cfg, "d-13")
+    assert calls[2:] == [[*words(scales), "--scales", "1,3"]]
 
 
 def test_one_table_never_mixes_two_clips(tmp_path):
     cfg = ablations.AblationConfig(bench=str(tmp_path))
     (tmp_path / "results.json").write_text(json.dumps(ablations.read_results(cfg)))
     other = ablations.AblationConfig(bench=str(tmp_path), clip="data/mini/clip")
-    with pytest.raises(ValueError, match="with CLIP data/mini/weak_clip; name another"):
+    with pytest.raises(ValueError, match="--clip data/mini/weak_clip, .*; name another"):
         ablations.read_results(other)
 
 
-def test_rows_that_start_from_other_weights_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(ablations, "train_and_examine", lambda cfg, name, seed:
-                        row(name, seed) | {"start": ablations.check_start(cfg, name)})  # fmt: skip
-    publish = lambda cfg, run: ablations.write_json(
-        tmp_path / "bench" / "results.json", ablations.merge(ablations.read_results(cfg), run)
-    )
-    monkeypatch.setattr(ablations, "publish_run", publish)
-    monkeypatch.setattr(verdicts, "ablations", lambda *_: [])
-    monkeypatch.setattr(ablations, "draw_ablations", lambda *_: None)
-    (tmp_path / "bench").mkdir()
-    (made,) = start(tmp_path, monkeypatch, "--rows=f-top1", "--seeds=0")["rows"]
-    assert made["start"] == f"{zlib.crc32(b'weights'):08x}"
-    monkeypatch.setattr(ablations, "crc_of_weights", lambda _: {"model.safetensors": "1234"})
-    said = f"stage2 has CRC-32 1234, but f-top1 .* started from {made['start']}; get that folder"
+@pytest.mark.parametrize("name", ["b-clip", "b-wide", "e-without"])
+def test_rows_that_come_from_other_weights_are_refused(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "widen", lambda *_: None)
+    cfg = ablations.AblationConfig(demo=str(tmp_path / "demo"), bench=str(tmp_path))
+    finish(tmp_path / "demo")
+    found = content(row("b-cumo", 0) | {"start": ablations.prepare(cfg, "b-cumo")}, questions=4000)
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    ablations.prepare(cfg, name)
+    (tmp_path / "demo" / "stage2" / "model.safetensors").write_bytes(b"of another machine")
+    said = "demo have CRC-32 .*, those of the table's b-cumo .*; get that folder"
     with pytest.raises(ValueError, match=said):
-        start(tmp_path, monkeypatch, "--rows=f-top4", "--seeds=0")
-    other = start(tmp_path, monkeypatch, "--rows=e-without", "--seeds=0")["rows"]
-    assert {one["name"]: one["start"] for one in other} == {
-        "e-without": "1234", "f-top1": made["start"]}  # fmt: skip
+        ablations.prepare(cfg, name)
 
 
 def test_a_table_of_which_every_run_failed_is_one_line(tmp_path, monkeypatch):
@@ -319,7 +327,7 @@ def test_block_of_the_page_gives_a_verdict_on_every_row(tmp_path, monkeypatch):
     for part in (tables[:size], tables[size:]):
         assert len({line.count("|") for line in part}) == 1
     verdict, kinds = (i for i, line in enumerate(lines) if "**(e) pre-finetuning" in line)
-    assert lines[verdict].endswith("without |  | 5.6 |  |  |  | 1.962 |  |  |")
+    assert lines[verdict].endswith("without |  | 5.6 |  |  |  | 1.743 |  |  |")
     assert lines[verdict + 1].startswith("| with | without | 83.3 | +77.8 | +2.2 | confirmed: +")
     assert lines[kinds].endswith("without |  | 16.7 % | 0.0 % |  | 0.0 % | 16.7 | 0.0 | 0.0 | 2 | "
                                  "8.0 / 12.0 | 10 |")  # fmt: skip
@@ -391,17 +399,45 @@ def test_a_job_of_another_command_trains_and_writes_no_table(tmp_path, monkeypat
     assert published == [("b-cumo", 4), ("c-llm", 4)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_stop_is_obeyed_where_a_shell_ignores_it(number, tmp_path, monkeypatch):
+@pytest.fixture
+def restored_signals():
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    monkeypatch.setattr(ablations, "train_and_examine", lambda *_: os.kill(os.getpid(), number))
-    try:
-        signal.signal(number, signal.SIG_IGN)  # as behind nohup and &
-        with pytest.raises(SystemExit, match="stopped; the same command continues"):
-            start(tmp_path, monkeypatch, "--rows=c-llm", "--seeds=0")
-    finally:
-        for n, handler in before.items():
-            signal.signal(n, handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_ends_the_training_and_the_command(number, tmp_path, monkeypatch, restored_signals):
+    if number != signal.SIGHUP:
+        signal.signal(number, signal.SIG_IGN)  # as behind &
+    child = f"""
+import os, pathlib, time
+try:
+    os.kill(os.getppid(), {int(number)})
+    time.sleep(60)
+except KeyboardInterrupt:
+    pathlib.Path({str(tmp_path / "stopped")!r}).touch()
+"""
+    train = lambda *_: ablations.run_training(["python", "-c", child], tmp_path / "run")
+    monkeypatch.setattr(ablations, "train_and_examine", train)
+    with pytest.raises(SystemExit, match="stopped; the same command continues"):
+        start(tmp_path, monkeypatch, "--rows=c-llm", "--seeds=0")
+    assert (tmp_path / "stopped").exists() and (tmp_path / "run" / "cpu.json").exists()
+
+
+def test_a_closed_terminal_is_ignored_behind_nohup(tmp_path, monkeypatch, restored_signals):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    child = "import os; os.kill(os.getppid(), 1); os.kill(os.getpid(), 1)"
+    train = lambda *_: ablations.run_training(["python", "-c", child], tmp_path / "run")
+    monkeypatch.setattr(ablations, "train_and_examine", train)
+    monkeypatch.setattr(ablations, "publish_run", lambda *_: None)
+    monkeypatch.setattr(verdicts, "ablations", lambda *_: [])
+    monkeypatch.setattr(ablations, "draw_ablations", lambda *_: None)
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "results.json").write_text(json.dumps(content(questions=40)))
+    start(tmp_path, monkeypatch, "--rows=c-llm", "--seeds=0")
+    assert (tmp_path / "run" / "cpu.json").exists()
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ def test_if_only_seeds_differ_the_interval_is_students(seeds):
     mean, low, high = found_for(np.tile(of_seed[:, None, None], (1, 3, 30)))
     half = T[seeds] * of_seed.std(ddof=1) / seeds**0.5
     assert mean == pytest.approx(of_seed.mean(), abs=1e-6)
-    assert (high - low) / 2 == pytest.approx(half, rel=0.12)
+    assert (high - low) / 2 == pytest.approx(half, rel=0.06)
     assert (high + low) / 2 == pytest.approx(mean, abs=0.2 * half)
 
 
@@ -53,12 +53,12 @@ def test_interval_equals_that_of_a_slow_loop():
         for kind in range(3):
             every = [(split, q) for split in range(3) for q in range(kind, 24, 3)]
             questions += [dice.choice(every) for _ in every]
-        of_seed = [sum(x[s, split, q] for split, q in questions) / 72 for s in range(4)]
-        every, chosen = sum(of_seed) / 4, sum(of_seed[s] for s in seeds) / 4
+        of_questions = sum(x[s, split, q] for s in range(4) for split, q in questions) / 4 / 72
+        of_seeds = sum(x[s].mean() for s in seeds) / 4
         wider = (4 / sum(dice.gauss(0, 1) ** 2 for _ in range(3))) ** 0.5
-        drawn.append(every + wider * (chosen - every))
+        drawn.append(of_questions + wider * (of_seeds - x.mean()))
     low, high = np.quantile(drawn, (0.025, 0.975))
-    assert found_for(x)[1:] == pytest.approx((low, high), abs=0.12 * (high - low))
+    assert found_for(x)[1:] == pytest.approx((low, high), abs=0.06 * (high - low))
 
 
 def test_an_interval_of_95_percent_contains_the_truth_in_95_percent_of_exams():
@@ -69,7 +69,7 @@ def test_an_interval_of_95_percent_contains_the_truth_in_95_percent_of_exams():
             x += rng.normal(0, 0.5, (3, 15))
             _, low, high = found_for(x)
             hits[seeds] += low <= 0 <= high
-    assert all(0.92 <= count / 200 for count in hits.values()), hits
+    assert all(0.92 <= count / 200 <= 0.99 for count in hits.values()), hits
 
 
 def test_right_answers_are_compared_in_percent_and_by_kind_of_picture():
@@ -121,13 +121,10 @@ def test_a_loss_that_is_not_finite_is_no_answer():
 
 def test_what_the_paper_says_is_counted_from_the_row_compared_with():
     first, row = {"paper": (71, 59, 34, 69)}, {"paper": (72, 62, 36, 70)}
-    assert verdicts.paper_of(row, first) == {"paper": 1.75, "text_vqa": 3, "expected": 1.75,
-                                             "remark": ""}  # fmt: skip
-    failed = verdicts.paper_of({"paper": "did not converge"}, first)
-    assert failed["paper"] is None and failed["expected"] == -1
+    assert verdicts.paper_of(row, first) == {"paper": 1.75, "text_vqa": 3, "remark": ""}
     for pair in ((first, {"paper": "not in the paper"}), ({"paper": "not in the paper"}, first)):
         told = verdicts.paper_of(*pair)
-        assert told["remark"] == "not in the paper" and told["expected"] is None
+        assert told["remark"] == "not in the paper" and told["paper"] is None
     assert not any(verdicts.paper_of(row, None).values())
 
 
@@ -141,4 +138,4 @@ def test_packed_answers_are_those_of_the_run(tmp_path):
     assert list(kept) == ["b-8-0"] and verdicts.read_answers(tmp_path / "exam.npz") == {}
     found = verdicts.unpack(kept["b-8-0"], (3, 17))
     assert (found[0] == right).all() and found[0].dtype == bool
-    assert found[1] == pytest.approx(loss, rel=0.05, abs=0.0005) and found[1][0, 0] == 0
+    assert found[1] == pytest.approx(loss, rel=0.05, abs=0.00005) and found[1][0, 0] == 0
