@@ -26,6 +26,7 @@ from there (runs/verdicts.py).
 import contextlib
 import fcntl
 import json
+import math
 import os
 import pathlib
 import resource
@@ -316,10 +317,10 @@ def publish_run(cfg, row):
 
 
 def planned(cfg):
-    """[(run, seed)], seed by seed: first those of the main claims, then the others."""
+    """[(run, seed)]: first the main claims, seed by seed, then the others, row by row."""
     runs = [(name, seed) for name in chosen_runs(cfg.rows)
             for seed in cfg.seeds or range(5 if name in MAIN else 3)]  # fmt: skip
-    return sorted(runs, key=lambda run: (run[0] not in MAIN, run[1]))
+    return sorted(runs, key=lambda run: run[1] if run[0] in MAIN else math.inf)
 
 
 @contextlib.contextmanager

@@ -124,24 +124,6 @@ def results_block():
     return table(head, *rows) + "\n\n" + note + "\n".join(said)
 
 
-def sparse_block():
-    file = ROOT / "bench" / "sparse_vs_dense.json"
-    if not file.is_file():
-        return "Not measured yet."
-    runs, rows = json.loads(file.read_text())["rows"], []
-    for name in ("dense", "sparse"):
-        mine, cells = [run for run in runs if run["name"] == name], []
-        for split in SPLITS:
-            values = [100 * run[split] for run in mine]
-            cells.append(f"{mean(values):.1f} ({min(values):.1f} to {max(values):.1f})")
-        rows.append((name, *cells, f"{mean([run['seconds'] for run in mine]):.0f}"))
-    return table(("stage 3", *SPLITS, "seconds"), *rows)
-
-
-def mean(values):
-    return sum(values) / len(values) if values else None
-
-
 def cards():
     """[(size of a card in GB, the most exact memory.Plan that fits, whether it fits)]"""
     plan = train.stage_plan(train.resolve({"preset": "mistral-7b", "estimate": True}, 3))
@@ -214,7 +196,6 @@ BLOCKS = {  # page -> {block: the function that writes it}
         "demo": demo_block,
         "results": results_block,
         "experts": tables.experts_block,
-        "sparse": sparse_block,
         "ablations": verdicts.ablations_block,
         "performance": performance_block,
         "bandwidth": bandwidth_block,
@@ -328,32 +309,15 @@ def draw(out):
         draw_ablations(verdicts.ablations(*found), verdicts.FOLDER / "ablations.png")
 
 
-def collect_sparse(out):
-    """Write bench/sparse_vs_dense.json from a finished runs/sparse_vs_dense.sh."""
-    rows = []
-    for folder in sorted(pathlib.Path(out).iterdir()):
-        name, seed = folder.name.split("-")
-        accuracy = json.loads((folder / "eval.json").read_text())["accuracy"]
-        state = json.loads((folder / "stage3" / "train.json").read_text())
-        shares = {split: accuracy[split]["model"]["all"] for split in SPLITS}
-        row = {"name": name, "seed": int(seed), "seconds": state["seconds"]} | shares
-        rows.append(row | {"samples": state["samples"]})
-    content = {"command": "runs/sparse_vs_dense.sh", "rows": rows}
-    (ROOT / "bench" / "sparse_vs_dense.json").write_text(json.dumps(content, indent=1) + "\n")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--collect", metavar="OUT", nargs="+", help="finished demos: their medians")
-    parser.add_argument("--collect-sparse", metavar="DIR", help="the same of sparse_vs_dense.sh")
     parser.add_argument("--draw", metavar="OUT", help="first draw this demo's pictures again")
     args = parser.parse_args()
     if args.draw:
         draw(args.draw)
     if args.collect:
         collect(args.collect)
-    if args.collect_sparse:
-        collect_sparse(args.collect_sparse)
     for page in BLOCKS:
         file = ROOT / page
         file.write_text(rewrite(file.read_text(encoding="utf-8"), page), encoding="utf-8")

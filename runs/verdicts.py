@@ -233,9 +233,13 @@ def paper_of(line, other):
     return {"paper": mean, "text_vqa": round(points[1], 9), "remark": ""}
 
 
+def signed(x, digits=1):
+    return f"{round(x, digits) + 0.0:+.{digits}f}"  # +0.0, never -0.0
+
+
 def span(found, seeds, digits=1):
     """(mean, low, high) as text; bold if the interval excludes 0. Of one seed only the mean."""
-    mean, low, high = (f"{x:+.{digits}f}" for x in found)
+    mean, low, high = (signed(x, digits) for x in found)
     if seeds < 2:
         return mean
     mark = "" if found[1] <= 0 <= found[2] else "**"
@@ -254,13 +258,13 @@ def verdict_cells(row):
     if not row["means"]:
         return "not measured", "", row["remark"], "", "", "", ""
     right, loss = row["means"][ALL][0], row["means"][SPLITS[0]][1]
-    paper = row["remark"] if row["paper"] is None else f"{row['paper']:+.1f}"
+    paper = row["remark"] if row["paper"] is None else signed(row["paper"])
     if not row["found"]:
         return f"{right:.1f}", "", paper, "", f"{loss:.3f}", "", ""
     mean, low, high = row["found"][ALL]["right"]
-    said = f"{row['verdict']}: {low:+.1f} to {high:+.1f}" if row["verdict"] else "one seed"
+    said = f"{row['verdict']}: {signed(low)} to {signed(high)}" if row["verdict"] else "one seed"
     losses = span(row["loss"], row["seeds"], 3), span(row["training"], row["seeds"], 2)
-    return f"{right:.1f}", f"{mean:+.1f}", paper, said, f"{loss:.3f}", *losses
+    return f"{right:.1f}", signed(mean), paper, said, f"{loss:.3f}", *losses
 
 
 def kind_cells(row):
@@ -272,7 +276,7 @@ def kind_cells(row):
             kinds.append(f"{row['means'][kind][0]:.1f} %" if runs else "")
         if kind == "words":
             known = row["found"] and row["text_vqa"] is not None
-            kinds.append(f"{row['text_vqa']:+.1f}" if known else "")
+            kinds.append(signed(row["text_vqa"]) if known else "")
     if not runs:
         return *kinds, *[""] * (len(SPLITS) + 3)
     splits = [f"{row['means'][split][0]:.1f}" for split in SPLITS]
@@ -308,7 +312,7 @@ def ablations_block():
     verdicts, kinds = tables(ablations(*found))
     length = f"{content['questions']:,} questions a split, after {content['samples']:,} samples"
     made = {f"{r['machine']}, {r['precision']}, commit {r['commit']}" for r in content["rows"]}
-    note = f"{length} of stage 3; {'; '.join(sorted(made))}."
+    note = f"{len(content['rows'])} runs; {length} of stage 3; {'; '.join(sorted(made))}."
     lines = [verdicts, "", note]
     if (FOLDER / "ablations.png").is_file():
         picture = "../bench/ablations/ablations.png"

@@ -27,7 +27,7 @@ from engine import memory
 from extras import benchmarks
 from llm import LLMConfig
 from mlp_moe import Experts, Router
-from runs import pictures, results
+from runs import pictures, results, verdicts
 from upcycle import sparse_config
 
 PAGES = {page: (ROOT / page).read_text(encoding="utf-8") for page in results.BLOCKS}
@@ -200,10 +200,18 @@ def test_figures_of_the_readme_are_the_measured_ones():
              r"in a style .*? (\d+) %, and (\d+) % when shown an empty picture")  # fmt: skip
     assert shares == stated(words)
     assert shares[:1] == stated(r"answers (\d+) % of questions about new scenes \|")
-    runs = bench("sparse_vs_dense")["rows"]
-    means = [results.mean([100 * run["new"] for run in runs if run["name"] == name])
-             for name in ("sparse", "dense")]  # fmt: skip
-    assert [round(x, 1) for x in means] == stated(r"([\d.]+) against ([\d.]+) % over three seeds")
+
+
+def test_figures_of_the_readme_about_the_ablations_are_the_measured_ones():
+    groups = verdicts.ablations(*verdicts.read_content())
+    (rows,) = ({row["label"]: row for row in group["rows"]} for group in groups
+               if group["group"] == "b")  # fmt: skip
+    scratch, copies = rows["2 of 4, from scratch"], rows["2 of 4 experts (CuMo)"]
+    assert scratch["verdict"] == "worse" and copies["verdict"] == "undecided"
+    said = stated(r"copied experts in CLIP beat random ones by ([\d.]+) points, but not dense "
+                  r"MLPs: ([-+.\d]+) \(([-+.\d]+) to ([-+.\d]+)\)")  # fmt: skip
+    points = [-scratch["found"]["all"]["right"][0], *copies["found"]["all"]["right"]]
+    assert said == [round(x, 1) for x in points]
 
 
 def test_figures_of_the_readme_about_experts_are_the_measured_ones():
