@@ -127,7 +127,7 @@ GROUPS = [
 @dataclass
 class AblationConfig:
     rows: str = ""  # names of runs, or letters of groups, as in a,f-top1; empty: all
-    seeds: tuple = ()  # of the samples, their order and the routers; empty: 0 to 4, or 0 to 2
+    seeds: tuple = ()  # of the samples, their order and the routers; empty: 0 to 4, or 2 to 4
     samples: int = 5600  # of stage 3, as many as in the demo
     questions: int = 4000  # of the exam, a split
     jobs: int = 2  # processes, each with its own run; 0: one without a table, used internally
@@ -234,11 +234,11 @@ def check_clip(cfg):
                              "another --demo and --out")  # fmt: skip
 
 
-def prepare(cfg, name):
+def prepare(cfg, name, seed):
     """Make the stages that a run starts from, unless they are finished -> CRC-32 of their weights.
 
-    ValueError if finished runs of the table come from other weights, as after training stages 1 and
-    2 again on another type of CPU: such rows cannot be compared."""
+    ValueError if finished runs of the same seed come from other weights, as after training stages 1
+    and 2 again on another type of CPU: such rows cannot be compared."""
     folder, scales = stages_of(cfg, name), RUNS[name].get("scales")
     flags = ["--stage", "2", "--out", str(folder), "--clip", cfg.clip]
     with lock(folder):  # shared by runs and seeds
@@ -251,10 +251,11 @@ def prepare(cfg, name):
             widen(folder / "stage2", start_of(cfg, name))
     crc = "-".join(crc for k in (1, 2) for crc in crc_of_weights(folder / f"stage{k}").values())
     for row in read_results(cfg)["rows"]:
-        if stages_of(cfg, row["name"]) == folder and row["start"] != crc:
+        same = row["seed"] == seed and stages_of(cfg, row["name"]) == folder
+        if same and row["start"] != crc:
             raise ValueError(f"stages 1 and 2 in {folder} have CRC-32 {crc}, those of the table's "
-                             f"{row['name']} {row['start']}; get that folder from where it was "
-                             "trained, or name another --bench and --out")  # fmt: skip
+                             f"{row['name']}-{seed} {row['start']}; get that folder from where it "
+                             "was trained, or name other --seeds or another --bench")  # fmt: skip
     return crc
 
 
@@ -262,7 +263,7 @@ def train_and_examine(cfg, name, seed):
     """Train and examine one run -> its row of results.json."""
     words = command(cfg, name, seed)
     folder = pathlib.Path(words[words.index("--out") + 1])
-    start = prepare(cfg, name)
+    start = prepare(cfg, name, seed)
     seconds = run_training(words, folder)
     if not is_finished(folder / "stage3"):
         raise ValueError(f"{folder} was interrupted; the same command continues")
@@ -319,7 +320,7 @@ def publish_run(cfg, row):
 def planned(cfg):
     """[(run, seed)]: first the main claims, seed by seed, then the others, row by row."""
     runs = [(name, seed) for name in chosen_runs(cfg.rows)
-            for seed in cfg.seeds or range(5 if name in MAIN else 3)]  # fmt: skip
+            for seed in cfg.seeds or range(0 if name in MAIN else 2, 5)]  # fmt: skip
     return sorted(runs, key=lambda run: run[1] if run[0] in MAIN else math.inf)
 
 

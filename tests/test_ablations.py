@@ -92,7 +92,7 @@ def test_rows_that_carry_a_verdict_have_five_seeds_and_every_row_three():
     assert min(map(len, seeds.values())) == 3
     assert [seed for _, seed in plan[:40]] == [k // 8 for k in range(40)], "the verdicts first"
     assert {name for name, _ in plan[:8]} == {name for name, _ in plan[:40]} == more
-    assert [seed for _, seed in plan[40:]] == [0, 1, 2] * 8, "the others row by row"
+    assert [seed for _, seed in plan[40:]] == [2, 3, 4] * 8, "the others row by row"
     few = ablations.planned(ablations.AblationConfig(rows="a-dense,a-8,b-cumo", seeds=(7, 1)))
     assert few == [("a-dense", 1), ("b-cumo", 1), ("a-dense", 7), ("b-cumo", 7), ("a-8", 7),
                    ("a-8", 1)]  # fmt: skip
@@ -207,16 +207,16 @@ def test_missing_stages_are_trained_first_at_the_scales_of_the_row(tmp_path, mon
     demo, scales = tmp_path / "demo", tmp_path / "runs" / "scales-1,3"
     words = lambda folder: ["--stage", "2", "--out", str(folder), "--clip", "a/clip"]
     with pytest.raises(ValueError, match="demo was interrupted; the same command continues"):
-        ablations.prepare(cfg, "b-cumo")
+        ablations.prepare(cfg, "b-cumo", 0)
     for folder in (demo, scales):
         finish(folder)
     crc = "-".join(f"{zlib.crc32(stage):08x}" for stage in (b"stage1", b"stage2"))
     for name in ("b-cumo", "b-wide", "d-13"):
-        assert ablations.prepare(cfg, name) == crc
+        assert ablations.prepare(cfg, name, 0) == crc
     assert calls == [words(demo), (demo / "stage2", tmp_path / "runs" / "wide" / "stage2")]
     (scales / "stage2" / "train.json").unlink()
     with pytest.raises(ValueError, match="scales-1,3 was interrupted"):
-        ablations.prepare(cfg, "d-13")
+        ablations.prepare(cfg, "d-13", 0)
     assert calls[2:] == [[*words(scales), "--scales", "1,3"]]
 
 
@@ -233,13 +233,16 @@ def test_rows_that_come_from_other_weights_are_refused(name, tmp_path, monkeypat
     monkeypatch.setattr(ablations, "widen", lambda *_: None)
     cfg = ablations.AblationConfig(demo=str(tmp_path / "demo"), bench=str(tmp_path))
     finish(tmp_path / "demo")
-    found = content(row("b-cumo", 0) | {"start": ablations.prepare(cfg, "b-cumo")}, questions=4000)
+    found = content(
+        row("b-cumo", 0) | {"start": ablations.prepare(cfg, "b-cumo", 0)}, questions=4000
+    )
     (tmp_path / "results.json").write_text(json.dumps(found))
-    ablations.prepare(cfg, name)
+    ablations.prepare(cfg, name, 0)
     (tmp_path / "demo" / "stage2" / "model.safetensors").write_bytes(b"of another machine")
-    said = "demo have CRC-32 .*, those of the table's b-cumo .*; get that folder"
+    said = "demo have CRC-32 .*, those of the table's b-cumo-0 .*; get that folder"
     with pytest.raises(ValueError, match=said):
-        ablations.prepare(cfg, name)
+        ablations.prepare(cfg, name, 0)
+    ablations.prepare(cfg, name, 1)  # no row of this seed to be compared with
 
 
 def test_a_table_of_which_every_run_failed_is_one_line(tmp_path, monkeypatch):
