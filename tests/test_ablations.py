@@ -414,8 +414,8 @@ def restored_signals():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stop_ends_the_training_and_the_command(number, tmp_path, monkeypatch, restored_signals):
-    if number != signal.SIGHUP:
-        signal.signal(number, signal.SIG_IGN)  # as behind &
+    ignored = number != signal.SIGHUP  # as behind &; SIGHUP only behind nohup
+    signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
     child = f"""
 import os, pathlib, time
 try:
