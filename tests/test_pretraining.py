@@ -143,6 +143,20 @@ def test_flags_without_effect_or_out_of_range_are_refused(
     assert said in refusal(command.main, flags.split(), monkeypatch, capsys)
 
 
+def test_a_tokenizer_never_replaces_that_of_trained_weights(tmp_path, monkeypatch, capsys):
+    weights = tmp_path / "llm" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.touch()
+    flags = ["--out", str(tmp_path)]
+    assert f"{weights} belongs to" in refusal(train_tokenizer.main, flags, monkeypatch, capsys)
+    assert not (weights.parent / "tokenizer.json").exists()
+    weights.unlink()
+    monkeypatch.setattr(train_tokenizer, "corpus", lambda: ["a cat", "a camel"])
+    monkeypatch.setattr("sys.argv", ["train_tokenizer.py", *flags])
+    train_tokenizer.main()
+    assert Tokenizer.from_pretrained(weights.parent).decode([]) == ""
+
+
 def test_tokenizer_learns_from_no_sign_and_keeps_letters_of_words_apart():
     text = " ".join(train_tokenizer.corpus(40))
     assert {*re.findall("[A-Z0-9]{2,}", text)} == {"INST"}
