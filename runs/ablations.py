@@ -71,10 +71,11 @@ RUNS = {  # flags of train.py that differ from CuMo's own stage 3
     "e-without": dict(init=1),
     "f-top1": dict(top_k=1),
     "f-top4": dict(top_k=4),
+    "g-dense": dict(upcycle="none"),
 }
 # The paper's main claims: dense or MLP-MoE or CLIP-MoE, CLIP frozen or not, 1 or 2 scales, from
-# scratch; and a dense CLIP with as many active parameters. They get more seeds.
-MAIN = "a-dense a-scratch a-losses b-clip b-wide b-cumo b-scratch d-12".split()
+# scratch; a dense CLIP with as many active parameters; all dense. They get more seeds.
+MAIN = "a-dense a-scratch a-losses b-clip b-wide b-cumo b-scratch d-12 g-dense".split()
 # The table's groups. A row: the run, the run that it is compared with, its label, and the paper's
 # SQA, TextVQA, MM-Vet and SEED, if it has them.
 CUMO = (72.8, 59.7, 35.4, 69.8)
@@ -85,7 +86,7 @@ DENSE = (72.8, 57.6, 32.1, 66.4)
 UNFROZEN = (72.0, 58.9, 34.7, 69.0)
 GROUPS = [
     ("a", "connector sparse (MLP-MoE), CLIP frozen", [
-        ("a-dense", "", "dense", DENSE),
+        ("a-dense", "", "all dense, CLIP frozen", DENSE),
         ("a-scratch", "a-dense", "2 of 4 experts, from scratch", (68.1, 55.6, 29.3, 65.1)),
         ("a-copies", "a-scratch", "2 of 4, upcycled", (73.7, 57.2, 32.3, 67.1)),
         ("a-losses", "a-copies", "2 of 4, auxiliary losses", MLP_MOE),
@@ -94,7 +95,7 @@ GROUPS = [
     ("b", "CLIP sparse too (CLIP-MoE)", [
         ("a-losses", "", "CLIP frozen", MLP_MOE),
         ("b-clip", "a-losses", "CLIP unfrozen", UNFROZEN),
-        ("b-wide", "b-clip", "dense, twice as wide", NOT_TRIED),
+        ("b-wide", "b-clip", "CLIP dense, twice as wide", NOT_TRIED),
         ("b-cumo", "b-clip", "2 of 4 experts (CuMo)", CUMO),
         ("b-8", "b-cumo", "2 of 8 experts", (71.0, 59.0, 33.6, 69.2)),
         ("b-scratch", "b-cumo", "2 of 4, from scratch", "did not converge"),
@@ -118,8 +119,12 @@ GROUPS = [
         ("f-top4", "b-cumo", "4 of 4", NOT_TRIED),
     ]),
     ("g", "sparse against dense", [
-        ("a-losses", "a-dense", "MLP-MoE, CLIP frozen", MLP_MOE),
+        ("g-dense", "", "all dense, CLIP unfrozen", NOT_TRIED),
+        ("b-clip", "g-dense", "connector sparse", NOT_TRIED),
+        ("b-cumo", "g-dense", "CLIP and connector sparse (CuMo)", NOT_TRIED),
         ("b-cumo", "b-wide", "CuMo", NOT_TRIED),
+        ("a-losses", "a-dense", "connector sparse, CLIP frozen", MLP_MOE),
+        ("b-cumo", "a-dense", "CuMo, with CLIP unfrozen", CUMO),
     ]),
 ]  # fmt: skip
 

@@ -62,13 +62,14 @@ def test_a_row_differs_from_the_row_compared_with_in_what_the_row_is_about():
         "b-wide": "init", "b-8": "num_experts", "b-scratch": "scratch", "c-llm": "upcycle",
         "d-12": "scales", "d-13": "scales", "f-top4": "top_k", "a-losses/a-dense": "upcycle",
         "b-cumo/b-clip": "upcycle", "b-cumo/e-without": "init", "b-cumo/f-top1": "top_k",
-        "b-cumo/b-wide": "upcycle init"}  # fmt: skip
+        "b-cumo/b-wide": "upcycle init", "b-clip/g-dense": "upcycle", "b-cumo/g-dense": "upcycle",
+        "b-cumo/a-dense": "upcycle freeze"}  # fmt: skip
     used = set()
     for group, _, lines in ablations.GROUPS:
         (first, nothing, *_), *rest = lines
         used.add(first)
-        assert nothing == "" or group == "g", "a group begins with its reference"
-        for name, against, *_ in rest if nothing == "" else lines:
+        assert nothing == "", "a group begins with its reference"
+        for name, against, *_ in rest:
             flags, other = ablations.RUNS[name], ablations.RUNS[against]
             names = {k for k in flags | other if flags.get(k) != other.get(k)}
             pair = f"{name}/{against}"
@@ -88,11 +89,11 @@ def test_rows_that_carry_a_verdict_have_five_seeds_and_every_row_three():
     plan = ablations.planned(ablations.AblationConfig())
     seeds = {name: [s for run, s in plan if run == name] for name in ablations.RUNS}
     more = {name for name in seeds if len(seeds[name]) >= 5}
-    assert more == set("a-dense a-scratch a-losses b-clip b-wide b-cumo b-scratch d-12".split())
+    assert more == set("a-dense a-scratch a-losses b-clip b-wide b-cumo b-scratch d-12 g-dense".split())
     assert min(map(len, seeds.values())) == 3
-    assert [seed for _, seed in plan[:40]] == [k // 8 for k in range(40)], "the verdicts first"
-    assert {name for name, _ in plan[:8]} == {name for name, _ in plan[:40]} == more
-    assert [seed for _, seed in plan[40:]] == [2, 3, 4] * 8, "the others row by row"
+    assert [seed for _, seed in plan[:45]] == [k // 9 for k in range(45)], "the verdicts first"
+    assert {name for name, _ in plan[:9]} == {name for name, _ in plan[:45]} == more
+    assert [seed for _, seed in plan[45:]] == [2, 3, 4] * 8, "the others row by row"
     few = ablations.planned(ablations.AblationConfig(rows="a-dense,a-8,b-cumo", seeds=(7, 1)))
     assert few == [("a-dense", 1), ("b-cumo", 1), ("a-dense", 7), ("b-cumo", 7), ("a-8", 7),
                    ("a-8", 1)]  # fmt: skip
