@@ -86,7 +86,7 @@ DENSE = (72.8, 57.6, 32.1, 66.4)
 UNFROZEN = (72.0, 58.9, 34.7, 69.0)
 GROUPS = [
     ("a", "connector sparse (MLP-MoE), CLIP frozen", [
-        ("a-dense", "", "all dense, CLIP frozen", DENSE),
+        ("a-dense", "", "dense, CLIP frozen", DENSE),
         ("a-scratch", "a-dense", "2 of 4 experts, from scratch", (68.1, 55.6, 29.3, 65.1)),
         ("a-copies", "a-scratch", "2 of 4, upcycled", (73.7, 57.2, 32.3, 67.1)),
         ("a-losses", "a-copies", "2 of 4, auxiliary losses", MLP_MOE),
@@ -95,7 +95,7 @@ GROUPS = [
     ("b", "CLIP sparse too (CLIP-MoE)", [
         ("a-losses", "", "CLIP frozen", MLP_MOE),
         ("b-clip", "a-losses", "CLIP unfrozen", UNFROZEN),
-        ("b-wide", "b-clip", "CLIP dense, twice as wide", NOT_TRIED),
+        ("b-wide", "b-clip", "CLIP twice as wide", NOT_TRIED),
         ("b-cumo", "b-clip", "2 of 4 experts (CuMo)", CUMO),
         ("b-8", "b-cumo", "2 of 8 experts", (71.0, 59.0, 33.6, 69.2)),
         ("b-scratch", "b-cumo", "2 of 4, from scratch", "did not converge"),
@@ -118,13 +118,13 @@ GROUPS = [
         ("b-cumo", "f-top1", "2 of 4", NOT_TRIED),
         ("f-top4", "b-cumo", "4 of 4", NOT_TRIED),
     ]),
-    ("g", "sparse against dense", [
-        ("g-dense", "", "all dense, CLIP unfrozen", NOT_TRIED),
+    ("g", "sparse against dense, CLIP unfrozen", [
+        ("g-dense", "", "dense", NOT_TRIED),
         ("b-clip", "g-dense", "connector sparse", NOT_TRIED),
-        ("b-cumo", "g-dense", "CLIP and connector sparse (CuMo)", NOT_TRIED),
+        ("b-cumo", "g-dense", "CuMo", NOT_TRIED),
         ("b-cumo", "b-wide", "CuMo", NOT_TRIED),
         ("a-losses", "a-dense", "connector sparse, CLIP frozen", MLP_MOE),
-        ("b-cumo", "a-dense", "CuMo, with CLIP unfrozen", CUMO),
+        ("b-cumo", "a-dense", "CuMo", CUMO),
     ]),
 ]  # fmt: skip
 

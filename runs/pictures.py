@@ -102,8 +102,9 @@ def draw_moe_block(axis, x, top):
         if chosen:
             end = x + 0.35 * (column - x)
             arrow(axis, (column, top - 3.85), (end, top - 4.72), **line)
-            axis.text(x + (2.1 if column > x else -1.9), top - 4.45, f"× {weights[e]}", ha="center",
-                      va="center", fontsize=23, weight="bold", color=CHOSEN)  # fmt: skip
+            left = x + (2.1 if column > x else -1.1)
+            axis.text(left, top - 4.45, f"× {weights[e]}", fontsize=23, weight="bold",
+                      color=CHOSEN, ha="center", va="center")  # fmt: skip
     box(axis, x, top - 5.05, 3.2, 0.66, "weighted sum", IMAGE)
 
 
@@ -134,8 +135,9 @@ def draw_architecture(file):
         box(axis, x + width / 2, 3.3, width - 0.1, 0.72, text, TEXT if text else IMAGE, size=20)
         x += width + 0.09
     arrow(axis, (left, 5.12), (3.05, 3.72))
-    axis.text(0.3, 2.62, "image tokens, spliced in among the text tokens", fontsize=20, va="center")
-    arrow(axis, (8.8, 2.9), (8.8, 2.33))
+    axis.text(0.3, 2.58, "image tokens, spliced in among the text tokens", fontsize=20, va="center")
+    axis.plot([0.3, 0.3, 9.68, 9.68], [2.9, 2.84, 2.84, 2.9], color=INK, linewidth=2)
+    arrow(axis, (8.8, 2.84), (8.8, 2.33))
     box(axis, 5, 1.9, 9.4, 0.85, "LLM", size=26)
     arrow(axis, (5, 1.47), (5, 0.98))
     box(axis, 5, 0.6, 4.2, 0.72, "at the bottom left", TEXT, size=23)
@@ -274,12 +276,13 @@ def draw_row(axis, y, row, reach):
     right = dict(fontsize=10, va="center", transform=axis.get_yaxis_transform())
     color = VERDICTS[row["verdict"]]
     if not row["found"]:
-        said = f"{row['means']['all'][0]:.1f} %" if row["runs"] else "not measured"
+        reference = row["runs"] and not row["versus"]
+        said = f"{row['means']['all'][0]:.1f} %" if reference else "not measured"
         axis.text(1.02, y, said, **right)
         return
     mean, low, high = row["found"]["all"]["right"]
     axis.text(1.02, y, row["verdict"] or "one seed", color=color, **right)
-    if abs(mean) > reach - 0.5:
+    if abs(mean) > reach:
         sign = 1 if mean > 0 else -1
         axis.plot(sign * (reach - 0.3), y, ">" if sign > 0 else "<", color=color, markersize=9)
         said = f"{mean:+.1f}" + (f" ({low:+.1f} to {high:+.1f})" if row["verdict"] else "")

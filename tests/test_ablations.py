@@ -65,7 +65,7 @@ def test_a_row_differs_from_the_row_compared_with_in_what_the_row_is_about():
         "b-cumo/b-wide": "upcycle init", "b-clip/g-dense": "upcycle", "b-cumo/g-dense": "upcycle",
         "b-cumo/a-dense": "upcycle freeze"}  # fmt: skip
     used = set()
-    for group, _, lines in ablations.GROUPS:
+    for _, _, lines in ablations.GROUPS:
         (first, nothing, *_), *rest = lines
         used.add(first)
         assert nothing == "", "a group begins with its reference"
@@ -89,7 +89,8 @@ def test_rows_that_carry_a_verdict_have_five_seeds_and_every_row_three():
     plan = ablations.planned(ablations.AblationConfig())
     seeds = {name: [s for run, s in plan if run == name] for name in ablations.RUNS}
     more = {name for name in seeds if len(seeds[name]) >= 5}
-    assert more == set("a-dense a-scratch a-losses b-clip b-wide b-cumo b-scratch d-12 g-dense".split())
+    main = "a-dense a-scratch a-losses b-clip b-wide b-cumo b-scratch d-12 g-dense"
+    assert more == set(main.split())
     assert min(map(len, seeds.values())) == 3
     assert [seed for _, seed in plan[:45]] == [k // 9 for k in range(45)], "the verdicts first"
     assert {name for name, _ in plan[:9]} == {name for name, _ in plan[:45]} == more
