@@ -204,14 +204,18 @@ def test_figures_of_the_readme_are_the_measured_ones():
 
 def test_figures_of_the_readme_about_the_ablations_are_the_measured_ones():
     groups = verdicts.ablations(*verdicts.read_content())
-    (rows,) = ({row["label"]: row for row in group["rows"]} for group in groups
-               if group["group"] == "b")  # fmt: skip
-    scratch, copies = rows["2 of 4, from scratch"], rows["2 of 4 experts (CuMo)"]
-    assert scratch["verdict"] == "worse" and copies["verdict"] == "undecided"
-    said = stated(r"copied CLIP experts beat random ones by ([\d.]+) points; against "
-                  r"dense: undecided, ([-+.\d]+) \(([-+.\d]+) to ([-+.\d]+)\)")  # fmt: skip
-    points = [-scratch["found"]["all"]["right"][0], *copies["found"]["all"]["right"]]
-    assert said == [round(x, 1) for x in points]
+    rows = {(group["group"], row["label"], row["versus"]): row
+            for group in groups for row in group["rows"]}  # fmt: skip
+    scratch = rows["b", "2 of 4, from scratch", "2 of 4 experts (CuMo)"]
+    dense, wide = (rows["g", "CuMo", versus] for versus in ("dense", "CLIP twice as wide"))
+    points = lambda row: [round(x, 1) for x in row["found"]["all"]["right"]]
+    assert [row["verdict"] for row in (scratch, dense, wide)] == ["worse", *["undecided"] * 2]
+    assert stated(r"experts beat random ones by ([\d.]+) points") == [-points(scratch)[0]]
+    span = r"undecided, ([-+.\d]+)(?: points)? \(([-+.\d]+) to ([-+.\d]+)\)"
+    assert stated(f"CuMo against all dense: {span}") == points(dense)
+    assert stated(f"twice as wide: {span}") == points(wide)
+    assert dense["loss"][2] < 0, "decided"
+    assert stated(r"but a loss lower by ([\d.]+) nats") == [-round(dense["loss"][0], 2)]
 
 
 def test_figures_of_the_readme_about_experts_are_the_measured_ones():
