@@ -141,14 +141,14 @@ def main():
         return own_data.evaluate(cfg, limit, open_model)
     path, model, ask = open_model(cfg)
     load = plots.expert_load(model, [picture for *_, picture in exam("new", 400, cfg.seed + 1)])
+    if load or cfg.experts:
+        plots.draw_load(load, cfg.experts or make_folder(cfg.out) / "experts.png")
     results = evaluate_scenes(ask, cfg)
     print_table(results)
     about, out = {"model": str(path), "questions": cfg.n}, make_folder(cfg.out)
     write_json(out / "eval.json", about | {"accuracy": results, "expert_load": load})
     print(f"wrote {out / 'eval.json'}", file=sys.stderr)
     plots.draw_answers(plots.example_answers(ask), out / "answers.png")
-    if load or cfg.experts:
-        plots.draw_load(load, cfg.experts or out / "experts.png")
 
 
 if __name__ == "__main__":

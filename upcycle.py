@@ -123,6 +123,8 @@ def main():
     parser.add_argument("--scratch", default="", help="those of --parts whose experts start random")
     args = parser.parse_args()
     src, dst = local_folder(args.src), pathlib.Path(args.dst)
+    if src.is_file():
+        raise ValueError(f"{src} is a file; name its directory, {src.parent}")
     if dst.exists():
         raise ValueError(f"{dst} exists already; name a new directory")
     dense = CuMo.from_pretrained(src)

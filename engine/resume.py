@@ -101,8 +101,10 @@ def outdate(cfg):
 def differences(settings, state):
     """["lr was 0.1, now 0.2", ...] for each of the `settings` that differs from a stage's."""
     then, now = state["config"], json.loads(json.dumps(settings))
-    # a setting that an older train.json lacks counts as off: "", 0, False and null are equal
-    differ = [k for k in now if (now[k] or None) != (then.get(k) or None)]
+    # A setting that an older train.json lacks counts as off: "", 0, False and null are equal. So
+    # are out/stage2 and out/stage2/, as a shell completes it.
+    plain = lambda value: (value.rstrip("/") if isinstance(value, str) else value) or None
+    differ = [k for k in now if plain(now[k]) != plain(then.get(k))]
     return [f"{k} was {then.get(k)!r}, now {now[k]!r}" for k in differ]
 
 

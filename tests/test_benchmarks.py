@@ -888,6 +888,9 @@ def test_dense_model_has_no_experts_to_draw(tmp_path, monkeypatch, capsys):
              "--image-folder", tmp_path, "--device", "cpu"]  # fmt: skip
     drawn = [*flags, "--experts", tmp_path / "e.png"]
     assert "no expert sees a picture" in refusal(evaluation.main, drawn, monkeypatch, capsys)
+    monkeypatch.setattr(evaluation, "evaluate_scenes", lambda *_: pytest.fail("asked first"))
+    drawn = ["--model", tmp_path / "dense", "--device", "cpu", "--experts", tmp_path / "e.png"]
+    assert "no expert sees a picture" in refusal(evaluation.main, drawn, monkeypatch, capsys)
     monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, flags)])
     evaluation.main()
     assert "1 answers of 1 records" in capsys.readouterr().out

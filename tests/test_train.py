@@ -658,3 +658,9 @@ def test_bf16_is_the_default_only_where_the_cpu_has_it(monkeypatch):
         assert train.resolve({"device": "cpu"}, 1).bf16 is expected
         assert train.resolve({"device": "cpu", "bf16": not expected}, 1).bf16 is not expected
     assert train.resolve({"device": "cuda"}, 1).bf16
+
+
+def test_a_slash_at_the_end_of_a_path_makes_no_other_configuration():
+    state = {"config": {"init": "out/stage2", "data": "", "lr": 0.1}}
+    assert resume.differences({"init": "out/stage2/", "data": None, "lr": 0.1}, state) == []
+    assert len(resume.differences({"init": "out/stage1/", "lr": 0.2}, state)) == 2

@@ -97,6 +97,11 @@ def test_command_writes_a_checkpoint_and_refuses_to_overwrite(tmp_path, monkeypa
     assert (tmp_path / "sparse" / "tekken.json").read_text() == "a tokenizer"
     with pytest.raises(ValueError, match="exists already"):
         main()
+    flags = [str(tmp_path / "dense" / "model.safetensors"), str(tmp_path / "other")]
+    monkeypatch.setattr(sys, "argv", ["upcycle.py", *flags])
+    with pytest.raises(ValueError, match="is a file; name its directory, .*dense"):
+        main()  # without a tokenizer, nothing could use the result
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_full_disk_leaves_no_half_of_a_checkpoint(tmp_path, monkeypatch):
