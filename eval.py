@@ -14,7 +14,7 @@ baselines:
 
 A model that uses the picture is far above both. Writes `out/eval.json`, some answers as
 `out/answers.png`, and each expert's share of the tokens as `out/experts.png`; with --data the two
-numbers and all answers as `out/own_data.json` (extras/own_data.py), and experts.png.
+numbers and all answers as `out/own_data.json` (extras/own_data.py), and `own_experts.png`.
 """
 
 import data  # noqa: F401  isort: skip  before torch: sets how OpenMP waits
@@ -87,7 +87,8 @@ def accuracy(ask, questions, batch, label=""):
 
 def evaluate_scenes(ask, cfg):
     """-> {split: {"model" | "blank" | "fixed": a result of `accuracy`}}."""
-    fixed, exams = fixed_answers(), {split: exam(split, cfg.n, cfg.seed) for split in SPLITS}
+    splits = tqdm(SPLITS, desc="drawing scenes", leave=False)
+    fixed, exams = fixed_answers(), {split: exam(split, cfg.n, cfg.seed) for split in splits}
     rows = {
         "model": ask,
         "blank": lambda asked, seen: ask(asked, [Image.new("RGB", p.size, "gray") for p in seen]),

@@ -283,7 +283,7 @@ def choose(logits_BV, temperature, top_p=1.0, top_k=None, generator=None, greate
     logits_BV, token_BV = (logits_BV / temperature).sort(dim=-1, descending=True)
     probs_BV = logits_BV[:, :top_k].softmax(-1)
     better_BV = probs_BV.cumsum(-1) - probs_BV  # total probability of all more probable tokens
-    drawn_B1 = torch.multinomial(probs_BV * (better_BV < top_p), 1, generator=generator)
+    drawn_B1 = torch.multinomial(probs_BV * (better_BV < max(top_p, 1e-6)), 1, generator=generator)
     return token_BV.gather(1, drawn_B1)[:, 0]
 
 

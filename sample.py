@@ -105,7 +105,7 @@ def check(cfg, given):
         if len(cfg.image) != 1:
             raise ValueError(f"--experts {cfg.experts} draws the routing of one picture, not of "
                              f"{len(cfg.image)}: give --image FILE")  # fmt: skip
-        check_target(cfg.experts)
+        check_target(cfg.experts, cfg.image)
     for name in ("top_p", "top_k", "seed"):
         if name in given and not cfg.temperature:
             raise ValueError(f"--{name.replace('_', '-')} has no effect without --temperature: 0 "

@@ -328,7 +328,7 @@ def train_stage(cfg):
     folder, name = stage_dir(cfg, cfg.stage), f"stage {cfg.stage}"
     state = None if cfg.overwrite else resume.earlier_state(cfg, folder)
     if state and state["finished"]:
-        print(f"{name}: {resume.finished_line(cfg)}")
+        print(f"{name}: {resume.finished_line(cfg, state)}")
         return True
     check_device(cfg.device)
     plan = choose_precision(cfg)
@@ -342,28 +342,29 @@ def train_stage(cfg):
     steps = settings.estimated_steps(trainer)
     print(settings.length(trainer, steps))
     resume.check_disk(cfg, plan, steps)
-    resume.open_stage(trainer, state)
-    with resume.stop_on_signals(trainer), memory.advice(plan, cfg.device):
-        compiling.warm_up(trainer, plan.images)
-        done = trainer.loop(wandb)
+    with resume.alone(cfg, state):
+        resume.open_stage(trainer, state)
+        with resume.stop_on_signals(trainer), memory.advice(plan, cfg.device):
+            compiling.warm_up(trainer, plan.images)
+            done = trainer.loop(wandb)
+            if not done:
+                resume.save_point(trainer)
         if not done:
-            resume.save_point(trainer)
-    if not done:
-        words = [word for word in sys.argv if word != "--overwrite"]
-        again = f"{fsdp.launcher()} {shlex.join(words)}"
-        print(f"stopped after {trainer.used:,} samples; to continue: {again}")
-        return False
-    lines = loader.summary(trainer.counts, getattr(trainer.data, "rejected", []), cfg.row_tokens)
-    model = fsdp.gather_model(trainer.model)
-    if fsdp.is_main():
-        peak = round(memory.peak_memory(cfg.device) / memory.GB, 2)
-        resume.finish(trainer, model, peak_memory_gb=peak)
-        for line in [f"finished in {trainer.seconds:.0f} s -> {folder}", *lines]:
-            print(f"{name}: {line}")
-        if cfg.plot:
-            from extras.plots import draw_metrics
+            words = [word for word in sys.argv if word != "--overwrite"]
+            again = f"{fsdp.launcher()} {shlex.join(words)}"
+            print(f"stopped after {trainer.used:,} samples; to continue: {again}")
+            return False
+        lines = loader.summary(trainer.counts, trainer.data, cfg.row_tokens)
+        model = fsdp.gather_model(trainer.model)
+        if fsdp.is_main():
+            peak = round(memory.peak_memory(cfg.device) / memory.GB, 2)
+            resume.finish(trainer, model, peak_memory_gb=peak)
+            for line in [f"finished in {trainer.seconds:.0f} s -> {folder}", *lines]:
+                print(f"{name}: {line}")
+            if cfg.plot:
+                from extras.plots import draw_metrics
 
-            draw_metrics(folder, cfg.stage)
+                draw_metrics(folder, cfg.stage)
     fsdp.barrier()
     return True
 
@@ -390,7 +391,7 @@ def main():
                 continue
             print(f"stage {last} needs stage {stage}, which is not finished")
         if not train_stage(stage_cfg):
-            return
+            sys.exit(130)  # as a program that Ctrl-C ends
 
 
 if __name__ == "__main__":

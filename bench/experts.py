@@ -206,7 +206,7 @@ def main():
     file = pathlib.Path(cfg.out or ROOT / "bench" / "experts.json")
     if file.suffix != ".json":
         raise ValueError(f"--out {file} must end in .json")
-    check_target(file.with_suffix(".png"), "--out")
+    check_target(file.with_suffix(".png"), flag="--out")
     models = open_models(cfg.model, cfg.before, cfg.seed)
     rngs = (np.random.default_rng((cfg.seed, 98, i)) for i in range(cfg.pictures))
     kinds = itertools.cycle(world.KINDS)

@@ -223,6 +223,8 @@ def main():
     report.print(cfg, len(records))
     for text in shown:
         print(text)
+    if not report.lengths:
+        print("no record is left to learn from, so training would not start")
     if report.stops(len(records)) or not report.lengths:
         sys.exit(1)
 

@@ -77,7 +77,7 @@ def check_fields(config: object) -> None:
             good, wanted = type(value) is bool, "true or false"
         elif field.type is float:
             good = whole or isinstance(value, float)
-            good, wanted = good and 0 <= value < float("inf"), "a number from 0 up"
+            good, wanted = good and 0 <= value <= 1e18, "a number from 0 to 1e18"
         elif field.type is int or field.type == int | None and value is not None:
             may_be_0 = "experts" in name or name == "bos_token_id"
             least, most = int(not may_be_0), LARGEST.get(name, 2**20)

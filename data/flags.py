@@ -39,6 +39,12 @@ class Parser(argparse.ArgumentParser):
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.error(self.about_unknown(unknown))
+        words = [word.split("=")[0] for word in (sys.argv[1:] if args is None else args)]
+        for action in self._actions:
+            given = [word for word in words if word in action.option_strings]
+            if len(given) > 1 and action.nargs != "+":
+                print(f"{self.prog}: of {len(given)} times {given[0]}, only the last counts",
+                      file=sys.stderr)  # fmt: skip
         return found
 
     def about_unknown(self, words):
@@ -87,7 +93,7 @@ READ = {
     int: converter(int, "an integer"),
     float: converter(float, "a number"),
     tuple: converter(lambda text: tuple(map(int, text.split(","))), "integers such as 1,3"),
-    str: str,
+    str: lambda text: os.path.expanduser(text) if text.startswith("~/") else text,  # --out=~/x
 }
 
 
@@ -207,10 +213,10 @@ def check_options(named="--{} {}", **options):
 
 
 def check_device(name):
-    """ValueError unless this machine has the device called `name`."""
+    """ValueError unless this machine has the device called `name`, and it can compute."""
     try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError):
+        float(torch.zeros(1, device=name))
+    except Exception:  # each kind of device that is not there raises its own type
         raise ValueError(f"--device {name}: this machine has no such device; try cpu") from None
 
 

@@ -111,6 +111,9 @@ def why_no_model(path: Path) -> str:
     ready = " or ".join(map(str, finished_stages(path)))
     if has_config(path) or path.is_file():
         return ""
+    if (path / "model.safetensors").is_file() and (path / "train.json").is_file():
+        again = command[:-1] + " --overwrite`"
+        return f"{path} has no config.json; copy it again, or {again} trains it again"
     if (path / "train.json").is_file():
         return f"{path} is not finished; {command}, with the flags it began with, continues it"
     if ready:

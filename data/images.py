@@ -27,6 +27,7 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
          6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}  # fmt: skip
 warnings.filterwarnings("ignore", "Corrupt EXIF data")  # the picture itself may be good
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # below MAX_PIXELS
 
 
 class Unscaled(ValueError):
@@ -91,11 +92,12 @@ def squared(image, size, mode="pad"):
     """
     if mode not in MODES:
         raise ValueError(f"image mode {mode!r} is unknown; choose from {', '.join(MODES)}")
+    name = getattr(image, "filename", "") or "a picture"
     image = rgb(image)
     width, height = image.size
     long, short = max(width, height), min(width, height)
     if (long if mode == "pad" else size * size / short) * long > MAX_PIXELS:
-        raise ValueError(f"a picture of {width}x{height} is too narrow for mode {mode}; crop it")
+        raise ValueError(f"{name}: {width}x{height} is too narrow for mode {mode}; crop it")
     if mode == "pad" and width != height:
         canvas = Image.new("RGB", (long, long), PAD_COLOR)
         canvas.paste(image, ((long - width) // 2, (long - height) // 2))

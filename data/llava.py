@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from data.chat import IGNORE, IMAGE_TAG, Rejected, check_turns, render, write
 from data.images import open_image, preprocess
-from data.records import Records
+from data.records import Records, progress
 
 PICTURE_KEY = re.compile(
     "(image|img|picture|photo|video|frame|audio)s?"
@@ -173,7 +173,7 @@ class LlavaData:
     def __init__(self, path, image_folder="", limit=0, template=""):
         self.folder, self.records, self.rejected = image_folder, Records(path, limit), []
         self.used, kinds, faults, first = array("q"), Counter(), 0, ""
-        for k, record in enumerate(self.records):
+        for k, record in enumerate(progress(self.records)):
             kinds[tags_without_picture(record)] += 1
             try:
                 check_record(record, k, path, image_folder, template)

@@ -87,13 +87,15 @@ def check_workers(workers):
         raise ValueError(f"--workers {workers} are too many for this machine; take up to {most}")
 
 
-def summary(counts, rejected, row_tokens):
-    """Lines about the samples that a finished training left out or cut. ValueError if it could use
-    none. rejected: the reasons of the samples left out before the first step."""
+def summary(counts, data, row_tokens):
+    """Lines about the samples of `data` that a finished training left out or cut. ValueError if it
+    could use none."""
     if not counts["used"] + counts["cut"]:
         raise ValueError(f"none of the {sum(counts.values())} samples holds an answer to learn "
                          f"within --row-tokens {row_tokens}; {counts['skipped']} of them were "
-                         "skipped, as their picture cannot be read")  # fmt: skip
+                         "skipped, as their picture cannot be read. Correct them, then "
+                         "begin the stage again with --overwrite")  # fmt: skip
+    rejected = getattr(data, "rejected", [])  # those left out before the first step
     words = [
         (counts["rejected"] + len(rejected), "had nothing to learn and were left out"),
         (counts["cut"], "were longer than a row and lost their last turns"),

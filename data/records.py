@@ -17,6 +17,8 @@ from array import array
 from io import TextIOWrapper
 from itertools import islice
 
+from tqdm import tqdm
+
 PIECE = 1 << 18  # characters that are parsed at a time
 LONGEST = 16  # no JSON number, literal or escape that counts here is longer
 BLANK = re.compile(r"[ \t\n\r]*")
@@ -36,13 +38,20 @@ OTHER_KINDS = {  # how a file begins that is no JSON: what it is, and the way ou
 }
 
 
+def progress(records, total=None):
+    """`records`, with a bar if they take longer than 2 seconds; of several processes (torchrun sets
+    RANK), the first one has it."""
+    other = os.environ.get("RANK", "0") != "0"
+    return tqdm(records, "records", total, leave=False, unit="record", delay=2, disable=other)
+
+
 def check_kind(path, head):
     """ValueError with the way out for the first 300 bytes of a file of another kind."""
     kinds = [kind for begins, kind in OTHER_KINDS.items() if head.startswith(begins)]
     if head[257:262] == b"ustar":
         kinds = ["a tar archive; unpack it with tar xf"]
     if kinds:
-        raise ValueError(f"{path}: is {kinds[0]}; --data wants a JSON or JSONL file")
+        raise ValueError(f"{path}: is {kinds[0]}; only a JSON or JSONL file is read")
 
 
 def json_error(where, error, before="", said=""):
@@ -175,21 +184,21 @@ class Records:
             lines = self.path.suffix == ".jsonl"
             try:
                 places = places_of_lines(path, file) if lines else Text(path, file).places()
-                for place in islice(places, limit or None):
+                for place in progress(islice(places, limit or None)):
                     self.places.extend(place)
             except UnicodeDecodeError:
-                raise ValueError(f"{path}: is not UTF-8 text; --data wants a JSON or JSONL "
-                                 "file") from None  # fmt: skip
+                raise ValueError(f"{path}: is not UTF-8 text; only a JSON or JSONL file is "
+                                 "read") from None  # fmt: skip
 
     def open(self):
         try:
             return open(self.path, "rb")
         except IsADirectoryError:
-            raise ValueError(f"{self.path}: is a folder; --data wants a JSON or JSONL file. Of a "
+            raise ValueError(f"{self.path}: is a folder; only a JSON or JSONL file is read. Of a "
                              f"folder of Hugging Face datasets, {CONVERT}") from None  # fmt: skip
         except OSError as error:
-            raise ValueError(f"{self.path}: cannot be read ({error.strerror}); --data wants a JSON "
-                             "or JSONL file") from None  # fmt: skip
+            raise ValueError(f"{self.path}: cannot be read ({error.strerror}); only a JSON or "
+                             "JSONL file is read") from None  # fmt: skip
 
     def stamp_of(self, file):
         """What changes when somebody writes to the file."""

@@ -68,27 +68,28 @@ def loss_of(model, batches, device, autocast):
 
 
 class Validation:
-    """The file of train.py --val, encoded by `code` as the training data is."""
+    """The file of train.py --val, encoded by `code` as the training data is. ValueError if no
+    record of it can be used."""
 
     def __init__(self, cfg, code):
         self.cfg, self.code = cfg, code
-        self.data = LlavaData(cfg.val, cfg.image_folder, template=cfg.template)
+        self.data, left_out = LlavaData(cfg.val, cfg.image_folder, template=cfg.template), []
+        if not any(readable(self.data, code, left_out, range(len(self.data)))):
+            raise ValueError(f"--val {cfg.val}: no record can be used; the first: "
+                             f"{[*self.data.rejected, *left_out][0]}")  # fmt: skip
 
     def samples(self):
         for sample in readable(self.data, self.code, [], range(len(self.data))):
             yield sample[1][:3]
 
     def loss(self, model):
-        """Mean loss of a learned token. ValueError if no record can be used."""
+        """Mean loss of a learned token."""
         cfg = self.cfg
         cast = partial(
             torch.autocast, cfg.device, torch.bfloat16, cfg.bf16 and cfg.weights == "fp32"
         )
         batches = pack(self.samples(), cfg.rows, cfg.row_tokens)
         total, learned = loss_of(model, batches, cfg.device, cast)
-        if not learned:
-            raise ValueError(f"--val {cfg.val}: no record holds an answer within --row-tokens "
-                             f"{cfg.row_tokens}; python -m data.check says why")  # fmt: skip
         return total / learned
 
 

@@ -213,6 +213,17 @@ def make_plan(
     return Plan(cfg, stage, sum(sizes.values()), sum(map(sizes.get, learning)), tokens, **choices)
 
 
+def part_config(flag: str, name: str, kind: type) -> CLIPVisionConfig | LLMConfig:
+    """The configuration of --clip or --llm. ValueError, with the flag, if it is of another kind."""
+    if name in KNOWN:
+        return KNOWN[name]
+    config = read_config(local_folder(name, "config"))
+    try:
+        return kind.from_hf(config)
+    except ValueError as error:
+        raise ValueError(f"--{flag} {name}: {error}") from None
+
+
 def stage_model(cfg) -> CuMoConfig:
     """The configuration of the model that a stage will train, without loading its weights.
 
@@ -227,10 +238,8 @@ def stage_model(cfg) -> CuMoConfig:
     else:
         if cfg.llm.startswith("weights/SmolLM2") and not fetched(cfg.llm, "config"):
             raise ValueError(f"--llm: {cfg.llm!r} is missing; runs/smollm2.sh makes it")
-        vision, llm = (
-            KNOWN.get(name) or kind.from_hf(read_config(local_folder(name, "config")))
-            for name, kind in ((cfg.clip, CLIPVisionConfig), (cfg.llm, LLMConfig))
-        )
+        vision = part_config("clip", cfg.clip, CLIPVisionConfig)
+        llm = part_config("llm", cfg.llm, LLMConfig)
         model = CuMoConfig(replace(vision, scales=cfg.scales), llm)
     if cfg.stage == 3 and cfg.upcycle != "none":
         model = sparse_config(model, cfg.upcycle.split(","), cfg.num_experts, cfg.top_k)

@@ -29,9 +29,14 @@ import signal
 import zlib
 from dataclasses import asdict
 
+try:
+    import fcntl
+except ImportError:  # Windows: two trainings into one --out are not noticed there
+    fcntl = None
 import torch
 
 from data import loader
+from data.records import progress
 from data.weights import check_zip, copy_into, publish, sync, write_json
 from engine import fsdp
 from engine.optim import WEIGHTS, bytes_per_parameter
@@ -54,7 +59,7 @@ def read_state(folder):
         return None
     try:
         state = json.loads(file.read_text())
-        state["config"], state["finished"]
+        dict(state["config"]), state["finished"]
     except (ValueError, LookupError, TypeError):
         raise ValueError(f"{file} is damaged; --overwrite begins the stage again") from None
     return state
@@ -137,7 +142,7 @@ def records_of(data):
     if not hasattr(data, "records"):
         return None
     digest = hashlib.sha256()
-    for i in range(len(data)):
+    for i in progress(range(len(data))):
         digest.update(json.dumps(data.record(i), sort_keys=True).encode() + b"\n")
     return {"records": len(data), "sha256": digest.hexdigest()[:16]}
 
@@ -158,9 +163,15 @@ def check_data(cfg, data):
     return now
 
 
-def finished_line(cfg):
-    """What is said of a finished stage. ValueError if its data has changed since then."""
-    line = f"finished in {stage_dir(cfg, cfg.stage)}"
+def finished_line(cfg, state):
+    """What is said of a finished stage, by its train.json `state`. ValueError if its data has
+    changed since then, or a file of the model is gone."""
+    folder = stage_dir(cfg, cfg.stage)
+    line = f"finished in {folder}"
+    for name in ("config.json", *state.get("crc32", ())):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} is finished, but {name} is missing: copy it again, or "
+                             "train it again with --overwrite")  # fmt: skip
     try:
         data = loader.open_data(cfg, "name") if cfg.data else None
     except ValueError as error:
@@ -192,9 +203,9 @@ def refuse_changed_weights(folder):
     now = crc_of_weights(folder)
     for name in sorted(written.keys() | now):
         if now.get(name) != written.get(name):
-            raise ValueError(f"{folder / name} is not what its stage wrote (its CRC-32 is not the "
-                             "one in train.json): copy it again, or train it again with "
-                             "--overwrite")  # fmt: skip
+            changed = "is not what its stage wrote (its CRC-32 is not the one in train.json)"
+            raise ValueError(f"{folder / name} {changed if name in now else 'is missing'}: copy it "
+                             "again, or train it again with --overwrite")  # fmt: skip
 
 
 def finish(trainer, model, **measured):
@@ -243,6 +254,37 @@ def check_disk(cfg, plan, steps):
 def is_due(trainer):
     """Whether a resume point is written now: after the first step, then each --save-every."""
     return trainer.step == 1 or trainer.step % trainer.cfg.save_every == 0
+
+
+@contextlib.contextmanager
+def alone(cfg, state):
+    """Keep --out for this training until it ends, even in a crash. ValueError if another training
+    writes there, or has done so since the `earlier_state` of the stage was read."""
+    if not (fcntl and fsdp.is_main()):
+        yield
+        return
+    out = pathlib.Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        busy = not locked(folder)
+        if busy or not cfg.overwrite and state != earlier_state(cfg, stage_dir(cfg, cfg.stage)):
+            raise ValueError(f"another training writes into {out}; let it end, or name another "
+                             "--out")  # fmt: skip
+        yield
+    finally:
+        os.close(folder)  # this unlocks it
+
+
+def locked(file):
+    """Whether an open file could be locked; True where the file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def open_stage(trainer, state):

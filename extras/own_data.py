@@ -32,4 +32,4 @@ def evaluate(cfg, limit, open_model):
     write_json(Path(cfg.out, "own_data.json"), about | {"answers": rows})
     print(f"wrote {Path(cfg.out, 'own_data.json')}", file=sys.stderr)
     if load and not cfg.experts:
-        plots.draw_load(load, Path(cfg.out, "experts.png"))
+        plots.draw_load(load, Path(cfg.out, "own_experts.png"))

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import ImageColor
+from tqdm import tqdm
 
 from data import world
 from data.exam import SPLITS
@@ -33,6 +34,7 @@ LM_LOSS = {"lm_loss": "training", "val_loss": "held out"}
 FEW = 20  # points of a curve that are also drawn one by one
 CELL = 2.05  # inches of a map with its bars
 PARTS = {"clip": "CLIP-MoE", "mlp": "MLP-MoE", "llm": "LLM-MoE"}
+BLOCKS = {"clip": "CLIP layer {}", "mlp": "connector", "llm": "LLM layer {}"}
 
 
 @functools.cache  # prints the hint once
@@ -46,12 +48,14 @@ def pyplot():
     return plt
 
 
-def check_target(file, flag="--experts"):
-    """ValueError unless `file` is "" or a plot can be saved as it. Call it before loading a large
-    model."""
+def check_target(file, inputs=(), flag="--experts"):
+    """ValueError unless `file` is "" or a plot can be saved as it, without replacing one of the
+    pictures `inputs`. Call it before loading a large model."""
     folder, suffix = Path(file).parent, Path(file).suffix
     if not file:
         return
+    if any(os.path.realpath(file) == os.path.realpath(used) for used in inputs):
+        raise ValueError(f"{flag} {file} would replace your picture; name another file")
     if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(file).is_dir():
         raise ValueError(f"{flag} {file} cannot be written; name a file in a folder that exists")
     kinds = pyplot().FigureCanvasBase.get_supported_filetypes() if pyplot() else [suffix[1:]]
@@ -92,7 +96,7 @@ def expert_load(model, pictures, batch=50):
 
     hooks = [block.register_forward_hook(count) for block in names]
     size, mode = model.cfg.vision.image_size, model.cfg.image_mode
-    for start in range(0, len(pictures), batch):
+    for start in tqdm(range(0, len(pictures), batch), desc="experts", leave=False):
         pixels = torch.stack([preprocess(p, size, mode) for p in pictures[start : start + batch]])
         model.encode_images(pixels.to(model.device))
     for hook in hooks:
@@ -332,7 +336,9 @@ def draw_losses(stages, file):
             axis.axhline(1, color="black", linewidth=1, linestyle=":", label="1: even")
         if curves is LM_LOSS:
             axis.set_yscale("log")
-            axis.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+            low, high = axis.get_ylim()
+            some = (1, 2, 5) if high > 5 * low else range(1, 10)  # a short run: labels at 4, 5, 6
+            axis.yaxis.set_major_locator(plt.LogLocator(subs=some))
             axis.yaxis.set_major_formatter("{x:g}")
             axis.minorticks_off()
         if len(known) > 1 or curves is not LM_LOSS:
@@ -351,10 +357,10 @@ def draw_metrics(folder, stage):
     rows = read_metrics(folder)
     draw_losses({stage: rows}, folder / "loss.png")
     late, load = rows[-(len(rows) // 5 + 1) :], {}
-    for part, name in PARTS.items():
+    for part, name in BLOCKS.items():
         shares = [np.atleast_2d(row[f"{part}_load"]) for row in late if f"{part}_load" in row]
         if shares:
             layers = np.mean(shares, axis=0)
-            load |= {f"{name} {layer}": row.tolist() for layer, row in enumerate(layers)}
+            load |= {name.format(layer): row.tolist() for layer, row in enumerate(layers)}
     if load:
         draw_load(load, folder / "experts.png")

@@ -28,6 +28,7 @@ import io
 import os
 import queue
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -163,6 +164,7 @@ def open_pictures(model, text, files):
             images.append(open_image(file))
         except ValueError as error:  # its text begins with a path of this machine
             raise ValueError(str(error).replace(str(file), Path(file).name)) from None
+        images[-1].filename = Path(file).name  # later errors begin with it
     return images
 
 
@@ -320,6 +322,13 @@ def serve(cfg, folder):
     check_choice("dtype", cfg.dtype, DTYPES)
     check_choice("template", cfg.template, ("", *TEMPLATES[1:]))
     check_device(cfg.device)
+    if not 0 < cfg.port < 2**16:
+        raise ValueError(f"--port {cfg.port} must be 1 to 65535")
+    try:
+        socket.create_server((cfg.host, cfg.port)).close()
+    except OSError as error:
+        raise ValueError(f"--host {cfg.host} --port {cfg.port} cannot be used ({error.strerror}); "
+                         "name others") from None  # fmt: skip
     for name in ("keep", "waiting", "upload_mb"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be 1 or more")

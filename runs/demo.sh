@@ -7,7 +7,7 @@ source runs/venv.sh
 .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt ".[plot]"
 
 .venv/bin/python train.py "$@"
-[ -f out/stage3/config.json ] || exit # interrupted; the same command continues
+[ -f out/stage3/config.json ] || exit # trained into another --out, or only --stage 1 or 2
 .venv/bin/python eval.py
 .venv/bin/python sample.py --image cat.jpg
 .venv/bin/python sample.py --image cat.jpg --image dog.jpg --ask "Which picture has the cat?"

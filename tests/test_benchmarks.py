@@ -850,7 +850,7 @@ def test_experts_load_over_ones_own_pictures(model, tmp_path, monkeypatch, capsy
     command(monkeypatch, *flags, "--experts", tmp_path / "e.png")
     command(monkeypatch, *flags)
     command(monkeypatch, *flags, "--n", 1)
-    default = str(tmp_path / "out" / "experts.png")
+    default = str(tmp_path / "out" / "own_experts.png")
     assert [str(file) for _, file in drawn] == [str(tmp_path / "e.png"), default, default]
     net = evaluation.CuMo.from_pretrained(model).eval()
     pictures = [Image.open(tmp_path / "pics" / f"{k}.png") for k in "ab"]
@@ -894,4 +894,4 @@ def test_dense_model_has_no_experts_to_draw(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, flags)])
     evaluation.main()
     assert "1 answers of 1 records" in capsys.readouterr().out
-    assert not (tmp_path / "experts.png").exists()
+    assert not (tmp_path / "own_experts.png").exists()

@@ -87,7 +87,7 @@ def test_every_fault_is_named_with_its_record_and_status_is_1(report):
                'record 6 (id None): has no field "conversations"']  # fmt: skip
     assert len(stops) == 4 and all(reason in stop for reason, stop in zip(reasons, stops))
     damaged, thin = re.findall(r"  skipped: (.*)", out)
-    assert "text.png: is no image" in damaged and "a picture of 20000x1" in thin
+    assert "text.png: is no image" in damaged and "thin.png: 20000x1 is too" in thin
     first, second = re.findall(r"  left out: (.*)", out)
     assert "(id 'empty'): answer 1 is empty" in first
     assert "(id 'late'): its first question and answer alone do not fit" in second

@@ -99,6 +99,22 @@ def test_escapes_of_the_command_line(typed, text):
     assert unescape(typed) == text
 
 
+@pytest.mark.parametrize("argv, flag", [
+    (["--lr", "1", "--lr=2"], "--lr"),
+    (["--compile", "--no-compile"], "--compile"),
+])  # fmt: skip
+def test_a_flag_that_another_one_replaces_is_said(argv, flag, capsys):
+    cfg, _ = parse(Config, argv)
+    assert cfg.lr in (2, Config.lr) and (flag == "--lr" or not cfg.compile)
+    assert capsys.readouterr().err.endswith(f": of 2 times {flag}, only the last counts\n")
+
+
+def test_a_path_in_the_home_folder_is_found_there(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert parse(Config, ["--out=~/x"])[0].out == "/home/ada/x"
+    assert parse(Config, ["--out=~x/y"])[0].out == "~x/y"
+
+
 def test_flag_given_with_its_default_counts_as_given():
     assert parse(Config, ["--row-tokens", "512"]) == (Config(), {"row_tokens"})
 

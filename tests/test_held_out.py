@@ -177,5 +177,7 @@ def test_a_held_out_file_without_an_answer_is_one_line(flags, tmp_path, folder):
     turns = [{"from": "human", "value": "What? " * 60}, {"from": "gpt", "value": "a cat"}]
     (tmp_path / "long.json").write_text(json.dumps([{"id": "1", "conversations": turns}]))
     more = {"val": str(tmp_path / "long.json"), "out": str(tmp_path / "out")}
-    with pytest.raises(ValueError, match="--val .*long.json: no record holds an answer within"):
+    with pytest.raises(
+        ValueError, match="--val .*long.json: no record can be used; .*--row-tokens"
+    ):
         train.train_stage(train.resolve(flags | more, 3))

@@ -53,6 +53,7 @@ def test_a_size_that_is_none_is_refused_by_name(folder, part, field, value):
     "field, value",
     [
         ("rope_theta", "10000"),
+        ("rope_theta", 10**30),
         ("rms_norm_eps", float("nan")),
         ("tie_word_embeddings", "false"),
         ("sliding_window", -4),

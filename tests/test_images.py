@@ -6,6 +6,8 @@ import os
 import pathlib
 import re
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -15,6 +17,8 @@ from PIL import Image
 
 from data.images import MEAN, PAD_COLOR, STD, open_image, preprocess, squared
 from engine.memory import peak_memory
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 GOLDEN = pathlib.Path(
     os.environ.get("CUMO_GOLDEN", pathlib.Path(__file__).parents[2] / "shared" / "golden")
@@ -232,6 +236,13 @@ def test_unknown_mode_names_the_choices():
 def test_picture_too_narrow_for_memory_is_refused_before_it_is_enlarged(mode, shape):
     with pytest.raises(ValueError, match=f"{shape[0]}x{shape[1]} is too narrow for mode {mode}"):
         preprocess(Image.new("RGB", shape), 336, mode)
+
+
+def test_a_large_picture_is_taken_without_a_warning(tmp_path):
+    Image.new("1", (9_500, 10_000)).save(tmp_path / "large.png")  # Pillow warns from 89 million on
+    code = f"from data.images import open_image; open_image({str(tmp_path / 'large.png')!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT)
+    assert done.returncode == 0 and not done.stderr
 
 
 # ------------------------------------------------------------------------------------- bad files

@@ -322,11 +322,11 @@ def test_broken_line_of_a_jsonl_file_is_named_by_its_number(folder):
 
 
 def test_missing_file_folder_and_binary_are_one_clear_line(folder):
-    with pytest.raises(ValueError, match="none.json: cannot be read .No such file.*--data wants"):
+    with pytest.raises(ValueError, match="none.json: cannot be read .No such file.*only a JSON"):
         LlavaData(folder / "none.json")
-    with pytest.raises(ValueError, match="pics: is a folder; --data wants"):
+    with pytest.raises(ValueError, match="pics: is a folder; only a JSON"):
         Records(folder / "pics")
-    with pytest.raises(ValueError, match="red.png: is not UTF-8 text; --data wants"):
+    with pytest.raises(ValueError, match="red.png: is not UTF-8 text; only a JSON"):
         Records(folder / "pics" / "red.png")
 
 
@@ -479,5 +479,5 @@ def test_prompt_teaches_nothing_and_is_rejected_with_its_id(tokenizer):
 
 def test_fault_of_a_picture_names_the_sample(tokenizer):
     sample = picture_sample("<image> Q", "A") | {"images": [Image.new("L", (20_000, 1))]}
-    with pytest.raises(Unreadable, match="sample s: a picture of 20000x1 is too narrow"):
+    with pytest.raises(Unreadable, match="sample s: a picture: 20000x1 is too narrow"):
         encode(sample, tokenizer, "mistral_instruct", 5, 8)

@@ -171,7 +171,7 @@ def test_a_file_of_another_kind_is_named_with_the_way_out(name, content, complai
 
 def test_a_folder_and_a_pipe_are_named_with_the_way_out(tmp_path):
     save(tmp_path, "{}", "dataset_info.json")
-    with pytest.raises(ValueError, match="is a folder; --data wants .* folder of Hugging Face"):
+    with pytest.raises(ValueError, match="is a folder; only a JSON .* folder of Hugging Face"):
         LlavaData(tmp_path)
     os.mkfifo(tmp_path / "pipe.json")
     reader = os.open(tmp_path / "pipe.json", os.O_RDWR)  # else opening it would wait

@@ -60,15 +60,8 @@ def test_an_answer_does_not_wait_for_the_import_of_a_compiler(model_dir):
 
 
 def command(model_dir, *flags):
-    return [
-        sys.executable,
-        ROOT / "sample.py",
-        "--model",
-        model_dir,
-        "--max-new-tokens",
-        "4",
-        *flags,
-    ]
+    length = [] if "--max-new-tokens" in flags else ["--max-new-tokens", "4"]
+    return [sys.executable, ROOT / "sample.py", "--model", model_dir, *length, *flags]
 
 
 def test_answers_about_a_picture_and_without_one_and_leaves_standard_input_alone(model_dir, ask):
@@ -115,6 +108,13 @@ def test_experts_draws_a_map_and_answers_the_same(model_dir, tmp_path, monkeypat
     assert drawn.out == ask(*flags).out and drawn.err.startswith(f"wrote {file}\n")
     assert json.loads(ask(*flags, "--json", "--experts", file).out)["tokens"] <= 4
     assert Image.open(file).width > 700
+    own, before = tmp_path / "own.png", (ROOT / "cat.jpg").read_bytes()
+    own.write_bytes(before)
+    for same in (own, tmp_path / "." / "x" / ".." / "own.png"):
+        flags = ["--model", model_dir, "--image", own, "--experts", same]
+        (tmp_path / "x").mkdir(exist_ok=True)
+        assert "would replace your picture" in refusal(sample.main, flags, monkeypatch, capsys)
+    assert own.read_bytes() == before
 
 
 def test_experts_of_a_model_without_any_are_refused_before_an_answer(tmp_path, ask, capsys):
@@ -327,7 +327,7 @@ def test_a_picture_that_cannot_be_seen_is_refused_at_once_and_forgotten(
     Image.new("L", (1, 20_000)).save(tmp_path / "line.png")
     lines = [f"/image {tmp_path / 'line.png'}", "What?"]
     (answer,), (refused,) = chatted(model_dir, lines, monkeypatch, capsys)
-    assert re.fullmatch("error: a picture of 1x20000 is too narrow for mode pad; crop it", refused)
+    assert refused == f"error: {tmp_path / 'line.png'}: 1x20000 is too narrow for mode pad; crop it"
     assert [answer] == chatted(model_dir, ["What?"], monkeypatch, capsys)[0]
     flags = "--chat", "--image", tmp_path / "line.png"
     assert "too narrow" in refusal(sample.main, ["--model", model_dir, *flags], monkeypatch, capsys)
@@ -501,6 +501,18 @@ def test_a_stage_that_is_not_there_is_named_with_the_command_that_makes_it(
         (tmp_path / "out" / f"stage{k}").mkdir(parents=True)
         (tmp_path / "out" / f"stage{k}" / "train.json").write_text('{"finished": false}')
     assert reason in refusal(*COMMANDS[program](model), monkeypatch, capsys)
+
+
+def test_a_finished_stage_that_lost_its_configuration_is_not_called_unfinished(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    trained(tmp_path / "out", 3)
+    (tmp_path / "out" / "stage3" / "train.json").write_text('{"finished": true}')
+    (tmp_path / "out" / "stage3" / "config.json").unlink()
+    flags = ["--ask", "Q", "--model", "out/stage3"]
+    way = "no config.json; copy it again, or `python train.py --stage 3 --overwrite` trains it"
+    assert f"out/stage3 has {way}" in refusal(sample.main, flags, monkeypatch, capsys)
 
 
 def test_from_another_folder_the_demos_stages_are_named(tmp_path, monkeypatch, capsys):

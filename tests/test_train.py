@@ -58,10 +58,93 @@ def test_a_stage_of_one_step_still_learns(weights, finished, tmp_path):
     assert moved
 
 
-def test_nothing_to_learn_is_said_and_not_called_finished(weights, tmp_path):
-    with pytest.raises(ValueError, match="none of the 3 samples holds an answer"):
+def test_nothing_to_learn_is_said_before_anything_is_written(weights, tmp_path):
+    with pytest.raises(ValueError, match="nothing to learn: of 3 samples, 3 .* do not fit in"):
         run_stages(weights, tmp_path, 1, samples=3, row_tokens=19)
-    assert not json.loads((tmp_path / "stage1" / "train.json").read_text())["finished"]
+    assert not any(tmp_path.iterdir())
+
+
+def own_records(folder, n, text="red"):
+    """A LLaVA file of `n` records, each with a picture."""
+    turns = [{"from": "human", "value": "What color?\n<image>"}, {"from": "gpt", "value": text}]
+    for i in range(n):
+        Image.new("RGB", (80, 50), "red").save(folder / f"{i}.png")
+    records = [{"id": str(i), "image": f"{i}.png", "conversations": turns} for i in range(n)]
+    (folder / "mine.json").write_text(json.dumps(records))
+    return str(folder / "mine.json")
+
+
+@pytest.mark.parametrize("flag", ["data", "val"])
+def test_pictures_that_all_cannot_be_read_cost_nothing_and_can_be_repaired(
+    flag, weights, finished, tmp_path
+):
+    shutil.copytree(finished / "stage1", tmp_path / "out" / "stage1")
+    file = own_records(tmp_path, 4)
+    for picture in tmp_path.glob("*.png"):
+        picture.write_bytes(b"")
+    used = dict(image_folder=str(tmp_path), samples=4, overwrite=True) | {flag: file}
+    with pytest.raises(ValueError, match="0.png: is no image|1.png|2.png|3.png") as error:
+        run_stages(weights, tmp_path / "out", 1, **used)
+    assert "\n" not in str(error.value)
+    assert not changed(finished / "stage1", tmp_path / "out" / "stage1")[0], "nothing was deleted"
+    own_records(tmp_path, 4)
+    run_stages(weights, tmp_path / "out", 1, **used)
+
+
+def test_an_answer_that_never_comes_is_no_endless_error(weights, tmp_path, monkeypatch):
+    """Pictures that break after the first look: the stage is not finished, and can begin again."""
+    file, out = own_records(tmp_path, 4), tmp_path / "out"
+    used = dict(data=file, image_folder=str(tmp_path), samples=4)
+    open_stage = resume.open_stage
+
+    def broken(*args):
+        open_stage(*args)
+        for picture in tmp_path.glob("*.png"):
+            picture.write_bytes(b"")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "open_stage", broken)
+        with pytest.raises(ValueError, match="none of the 4 samples .*again with --overwrite"):
+            run_stages(weights, out, 1, **used)
+    assert not json.loads((out / "stage1" / "train.json").read_text())["finished"]
+    own_records(tmp_path, 4)
+    run_stages(weights, out, 1, overwrite=True, **used)
+
+
+# ------------------------------------------------------------------------------- two at once
+
+
+def test_two_trainings_into_one_folder_are_refused(weights, finished, tmp_path):
+    cfg = train.resolve(weights | dict(out=str(tmp_path / "out")), 1)
+    with resume.alone(cfg, None):
+        for stage in (1, 3):
+            with pytest.raises(ValueError, match="out; let it end, or name another --out"):
+                run_stages(weights, tmp_path / "out", stage, init=str(finished / f"stage{stage}"),
+                           upcycle="none")  # fmt: skip
+        assert not any((tmp_path / "out").iterdir())
+        run_stages(weights, tmp_path / "other", 1)
+    run_stages(weights, tmp_path / "out", 1)
+    cfg = train.resolve(weights | dict(out=str(tmp_path / "out")), 1)
+    with pytest.raises(ValueError, match="another training"), resume.alone(cfg, None):
+        pytest.fail("that stage was finished after its state was read")
+
+
+def test_a_killed_training_leaves_no_lock(weights, tmp_path):
+    go = command(weights | dict(samples=4000), tmp_path, "--stage", "1")
+    process = subprocess.Popen(go, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 300
+    while not (tmp_path / "stage1" / "resume.pt").is_file():
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.05)
+    cfg = train.resolve(weights | dict(samples=4000, out=str(tmp_path)), 1)
+    train.choose_precision(cfg)
+    held = pytest.raises(ValueError, match="another training writes into")
+    with held, resume.alone(cfg, resume.earlier_state(cfg, tmp_path / "stage1")):
+        pytest.fail("it is training")
+    process.kill()
+    process.wait()
+    with resume.alone(cfg, resume.earlier_state(cfg, tmp_path / "stage1")):
+        pass
 
 
 def test_prerequisites_of_another_model_are_refused(weights, finished, monkeypatch):
@@ -313,6 +396,13 @@ def test_a_damaged_stage_is_not_built_upon(fault, weights, finished, tmp_path):
     file.write_bytes(content if fault == "bit" else content[:-4])
     with pytest.raises(ValueError, match=f"{file} is not what its stage wrote .*CRC-32"):
         run_stages(weights, tmp_path, 2)
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / "stage1" / name).unlink()
+        with pytest.raises(ValueError, match=f"{name} is missing: copy it again, or train it"):
+            run_stages(weights, tmp_path, 1)
+        with pytest.raises(ValueError, match="is missing|no config.json"):
+            run_stages(weights, tmp_path, 2)
+        shutil.copy(finished / "stage1" / name, tmp_path / "stage1")
     for content in ("", "{}", '{"crc32": 5}'):  # a model from elsewhere
         (tmp_path / "stage1" / "train.json").write_text(content)
         resume.refuse_changed_weights(tmp_path / "stage1")
@@ -502,7 +592,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(weights, finished, tmp_path
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0 and "to continue: " in output
+    assert process.returncode == 130 and "to continue: " in output
     state = json.loads((tmp_path / "stage1" / "train.json").read_text())
     assert not state["finished"]
     steps = len(losses_of(tmp_path / "stage1"))
@@ -525,7 +615,8 @@ def test_a_second_ctrl_c_does_not_cut_the_last_save(weights, tmp_path, monkeypat
     for owner, name in ((train.Trainer, "train_step"), (resume, "save_point")):
         monkeypatch.setattr(owner, name, interrupted(getattr(owner, name)))
     monkeypatch.setattr(sys, "argv", command(weights, tmp_path, "--stage", "1")[1:])
-    train.main()
+    with pytest.raises(SystemExit, match="130"):
+        train.main()
     assert "to continue: " in capsys.readouterr().out
     assert torch.load(tmp_path / "stage1" / "resume.pt", weights_only=True)["step"] == 1
 
@@ -538,7 +629,8 @@ def test_the_command_that_continues_is_printed_as_it_must_be_typed(
                         lambda *x: (os.kill(os.getpid(), signal.SIGINT), step(*x))[1])  # fmt: skip
     argv = command(weights, tmp_path, "--stage", "1")[1:]
     monkeypatch.setattr(sys, "argv", [*argv, "--overwrite"])
-    train.main()
+    with pytest.raises(SystemExit, match="130"):
+        train.main()
     assert f"to continue: python {shlex.join(argv)}\n" in capsys.readouterr().out
 
 
@@ -587,12 +679,12 @@ def test_stage_3_runs_what_it_needs_and_says_so(weights, tmp_path, monkeypatch, 
 
 
 def test_own_data_goes_the_same_way(weights, finished, tmp_path):
-    Image.new("RGB", (80, 50), "red").save(tmp_path / "red.png")
-    turns = [{"from": "human", "value": "What color?\n<image>"}, {"from": "gpt", "value": "red"}]
-    samples = [{"id": str(i), "image": "red.png", "conversations": turns} for i in range(5)]
-    samples.append({"id": "text", "conversations": [turns[0] | {"value": "Hello?"}, turns[1]]})
-    (tmp_path / "mine.json").write_text(json.dumps(samples))
-    own = dict(data=str(tmp_path / "mine.json"), image_folder=str(tmp_path), samples=12)
+    file = Path(own_records(tmp_path, 5))
+    samples = json.loads(file.read_text())
+    turns = [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "red"}]
+    samples.append({"id": "text", "conversations": turns})
+    file.write_text(json.dumps(samples))
+    own = dict(data=str(file), image_folder=str(tmp_path), samples=12)
     run_stages(weights, tmp_path, 3, init=str(finished / "stage2"), **own)
     state = json.loads((tmp_path / "stage3" / "train.json").read_text())
     assert state["samples"] == 12
@@ -635,6 +727,10 @@ def test_memory_that_cannot_be_had_is_one_line_on_a_cpu_too(weights, tmp_path, m
         (["--scratch", "llm", "--stage", "3"], "--scratch 'llm' is unknown; choose from clip, mlp"),
         (["--rows", "0"], "--rows 0"),
         (["--device", "nowhere"], "--device nowhere"),
+        (["--device", "meta"], "--device meta: this machine has no such device"),
+        (["--device", "hpu"], "--device hpu: this machine has no such device"),
+        (["--llm", "CLIP"], "model_type 'clip_vision_model' is not one of"),
+        (["--clip", "LLM"], "this is no CLIP vision config: it has model_type 'mistral'"),
         (["--template", "foo"], "choose from plain"),
         (["--rows", "999999999"], "GB, and this machine has"),
         (["--seed", "-1"], "an integer from 0 to 2^63"),
@@ -645,7 +741,8 @@ def test_memory_that_cannot_be_had_is_one_line_on_a_cpu_too(weights, tmp_path, m
     ],
 )
 def test_bad_flags_get_one_line(flags, message, weights, finished, tmp_path, monkeypatch, capsys):
-    flags = [str(finished / "stage2") if flag == "STAGE2" else flag for flag in flags]
+    known = {"STAGE2": finished / "stage2", "CLIP": weights["clip"], "LLM": weights["llm"]}
+    flags = [str(known.get(flag, flag)) for flag in flags]
     keep = {k: v for k, v in weights.items() if f"--{k}" not in flags}
     given = command(keep, tmp_path, *flags)[2:]
     assert message in refusal(train.main, given, monkeypatch, capsys)

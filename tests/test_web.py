@@ -97,7 +97,7 @@ def test_mistakes_are_one_line_and_the_conversation_goes_on(sparse, tmp_path):
     for question, files, line in [
         ("Is it?", [broken], "error: broken.png: "),
         ("Is it?", [CAT, text], "error: text.png: is no image Pillow can read"),
-        ("Is it?", [tmp_path / "narrow.png"], "error: a picture of 30000x1 is too narrow"),
+        ("Is it?", [tmp_path / "narrow.png"], "error: narrow.png: 30000x1 is too narrow"),
         (" ", [], "error: there is nothing to answer; type a question, or add a picture"),
         ("\ud800?", [tmp_path], f"error: {tmp_path.name}: is a folder"),
         ("x" * 4001, [], "error: a question has at most 4000 characters and 4 pictures"),
