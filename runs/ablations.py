@@ -179,11 +179,9 @@ def command(cfg, name, seed):
 
 @contextlib.contextmanager
 def lock(folder, wait=True):
-    """Lock a folder against other processes. Yields False if another has it and `wait` is off.
-    A training started meanwhile shares the lock, and keeps it if this process is killed."""
+    """Lock a folder against other commands. Yields False if another has it and `wait` is off."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as file:
-        os.set_inheritable(file.fileno(), True)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             ours = True
@@ -216,7 +214,7 @@ def run_training(words, folder):
     earlier, before = on_stop(stop), resource.getrusage(resource.RUSAGE_CHILDREN)
     with open(folder / "train.log", "a") as log:
         words = [sys.executable, *words[1:]]
-        children.append(subprocess.Popen(words, stdout=log, stderr=log, close_fds=False))
+        children.append(subprocess.Popen(words, stdout=log, stderr=log))
     status = children[0].wait()
     for number, handler in earlier.items():
         signal.signal(number, handler)
@@ -250,8 +248,6 @@ def prepare(cfg, name, seed):
         if not is_finished(folder / "stage2"):
             flags += ["--scales", scales] if scales else []
             run_training(["python", "train.py", *flags], folder)
-        if not is_finished(folder / "stage2"):
-            raise ValueError(f"{folder} was interrupted; the same command continues")
         if name == "b-wide" and not is_finished(start_of(cfg, name)):
             widen(folder / "stage2", start_of(cfg, name))
     crc = "-".join(crc for k in (1, 2) for crc in crc_of_weights(folder / f"stage{k}").values())
@@ -270,8 +266,6 @@ def train_and_examine(cfg, name, seed):
     folder = pathlib.Path(words[words.index("--out") + 1])
     start = prepare(cfg, name, seed)
     seconds = run_training(words, folder)
-    if not is_finished(folder / "stage3"):
-        raise ValueError(f"{folder} was interrupted; the same command continues")
     bf16 = read_state(folder / "stage3")["config"]["bf16"]
     return {
         "name": name,

@@ -1,11 +1,9 @@
 """The ablations: every row is a valid training, is run once, and is shown as measured."""
 
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import zlib
@@ -202,24 +200,22 @@ def finish(folder):
 
 def test_missing_stages_are_trained_first_at_the_scales_of_the_row(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(ablations, "run_training", lambda words, _: calls.append(words[2:]))
+
+    def training(words, folder):
+        calls.append(words[2:])
+        finish(folder)
+
+    monkeypatch.setattr(ablations, "run_training", training)
     monkeypatch.setattr(ablations, "widen", lambda *folders: calls.append(folders))
     cfg = ablations.AblationConfig(clip="a/clip", demo=f"{tmp_path}/demo", out=f"{tmp_path}/runs",
                                    bench=str(tmp_path))  # fmt: skip
     demo, scales = tmp_path / "demo", tmp_path / "runs" / "scales-1,3"
     words = lambda folder: ["--stage", "2", "--out", str(folder), "--clip", "a/clip"]
-    with pytest.raises(ValueError, match="demo was interrupted; the same command continues"):
-        ablations.prepare(cfg, "b-cumo", 0)
-    for folder in (demo, scales):
-        finish(folder)
     crc = "-".join(f"{zlib.crc32(stage):08x}" for stage in (b"stage1", b"stage2"))
     for name in ("b-cumo", "b-wide", "d-13"):
         assert ablations.prepare(cfg, name, 0) == crc
-    assert calls == [words(demo), (demo / "stage2", tmp_path / "runs" / "wide" / "stage2")]
-    (scales / "stage2" / "train.json").unlink()
-    with pytest.raises(ValueError, match="scales-1,3 was interrupted"):
-        ablations.prepare(cfg, "d-13", 0)
-    assert calls[2:] == [[*words(scales), "--scales", "1,3"]]
+    wide = demo / "stage2", tmp_path / "runs" / "wide" / "stage2"
+    assert calls == [words(demo), wide, [*words(scales), "--scales", "1,3"]]
 
 
 def test_one_table_never_mixes_two_clips(tmp_path):
@@ -269,30 +265,6 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="failed: 1; the first: f-top1, seed 0: a gradient is not"):
         start(tmp_path, monkeypatch, "--rows=f", "--seeds=0")
     assert published == ["b-cumo", "f-top4", "drawn"]
-
-
-def test_a_training_keeps_the_lock_if_its_parent_is_killed(tmp_path):
-    wait = "import pathlib, time; pathlib.Path({!r}).touch(); time.sleep(60)".format(
-        str(tmp_path / "begun")
-    )
-    parent = f"""
-import pathlib, sys
-sys.path.insert(0, {str(ROOT)!r})
-from runs import ablations
-with ablations.lock(pathlib.Path({str(tmp_path / "run")!r})):
-    ablations.run_training(["python", "-c", {wait!r}], pathlib.Path({str(tmp_path / "log")!r}))
-"""
-    child = subprocess.Popen([sys.executable, "-c", parent], start_new_session=True)
-    until = time.time() + 60
-    while not (tmp_path / "begun").exists() and time.time() < until:
-        time.sleep(0.02)
-    child.kill()
-    child.wait()
-    with ablations.lock(tmp_path / "run", wait=False) as ours:
-        assert not ours
-    os.killpg(child.pid, signal.SIGKILL)
-    with ablations.lock(tmp_path / "run") as ours:
-        assert ours
 
 
 def test_the_weak_clip_is_the_one_that_its_command_makes(monkeypatch):
