@@ -47,7 +47,7 @@ class EvalConfig:
     n: int = 2400  # questions a split; of a benchmark or --data: the first n, not given: all
     benchmark: str = ""  # a public one instead of the scenes: pope, gqa, ... (extras/benchmarks.py)
     folder: str = ""  # the benchmark's files
-    experts: str = ""  # draw the experts' load into this file; empty: experts.png in --out
+    experts: str = ""  # draw the experts' load into this file; empty: a file in --out
     data: str = ""  # a LLaVA file instead of the scenes: its loss, exact answers, experts' load
     image_folder: str = ""  # image paths in --data are relative to this folder
     batch: int = 50  # questions a batch

@@ -342,29 +342,29 @@ def train_stage(cfg):
     steps = settings.estimated_steps(trainer)
     print(settings.length(trainer, steps))
     resume.check_disk(cfg, plan, steps)
-    with resume.alone(cfg, state):
-        resume.open_stage(trainer, state)
-        with resume.stop_on_signals(trainer), memory.advice(plan, cfg.device):
-            compiling.warm_up(trainer, plan.images)
-            done = trainer.loop(wandb)
-            if not done:
-                resume.save_point(trainer)
+    resume.open_stage(trainer, state)
+    with resume.stop_on_signals(trainer), memory.advice(plan, cfg.device):
+        compiling.warm_up(trainer, plan.images)
+        done = trainer.loop(wandb)
         if not done:
-            words = [word for word in sys.argv if word != "--overwrite"]
-            again = f"{fsdp.launcher()} {shlex.join(words)}"
-            print(f"stopped after {trainer.used:,} samples; to continue: {again}")
-            return False
-        lines = loader.summary(trainer.counts, trainer.data, cfg.row_tokens)
-        model = fsdp.gather_model(trainer.model)
-        if fsdp.is_main():
-            peak = round(memory.peak_memory(cfg.device) / memory.GB, 2)
-            resume.finish(trainer, model, peak_memory_gb=peak)
-            for line in [f"finished in {trainer.seconds:.0f} s -> {folder}", *lines]:
-                print(f"{name}: {line}")
-            if cfg.plot:
-                from extras.plots import draw_metrics
+            resume.save_point(trainer)
+    if not done:
+        words = [word for word in sys.argv if word != "--overwrite"]
+        again = f"{fsdp.launcher()} {shlex.join(words)}"
+        print(f"stopped after {trainer.used:,} samples; to continue: {again}")
+        fsdp.barrier()  # rank 0 saves until here
+        return False
+    lines = loader.summary(trainer.counts, trainer.data, cfg.row_tokens)
+    model = fsdp.gather_model(trainer.model)
+    if fsdp.is_main():
+        peak = round(memory.peak_memory(cfg.device) / memory.GB, 2)
+        resume.finish(trainer, model, peak_memory_gb=peak)
+        for line in [f"finished in {trainer.seconds:.0f} s -> {folder}", *lines]:
+            print(f"{name}: {line}")
+        if cfg.plot:
+            from extras.plots import draw_metrics
 
-                draw_metrics(folder, cfg.stage)
+            draw_metrics(folder, cfg.stage)
     fsdp.barrier()
     return True
 
@@ -380,18 +380,19 @@ def main():
     given = start_from(given, last) if cfg.init else given
     cfgs = {k: resolve(given, k, cfg.stage in (0, k)) for k in range(first, last + 1)}
     settings.check_effects(given, {k: c for k, c in cfgs.items() if cfg.stage in (0, k)})
-    for stage, stage_cfg in cfgs.items():  # all are resolved before the first is trained
-        target = cfg.stage in (0, stage)
-        if cfg.estimate:
-            if target:
-                print(memory.report(stage_cfg, stage_plan(stage_cfg)))
-            continue
-        if not target:
-            if resume.is_finished(stage_dir(stage_cfg, stage), stage_cfg.shared):
-                continue
-            print(f"stage {last} needs stage {stage}, which is not finished")
-        if not train_stage(stage_cfg):
-            sys.exit(130)  # as a program that Ctrl-C ends
+    if cfg.estimate:
+        for stage_cfg in [cfgs[last]] if cfg.stage else cfgs.values():
+            print(memory.report(stage_cfg, stage_plan(stage_cfg)))
+        return
+    with resume.alone(cfg.out, cfg.device):
+        for stage, stage_cfg in cfgs.items():  # all are resolved before the first is trained
+            if cfg.stage not in (0, stage):
+                if resume.is_finished(stage_dir(stage_cfg, stage), stage_cfg.shared):
+                    continue
+                print(f"stage {last} needs stage {stage}, which is not finished")
+            if not train_stage(stage_cfg):
+                # As a program that Ctrl-C ends; torchrun, however, would call it a failure.
+                sys.exit(130 if fsdp.world()[1] == 1 else 0)
 
 
 if __name__ == "__main__":

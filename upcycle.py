@@ -125,19 +125,22 @@ def main():
     src, dst = local_folder(args.src), pathlib.Path(args.dst)
     if src.is_file():
         raise ValueError(f"{src} is a file; name its directory, {src.parent}")
+    exists = ValueError(f"{dst} exists already; name a new directory")
+    if dst.exists():
+        raise exists
+    dense = CuMo.from_pretrained(src)
+    parts, scratch = (tuple(filter(None, x.split(","))) for x in (args.parts, args.scratch))
+    sparse = upcycle(dense, parts, args.experts, args.top_k, args.seed, scratch)
     try:
         dst.mkdir(parents=True)
-    except FileExistsError:
-        raise ValueError(f"{dst} exists already; name a new directory") from None
+    except FileExistsError:  # by now
+        raise exists from None
     try:
-        dense = CuMo.from_pretrained(src)
-        parts, scratch = (tuple(filter(None, x.split(","))) for x in (args.parts, args.scratch))
-        sparse = upcycle(dense, parts, args.experts, args.top_k, args.seed, scratch)
         sparse.save_pretrained(dst)
         for name in (*TOKENIZERS, *NEAR_TOKENIZERS):
             if (src / name).is_file():
                 shutil.copy(src / name, dst)
-    except BaseException:  # a wrong flag, a full disk, Ctrl-C: leave nothing half-written
+    except BaseException:  # a full disk or Ctrl-C: leave nothing half-written
         shutil.rmtree(dst, ignore_errors=True)
         raise
     before, after = (sum(p.numel() for p in m.parameters()) for m in (dense, sparse))

@@ -43,8 +43,7 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             given = [word for word in words if word in action.option_strings]
             if len(given) > 1 and action.nargs != "+":
-                print(f"{self.prog}: of {len(given)} times {given[0]}, only the last counts",
-                      file=sys.stderr)  # fmt: skip
+                print(f"{self.prog}: {' '.join(given)}: only the last one counts", file=sys.stderr)
         return found
 
     def about_unknown(self, words):
@@ -88,12 +87,19 @@ def seed(text):
     return int(text)
 
 
+def path(text):
+    """A text, or a path in the home folder: the shell leaves ~ in --out=~/x as it is."""
+    return os.path.expanduser(text) if text.startswith("~/") else text
+
+
 READ = {
     "seed": converter(seed, "an integer from 0 to 2^63 - 1"),
     int: converter(int, "an integer"),
     float: converter(float, "a number"),
     tuple: converter(lambda text: tuple(map(int, text.split(","))), "integers such as 1,3"),
-    str: lambda text: os.path.expanduser(text) if text.startswith("~/") else text,  # --out=~/x
+    "ask": str,
+    "image": path,
+    str: path,
 }
 
 
@@ -141,10 +147,12 @@ def parse(cls, argv=None, description=""):
         if kind in (bool, bool | None):
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         elif kind == tuple[str, ...]:
-            group.add_argument(flag, nargs="+", action="extend", metavar="STR", **options)
+            read = READ.get(field.name, str)
+            group.add_argument(flag, nargs="+", action="extend", type=read, metavar="STR",
+                               **options)  # fmt: skip
         else:
             metavar = "N,N" if kind is tuple else kind.__name__.upper()
-            read = READ["seed" if field.name == "seed" else kind]
+            read = READ.get(field.name, READ[kind])
             group.add_argument(flag, type=read, metavar=metavar, **options)
     given = vars(parser.parse_args(argv))
     given = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items()}

@@ -111,10 +111,11 @@ def why_no_model(path: Path) -> str:
     ready = " or ".join(map(str, finished_stages(path)))
     if has_config(path) or path.is_file():
         return ""
-    if (path / "model.safetensors").is_file() and (path / "train.json").is_file():
+    state = path / "train.json"
+    if state.is_file() and '"finished": true' in state.read_text(errors="replace"):
         again = command[:-1] + " --overwrite`"
         return f"{path} has no config.json; copy it again, or {again} trains it again"
-    if (path / "train.json").is_file():
+    if state.is_file():
         return f"{path} is not finished; {command}, with the flags it began with, continues it"
     if ready:
         return f"{path} is no model but the folder of a training; name {ready}"

@@ -93,7 +93,7 @@ def summary(counts, data, row_tokens):
     if not counts["used"] + counts["cut"]:
         raise ValueError(f"none of the {sum(counts.values())} samples holds an answer to learn "
                          f"within --row-tokens {row_tokens}; {counts['skipped']} of them were "
-                         "skipped, as their picture cannot be read. Correct them, then "
+                         "skipped, as their picture cannot be read. Correct the data, then "
                          "begin the stage again with --overwrite")  # fmt: skip
     rejected = getattr(data, "rejected", [])  # those left out before the first step
     words = [

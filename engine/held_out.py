@@ -83,13 +83,15 @@ class Validation:
             yield sample[1][:3]
 
     def loss(self, model):
-        """Mean loss of a learned token."""
+        """Mean loss of a learned token. ValueError if the pictures have gone."""
         cfg = self.cfg
         cast = partial(
             torch.autocast, cfg.device, torch.bfloat16, cfg.bf16 and cfg.weights == "fp32"
         )
         batches = pack(self.samples(), cfg.rows, cfg.row_tokens)
         total, learned = loss_of(model, batches, cfg.device, cast)
+        if not learned:
+            raise ValueError(f"--val {cfg.val}: none of its records can be used any more")
         return total / learned
 
 

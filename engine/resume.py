@@ -37,7 +37,7 @@ import torch
 
 from data import loader
 from data.records import progress
-from data.weights import check_zip, copy_into, publish, sync, write_json
+from data.weights import check_zip, copy_into, make_folder, publish, sync, write_json
 from engine import fsdp
 from engine.optim import WEIGHTS, bytes_per_parameter
 
@@ -59,7 +59,7 @@ def read_state(folder):
         return None
     try:
         state = json.loads(file.read_text())
-        dict(state["config"]), state["finished"]
+        dict(state["config"]), dict(state.get("crc32", {})), state["finished"]
     except (ValueError, LookupError, TypeError):
         raise ValueError(f"{file} is damaged; --overwrite begins the stage again") from None
     return state
@@ -168,7 +168,7 @@ def finished_line(cfg, state):
     changed since then, or a file of the model is gone."""
     folder = stage_dir(cfg, cfg.stage)
     line = f"finished in {folder}"
-    for name in ("config.json", *state.get("crc32", ())):
+    for name in ("config.json", *state.get("crc32", {})):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is finished, but {name} is missing: copy it again, or "
                              "train it again with --overwrite")  # fmt: skip
@@ -257,34 +257,30 @@ def is_due(trainer):
 
 
 @contextlib.contextmanager
-def alone(cfg, state):
-    """Keep --out for this training until it ends, even in a crash. ValueError if another training
-    writes there, or has done so since the `earlier_state` of the stage was read."""
-    if not (fcntl and fsdp.is_main()):
-        yield
-        return
-    out = pathlib.Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    folder = os.open(out, os.O_RDONLY)
+def alone(out, device):
+    """Keep the folder `out` for one training until it ends, even in a crash. ValueError if another
+    one has it, on all ranks. Not noticed: another machine on the same network disk."""
+    out, new, folder, busy = pathlib.Path(out), [], None, False
+    if fcntl and fsdp.is_main():
+        new = [place for place in (out, *out.parents) if not place.exists()]
+        folder = os.open(make_folder(out) if new else out, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            busy = True
+        except OSError:
+            pass  # a disk without locks
     try:
-        busy = not locked(folder)
-        if busy or not cfg.overwrite and state != earlier_state(cfg, stage_dir(cfg, cfg.stage)):
+        if fsdp.any_rank(busy, device):
             raise ValueError(f"another training writes into {out}; let it end, or name another "
                              "--out")  # fmt: skip
         yield
     finally:
-        os.close(folder)  # this unlocks it
-
-
-def locked(file):
-    """Whether an open file could be locked; True where the file system has no locks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
+        with contextlib.suppress(OSError):  # what is not empty stays
+            for place in new:
+                place.rmdir()
+        if folder is not None:
+            os.close(folder)
 
 
 def open_stage(trainer, state):

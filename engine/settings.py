@@ -13,6 +13,8 @@ Here are the rules between them:
 
 import math
 
+from tqdm import tqdm
+
 from data.chat import TEMPLATES
 from data.flags import as_flag, check_choice, check_numbers, shown
 from data.images import MODES
@@ -126,15 +128,15 @@ def overview(cfg, plan):
 
 def estimated_steps(trainer):
     """About how many optimizer steps a Trainer will make; exact for a few samples. ValueError if
-    none of the samples that are looked at can be used."""
+    none of the samples can be used."""
     cfg, n = trainer.cfg, len(trainer.order)
     places = range(0, n, math.ceil(n / LOOKED_AT))
     reader = Loader(trainer.data, (), trainer.code)
     coded = [reader[i] for i in trainer.order[list(places)].tolist()]
     lengths = [0 if isinstance(one, Exception) else len(one.ids) for one in coded]
-    if not any(lengths):
-        raise ValueError(f"nothing to learn: of {n:,} samples, {len(lengths)} were looked at, and "
-                         f"none can be used; the first: {coded[0]}")  # fmt: skip
+    rest = trainer.order.tolist() if not any(lengths) else ()
+    if rest and all(isinstance(reader[i], Exception) for i in tqdm(rest, "samples", leave=False)):
+        raise ValueError(f"none of the {n:,} samples can be used; the first: {coded[0]}")
     packed = min(n, PACKED)
     some = ([0] * lengths[k % len(lengths)] for k in range(packed))
     batches = sum(1 for _ in pack(((ids, ids, []) for ids in some), cfg.rows, cfg.row_tokens))

@@ -54,7 +54,8 @@ def check_target(file, inputs=(), flag="--experts"):
     folder, suffix = Path(file).parent, Path(file).suffix
     if not file:
         return
-    if any(os.path.realpath(file) == os.path.realpath(used) for used in inputs):
+    there = [used for used in (*inputs, file) if os.path.exists(used)]
+    if file in there and any(os.path.samefile(file, used) for used in there[:-1]):
         raise ValueError(f"{flag} {file} would replace your picture; name another file")
     if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(file).is_dir():
         raise ValueError(f"{flag} {file} cannot be written; name a file in a folder that exists")

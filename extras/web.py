@@ -28,7 +28,6 @@ import io
 import os
 import queue
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -324,11 +323,6 @@ def serve(cfg, folder):
     check_device(cfg.device)
     if not 0 < cfg.port < 2**16:
         raise ValueError(f"--port {cfg.port} must be 1 to 65535")
-    try:
-        socket.create_server((cfg.host, cfg.port)).close()
-    except OSError as error:
-        raise ValueError(f"--host {cfg.host} --port {cfg.port} cannot be used ({error.strerror}); "
-                         "name others") from None  # fmt: skip
     for name in ("keep", "waiting", "upload_mb"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be 1 or more")
@@ -347,14 +341,19 @@ def serve(cfg, folder):
     blocks = page(gr, model, Visitors(new, cfg.keep), Path(cfg.model or path).name)
     blocks.queue(max_size=cfg.waiting, default_concurrency_limit=1, api_open=False)
     print(f"http://{cfg.host}:{cfg.port} serves {path}; Ctrl-C ends it", flush=True)
-    blocks.launch(
-        server_name=cfg.host, server_port=cfg.port, share=False, quiet=True, ssr_mode=False,
-        mcp_server=False, enable_monitoring=False, footer_links=[], pwa=False, run_history=False,
-        state_session_capacity=cfg.keep + cfg.waiting,  # gradio's own limit of tabs
-        max_file_size=cfg.upload_mb * 2**20,
-        allowed_paths=TO_TRY,
-        css=CSS, theme=gr.themes.Default(font=["system-ui", "sans-serif"],
-                                font_mono=["ui-monospace", "monospace"]))  # fmt: skip
+    try:
+        blocks.launch(
+            server_name=cfg.host, server_port=cfg.port, share=False, quiet=True, ssr_mode=False,
+            mcp_server=False, enable_monitoring=False, footer_links=[], pwa=False,
+            run_history=False,
+            state_session_capacity=cfg.keep + cfg.waiting,  # gradio's own limit of tabs
+            max_file_size=cfg.upload_mb * 2**20,
+            allowed_paths=TO_TRY,
+            css=CSS, theme=gr.themes.Default(font=["system-ui", "sans-serif"],
+                                    font_mono=["ui-monospace", "monospace"]))  # fmt: skip
+    except OSError:  # gradio's own text names a variable of its own
+        raise ValueError(f"port {cfg.port} of {cfg.host} cannot be used, maybe it is taken; name "
+                         "another --port") from None  # fmt: skip
 
 
 def main():

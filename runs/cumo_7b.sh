@@ -163,6 +163,7 @@ train() {  # train STAGE JSON IMAGE_FOLDER [FLAGS]
   fi
   "${launch[@]}" train.py --preset mistral-7b --stage "$stage" --data "${kept:-$json}" \
     --image-folder "$folder" --out "$OUT" ${LIMIT:+--limit "$LIMIT"} "${batch[@]}" "${@:4}"
+  finished "$stage" || exit 130  # Ctrl-C
 }
 
 # 1: train the connector on captions. 2: train everything on long captions. 3: upcycle CLIP and the

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from data.flags import help_lines, parse, run, unescape
+from sample import SampleConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [file for folder in ("bench", "extras", "runs", "tests/campaigns")
@@ -99,20 +100,21 @@ def test_escapes_of_the_command_line(typed, text):
     assert unescape(typed) == text
 
 
-@pytest.mark.parametrize("argv, flag", [
-    (["--lr", "1", "--lr=2"], "--lr"),
-    (["--compile", "--no-compile"], "--compile"),
+@pytest.mark.parametrize("argv, flags, name, value", [
+    (["--lr", "1", "--lr=2"], "--lr --lr", "lr", 2),
+    (["--compile", "--no-compile"], "--compile --no-compile", "compile", False),
 ])  # fmt: skip
-def test_a_flag_that_another_one_replaces_is_said(argv, flag, capsys):
-    cfg, _ = parse(Config, argv)
-    assert cfg.lr in (2, Config.lr) and (flag == "--lr" or not cfg.compile)
-    assert capsys.readouterr().err.endswith(f": of 2 times {flag}, only the last counts\n")
+def test_a_flag_that_another_one_replaces_is_said(argv, flags, name, value, capsys):
+    assert getattr(parse(Config, argv)[0], name) == value
+    assert capsys.readouterr().err.endswith(f": {flags}: only the last one counts\n")
 
 
 def test_a_path_in_the_home_folder_is_found_there(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
     assert parse(Config, ["--out=~/x"])[0].out == "/home/ada/x"
     assert parse(Config, ["--out=~x/y"])[0].out == "~x/y"
+    cfg, _ = parse(SampleConfig, ["--image=~/x", "--ask=~/x is where?", "--stop=~/x"])
+    assert (cfg.image, cfg.ask, cfg.stop) == (("/home/ada/x",), "~/x is where?", ("~/x",))
 
 
 def test_flag_given_with_its_default_counts_as_given():

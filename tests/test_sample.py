@@ -513,6 +513,9 @@ def test_a_finished_stage_that_lost_its_configuration_is_not_called_unfinished(
     flags = ["--ask", "Q", "--model", "out/stage3"]
     way = "no config.json; copy it again, or `python train.py --stage 3 --overwrite` trains it"
     assert f"out/stage3 has {way}" in refusal(sample.main, flags, monkeypatch, capsys)
+    (tmp_path / "out" / "stage3" / "train.json").write_text('{"finished": false}')
+    said = "out/stage3 is not finished; `python train.py --stage 3`, with the flags it began"
+    assert said in refusal(sample.main, flags, monkeypatch, capsys), "a crash before config.json"
 
 
 def test_from_another_folder_the_demos_stages_are_named(tmp_path, monkeypatch, capsys):

@@ -59,7 +59,7 @@ def test_a_stage_of_one_step_still_learns(weights, finished, tmp_path):
 
 
 def test_nothing_to_learn_is_said_before_anything_is_written(weights, tmp_path):
-    with pytest.raises(ValueError, match="nothing to learn: of 3 samples, 3 .* do not fit in"):
+    with pytest.raises(ValueError, match="none of the 3 samples can be used; .* do not fit in"):
         run_stages(weights, tmp_path, 1, samples=3, row_tokens=19)
     assert not any(tmp_path.iterdir())
 
@@ -72,6 +72,15 @@ def own_records(folder, n, text="red"):
     records = [{"id": str(i), "image": f"{i}.png", "conversations": turns} for i in range(n)]
     (folder / "mine.json").write_text(json.dumps(records))
     return str(folder / "mine.json")
+
+
+@pytest.mark.parametrize("usable", range(0, 60, 20))
+def test_one_usable_record_among_many_is_enough(usable, weights, tmp_path):
+    file = Path(own_records(tmp_path, 60, "red " * 500))
+    records = json.loads(file.read_text())
+    records[usable]["conversations"][1] = {"from": "gpt", "value": "red"}
+    file.write_text(json.dumps(records))
+    run_stages(weights, tmp_path, 1, data=str(file), image_folder=str(tmp_path), samples=60)
 
 
 @pytest.mark.parametrize("flag", ["data", "val"])
@@ -91,10 +100,15 @@ def test_pictures_that_all_cannot_be_read_cost_nothing_and_can_be_repaired(
     run_stages(weights, tmp_path / "out", 1, **used)
 
 
-def test_an_answer_that_never_comes_is_no_endless_error(weights, tmp_path, monkeypatch):
-    """Pictures that break after the first look: the stage is not finished, and can begin again."""
+@pytest.mark.parametrize("flag, said", [
+    ("data", "none of the 4 samples .*again with --overwrite"),
+    ("val", "mine.json: none of its records can be used any more"),
+])  # fmt: skip
+def test_pictures_that_break_after_the_first_look_are_one_error_and_not_for_ever(
+    flag, said, weights, tmp_path, monkeypatch
+):
     file, out = own_records(tmp_path, 4), tmp_path / "out"
-    used = dict(data=file, image_folder=str(tmp_path), samples=4)
+    used = dict(image_folder=str(tmp_path), samples=4) | {flag: file}
     open_stage = resume.open_stage
 
     def broken(*args):
@@ -104,7 +118,7 @@ def test_an_answer_that_never_comes_is_no_endless_error(weights, tmp_path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(resume, "open_stage", broken)
-        with pytest.raises(ValueError, match="none of the 4 samples .*again with --overwrite"):
+        with pytest.raises(ValueError, match=said):
             run_stages(weights, out, 1, **used)
     assert not json.loads((out / "stage1" / "train.json").read_text())["finished"]
     own_records(tmp_path, 4)
@@ -114,19 +128,25 @@ def test_an_answer_that_never_comes_is_no_endless_error(weights, tmp_path, monke
 # ------------------------------------------------------------------------------- two at once
 
 
-def test_two_trainings_into_one_folder_are_refused(weights, finished, tmp_path):
-    cfg = train.resolve(weights | dict(out=str(tmp_path / "out")), 1)
-    with resume.alone(cfg, None):
-        for stage in (1, 3):
-            with pytest.raises(ValueError, match="out; let it end, or name another --out"):
-                run_stages(weights, tmp_path / "out", stage, init=str(finished / f"stage{stage}"),
-                           upcycle="none")  # fmt: skip
-        assert not any((tmp_path / "out").iterdir())
-        run_stages(weights, tmp_path / "other", 1)
-    run_stages(weights, tmp_path / "out", 1)
-    cfg = train.resolve(weights | dict(out=str(tmp_path / "out")), 1)
-    with pytest.raises(ValueError, match="another training"), resume.alone(cfg, None):
-        pytest.fail("that stage was finished after its state was read")
+def test_two_trainings_into_one_folder_are_refused(weights, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "new" / "out"
+    go = lambda folder: command(weights, folder, "--stage", "1")[2:]
+    with resume.alone(out, "cpu"):
+        said = refusal(train.main, go(out), monkeypatch, capsys)
+        assert said.endswith(
+            f"another training writes into {out}; let it end, or name another --out"
+        )
+        assert not any(out.iterdir())
+        monkeypatch.setattr(sys, "argv", ["train.py", *go(tmp_path / "other")])
+        train.main()
+    assert not (tmp_path / "new").exists(), "nothing was trained there"
+    monkeypatch.setattr(sys, "argv", ["train.py", *go(out)])
+    train.main()
+    assert (out / "stage1" / "model.safetensors").is_file()
+    out.chmod(0o555)
+    train.main()
+    assert "stage 1: finished in" in capsys.readouterr().out, "said of a read-only folder, too"
+    out.chmod(0o755)
 
 
 def test_a_killed_training_leaves_no_lock(weights, tmp_path):
@@ -136,14 +156,12 @@ def test_a_killed_training_leaves_no_lock(weights, tmp_path):
     while not (tmp_path / "stage1" / "resume.pt").is_file():
         assert time.time() < deadline and process.poll() is None
         time.sleep(0.05)
-    cfg = train.resolve(weights | dict(samples=4000, out=str(tmp_path)), 1)
-    train.choose_precision(cfg)
     held = pytest.raises(ValueError, match="another training writes into")
-    with held, resume.alone(cfg, resume.earlier_state(cfg, tmp_path / "stage1")):
+    with held, resume.alone(tmp_path, "cpu"):
         pytest.fail("it is training")
     process.kill()
     process.wait()
-    with resume.alone(cfg, resume.earlier_state(cfg, tmp_path / "stage1")):
+    with resume.alone(tmp_path, "cpu"):
         pass
 
 
