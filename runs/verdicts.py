@@ -234,6 +234,9 @@ def paper_of(line, other):
 
 
 def signed(x, digits=1):
+    """A difference as text, with one more digit where rounding would hide on which side of 0 it
+    is, as in -0.03."""
+    digits += abs(x) < 0.5 / 10**digits and x != 0
     return f"{round(x, digits) + 0.0:+.{digits}f}"  # +0.0, never -0.0
 
 

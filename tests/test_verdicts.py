@@ -139,3 +139,11 @@ def test_packed_answers_are_those_of_the_run(tmp_path):
     found = verdicts.unpack(kept["b-8-0"], (3, 17))
     assert (found[0] == right).all() and found[0].dtype == bool
     assert found[1] == pytest.approx(loss, rel=0.05, abs=0.00005) and found[1][0, 0] == 0
+
+
+@pytest.mark.parametrize("x, digits, text", [
+    (-0.03, 1, "-0.03"), (0.04, 1, "+0.04"), (0.06, 1, "+0.1"), (0.0, 1, "+0.0"),
+    (-1e-9, 1, "+0.00"), (0.0004, 3, "+0.0004"), (-2.345, 1, "-2.3"),
+])  # fmt: skip
+def test_rounding_does_not_hide_on_which_side_of_0_a_difference_is(x, digits, text):
+    assert verdicts.signed(x, digits) == text
