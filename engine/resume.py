@@ -13,7 +13,8 @@ read. Lines of metrics.jsonl after the resume point are removed, since these ste
 
 A stage refuses to continue with another configuration, naming the fields that differ, with other
 data, and from weights whose CRC-32 is not the one that their stage wrote. With one record less, the
-order of all others would change: some would never be used and some twice.
+order of all others would change: some would never be used and some twice. While a training runs, a
+second one into the same --out is refused.
 
 Before the first step it checks that the resume points and the result fit on the disk, and after it,
 it writes the first resume point. So a full disk is known within minutes.
@@ -26,6 +27,7 @@ import os
 import pathlib
 import shutil
 import signal
+import time
 import zlib
 from dataclasses import asdict
 
@@ -264,12 +266,7 @@ def alone(out, device):
     if fcntl and fsdp.is_main():
         new = [place for place in (out, *out.parents) if not place.exists()]
         folder = os.open(make_folder(out) if new else out, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            busy = True
-        except OSError:
-            pass  # a disk without locks
+        busy = not locked(folder)
     try:
         if fsdp.any_rank(busy, device):
             raise ValueError(f"another training writes into {out}; let it end, or name another "
@@ -281,6 +278,20 @@ def alone(out, device):
                 place.rmdir()
         if folder is not None:
             os.close(folder)
+
+
+def locked(folder):
+    """Whether `folder`, a file descriptor, could be locked. A second is waited: when a training is
+    killed, its data workers keep the lock until they notice."""
+    for _ in range(10):
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.1)
+        except OSError:  # a disk without locks
+            return True
+    return False
 
 
 def open_stage(trainer, state):
