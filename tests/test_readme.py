@@ -211,10 +211,16 @@ def test_what_the_pages_say_of_the_ablations_is_in_the_table():
              ("CuMo", "dense"): "better", ("CuMo", "CLIP twice as wide"): "undecided",
              ("CLIP unfrozen", "CLIP frozen"): "confirmed",
              ("scales 1 and 2", "scale 1"): "confirmed"}  # fmt: skip
-    assert {pair: rows[pair]["verdict"] for pair in named} == named
+    three = {("with", "without"): "confirmed", ("2 of 4", "1 of 4"): "better",
+             ("2 of 8 experts", "2 of 4 experts (CuMo)"): "undecided",
+             ("2 of 8 experts", "2 of 4, auxiliary losses"): "undecided",
+             ("language model upcycled", "CuMo"): "undecided", ("4 of 4", "2 of 4"): "undecided",
+             ("scales 1 and 3", "scale 1"): "undecided"}  # fmt: skip
+    assert {pair: rows[pair]["verdict"] for pair in named | three} == named | three
     assert {rows[pair]["seeds"] for pair in named} == {5}
-    points = [rows[pair]["found"]["all"]["right"] for pair in named]
-    scratch, connector, dense, wide, clip, scales = points
+    assert {rows[pair]["seeds"] for pair in three} == {3}
+    right = {pair: row["found"]["all"]["right"] for pair, row in rows.items() if row["found"]}
+    scratch, connector, dense, wide, clip, scales = (right[pair] for pair in named)
     loss, loss_wide = (rows["CuMo", versus]["loss"] for versus in ("dense", "CLIP twice as wide"))
     less = lambda found: [-x for x in (found[0], found[2], found[1])]  # a negative difference
     things = rows["scales 1 and 2", "scale 1"]["found"]["things"]["right"][0]
@@ -228,6 +234,14 @@ def test_what_the_pages_say_of_the_ablations_is_in_the_table():
         ("a loss {:.3f} nats lower ({:.3f} to {:+.3f})", less(loss_wide)),
         ("stage 3: {:+.1f} points ({:.1f} to {:.1f})", clip),
         ("{:+.1f} ({:.1f} to {:.1f}), above all with things, {:+.1f}", [*scales, things]),
+        ("stage 2 is worth {:.1f} points ({:.1f} to {:.1f})", right["with", "without"]),
+        ("answer {:.1f} more than one ({:.1f} to {:.1f})", right["2 of 4", "1 of 4"]),
+        ("answer {:.1f} fewer than two ({:.1f} to {:+.1f}: undecided)",
+         less(right["4 of 4", "2 of 4"])),
+        ("nats higher ({1:.3f} to {2:.3f})", rows["4 of 4", "2 of 4"]["loss"]),
+        ("a loss {:.3f} nats higher", rows["4 of 4", "2 of 4"]["loss"]),
+        ("however, is {:.3f} nats lower",
+         less(rows["scales 1 and 3", "scale 1"]["loss"])),
         ("copied CLIP experts beat random ones by {:.1f} points", less(scratch), README),
         ("a dense model by {:.2f} ({:.2f} to {:.2f})", dense, README),
         ("a loss {:.2f} nats lower", less(loss), README),
