@@ -265,7 +265,7 @@ def alone(out, device):
     out, new, folder, busy = pathlib.Path(out), [], None, False
     if fcntl and fsdp.is_main():
         new = [place for place in (out, *out.parents) if not place.exists()]
-        folder = os.open(make_folder(out) if new else out, os.O_RDONLY)
+        folder = os.open(out if out.is_dir() else make_folder(out), os.O_RDONLY)
         busy = not locked(folder)
     try:
         if fsdp.any_rank(busy, device):

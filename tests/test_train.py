@@ -753,6 +753,10 @@ def test_memory_that_cannot_be_had_is_one_line_on_a_cpu_too(weights, tmp_path, m
         (["--rows", "999999999"], "GB, and this machine has"),
         (["--seed", "-1"], "an integer from 0 to 2^63"),
         (["--lr", "1e400"], "--lr inf must be finite"),
+        (
+            ["--out", "CLIP/config.json"],
+            "config.json cannot be written (File exists); name another",
+        ),
         (["--clip-grad", "0"], "--clip-grad 0.0 must be above 0"),
         (["--balance-coef", "-1"], "--balance-coef -1.0 must be 0 or more"),
         (["--workers", "5000"], "--workers 5000 are too many for this machine; take up to"),
@@ -760,7 +764,8 @@ def test_memory_that_cannot_be_had_is_one_line_on_a_cpu_too(weights, tmp_path, m
 )
 def test_bad_flags_get_one_line(flags, message, weights, finished, tmp_path, monkeypatch, capsys):
     known = {"STAGE2": finished / "stage2", "CLIP": weights["clip"], "LLM": weights["llm"]}
-    flags = [str(known.get(flag, flag)) for flag in flags]
+    for name, folder in known.items():
+        flags = [flag.replace(name, str(folder)) for flag in flags]
     keep = {k: v for k, v in weights.items() if f"--{k}" not in flags}
     given = command(keep, tmp_path, *flags)[2:]
     assert message in refusal(train.main, given, monkeypatch, capsys)
