@@ -252,8 +252,7 @@ def load_into(
         elif not skip(name):
             unexpected.append(name)
     kinds = {"missing": list(missing), "unexpected": unexpected, "wrong shape": misshapen}
-    shown = lambda names: ", ".join(names[:6]) + f" and {len(names) - 6} more" * (len(names) > 6)
-    problems = [f"{kind}: {shown(names)}" for kind, names in kinds.items() if names]
+    problems = [f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
     if problems:
         raise ValueError(f"{source} does not fit this model; " + "; ".join(problems))
 

@@ -297,16 +297,20 @@ def draw_row(axis, y, row, reach):
         value = row["found"][kind]["right"][0]
         axis.plot(np.clip(value, -reach, reach), y + 0.3, marker, color=COLORS[4], markersize=4.5,
                   zorder=3, clip_on=False)  # fmt: skip
+        if abs(value) > reach:
+            sign = 1 if value > 0 else -1
+            axis.text(sign * (reach - 0.2), y + 0.3, f"{value:+.1f}", fontsize=7, va="center",
+                      ha="right" if sign > 0 else "left")  # fmt: skip
     if row["paper"] is not None:
         axis.plot(row["paper"], y, "D", markersize=8, markeredgewidth=1.6, zorder=5,
                   markerfacecolor="none", markeredgecolor="black")  # fmt: skip
 
 
-def draw_ablations(groups, file, reach=6):
+def draw_ablations(groups, file, reach=7):
     """Draw each row's difference to the row that it is compared with, ours and the paper's.
 
     `groups` come from runs/verdicts.py. A difference of more than `reach` points is an arrow with
-    its number, so that small differences stay visible; that of a kind of picture is at the edge.
+    its number, so that small differences stay visible; that of a kind is a number at the edge.
     """
     plt = pyplot()
     if not plt:
@@ -329,7 +333,9 @@ def draw_ablations(groups, file, reach=6):
     for label in axis.get_yticklabels():
         label.set_fontweight("bold" if label.get_text().startswith("(") else "normal")
     axis.set(xlim=(-reach, reach), ylim=(y - 0.8, -0.7))
-    axis.set_xlabel("exact answers, points above the second of the two", fontsize=10)
+    axis.set_xlabel(
+        "difference in exact answers, points (small: by kind, intervals in the table)", fontsize=10
+    )
     axis.grid(axis="x", color="#DDDDDD", linewidth=0.6)
     axis.set_axisbelow(True)
     axis.tick_params(axis="y", length=0)

@@ -8,6 +8,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -206,48 +207,72 @@ def test_what_the_pages_say_of_the_ablations_is_in_the_table():
     rows = {(row["label"], row["versus"]): row
             for group in verdicts.ablations(*verdicts.read_content())
             for row in group["rows"]}  # fmt: skip
-    named = {("2 of 4, from scratch", "2 of 4 experts (CuMo)"): "worse",
-             ("2 of 4 experts, from scratch", "dense, CLIP frozen"): "confirmed",
-             ("CuMo", "dense"): "better", ("CuMo", "CLIP twice as wide"): "undecided",
-             ("CLIP unfrozen", "CLIP frozen"): "confirmed",
-             ("scales 1 and 2", "scale 1"): "confirmed"}  # fmt: skip
-    three = {("with", "without"): "confirmed", ("2 of 4", "1 of 4"): "better",
+    five = {("2 of 4, from scratch", "2 of 4 experts (CuMo)"): "worse",
+            ("CuMo", "dense"): "better", ("CuMo", "CLIP twice as wide"): "undecided",
+            ("connector sparse", "dense"): "undecided",
+            ("2 of 4 experts (CuMo)", "CLIP unfrozen"): "undecided",
+            ("CLIP unfrozen", "CLIP frozen"): "confirmed",
+            ("scales 1 and 2", "scale 1"): "confirmed"}  # fmt: skip
+    three = {("2 of 4, upcycled", "2 of 4 experts, from scratch"): "confirmed",
+             ("with", "without"): "confirmed", ("2 of 4", "1 of 4"): "better",
+             ("4 of 4", "2 of 4"): "undecided", ("scales 1 and 3", "scale 1"): "undecided",
              ("2 of 8 experts", "2 of 4 experts (CuMo)"): "undecided",
              ("2 of 8 experts", "2 of 4, auxiliary losses"): "undecided",
-             ("language model upcycled", "CuMo"): "undecided", ("4 of 4", "2 of 4"): "undecided",
-             ("scales 1 and 3", "scale 1"): "undecided"}  # fmt: skip
-    assert {pair: rows[pair]["verdict"] for pair in named | three} == named | three
-    assert {rows[pair]["seeds"] for pair in named} == {5}
+             ("language model upcycled", "CuMo"): "undecided"}  # fmt: skip
+    assert {pair: rows[pair]["verdict"] for pair in five | three} == five | three
+    assert {rows[pair]["seeds"] for pair in five} == {5}
     assert {rows[pair]["seeds"] for pair in three} == {3}
-    right = {pair: row["found"]["all"]["right"] for pair, row in rows.items() if row["found"]}
-    scratch, connector, dense, wide, clip, scales = (right[pair] for pair in named)
-    loss, loss_wide = (rows["CuMo", versus]["loss"] for versus in ("dense", "CLIP twice as wide"))
+    right = {pair: rows[pair]["found"]["all"]["right"] for pair in five | three}
+    loss = {pair: rows[pair]["loss"] for pair in five | three}
+    scratch, dense, wide, connector, experts, clip, scales = (right[pair] for pair in five)
+    upcycled, pft, two, four, *_ = (right[pair] for pair in three)
     less = lambda found: [-x for x in (found[0], found[2], found[1])]  # a negative difference
-    things = rows["scales 1 and 2", "scale 1"]["found"]["things"]["right"][0]
+    of_split = lambda split: rows["2 of 4, from scratch", "2 of 4 experts (CuMo)"]["means"][
+        split][0] - rows["CuMo", "dense"]["means"][split][0]  # fmt: skip
+    kinds = rows["scales 1 and 2", "scale 1"]["found"]
     for words, found, *page in (
-        ("in CLIP cost {:.1f} points of exact answers ({:.1f} to {:.1f})", less(scratch)),
-        ("in the connector {:.1f} ({:.1f} to {:.1f})", less(connector)),
-        ("that of a model that is dense throughout ({:.3f} to {:.3f})", less(loss)[1:]),
-        ("CuMo's loss is {:.3f} nats lower", less(loss)),
+        ("cost {:.1f} points of exact answers in CLIP ({:.1f} to {:.1f}", less(scratch)),
+        ("on `new` {:.1f}, while they gain {:.1f}", [-of_split("new"), of_split("style")]),
+        ("{:.1f} in the connector ({:.1f} to {:.1f}, three seeds)", upcycled),
+        ("CuMo's loss is {:.3f} nats lower", less(loss["CuMo", "dense"])),
+        ("dense throughout ({1:.3f} to {2:.3f})", less(loss["CuMo", "dense"])),
         ("it answers {:.2f} points more ({:.2f} to {:.2f})", dense),
-        ("CuMo answers {:.1f} points more ({:.1f} to {:+.1f})", wide),
-        ("a loss {:.3f} nats lower ({:.3f} to {:+.3f})", less(loss_wide)),
+        ("alone brings {:.3f} nats", less(loss["connector sparse", "dense"])),
+        ("and {:+.1f} points ({:+.1f} to {:+.1f}, undecided)", connector),
+        ("CLIP bring {:.3f} nats ({:.3f} to {:.3f})",
+         less(loss["2 of 4 experts (CuMo)", "CLIP unfrozen"])),
+        ("and {:+.1f} points ({:.1f} to {:+.1f}, undecided; the paper", experts),
+        ("undecided: {:+.1f} points ({:.1f} to {:+.1f})", wide),
+        ("{:.3f} nats ({:.3f} to {:+.3f})", loss["CuMo", "CLIP twice as wide"]),
         ("stage 3: {:+.1f} points ({:.1f} to {:.1f})", clip),
-        ("{:+.1f} ({:.1f} to {:.1f}), above all with things, {:+.1f}", [*scales, things]),
-        ("stage 2 is worth {:.1f} points ({:.1f} to {:.1f})", right["with", "without"]),
-        ("answer {:.1f} more than one ({:.1f} to {:.1f})", right["2 of 4", "1 of 4"]),
-        ("answer {:.1f} fewer than two ({:.1f} to {:+.1f}: undecided)",
-         less(right["4 of 4", "2 of 4"])),
-        ("nats higher ({1:.3f} to {2:.3f})", rows["4 of 4", "2 of 4"]["loss"]),
-        ("a loss {:.3f} nats higher", rows["4 of 4", "2 of 4"]["loss"]),
-        ("however, is {:.3f} nats lower",
-         less(rows["scales 1 and 3", "scale 1"]["loss"])),
+        ("worth {:+.1f} ({:.1f} to {:.1f})", scales),
+        ("things {:+.1f}", kinds["things"]["right"]),
+        ("charts {:.1f} ({:.1f} to {:+.2f})", kinds["charts"]["right"]),
+        ("stage 2 is worth {:.1f} points ({:.1f} to {:.1f})", pft),
+        ("instead of one {:.1f} ({:.1f} to {:.1f})", two),
+        ("two are undecided, {:.1f} ({:.1f} to {:+.1f})", four),
+        ("a loss {:.3f} nats higher ({:.3f} to {:.3f})", loss["4 of 4", "2 of 4"]),
+        ("however, is {:.3f} nats lower", less(loss["scales 1 and 3", "scale 1"])),
         ("copied CLIP experts beat random ones by {:.1f} points", less(scratch), README),
-        ("a dense model by {:.2f} ({:.2f} to {:.2f})", dense, README),
-        ("a loss {:.2f} nats lower", less(loss), README),
-        ("undecided: {:+.1f} ({:.1f} to {:+.1f})", wide, README),
+        ("a dense model barely, by {:.2f} ({:.2f} to {:.2f})", dense, README),
+        ("a loss {:.2f} nats lower", less(loss["CuMo", "dense"]), README),
+        ("undecided, {:+.1f} ({:.1f} to {:+.1f})", wide, README),
     ):  # fmt: skip
         assert words.format(*found) in (page[0] if page else RESULTS)
+
+
+def test_figures_of_the_ablations_that_no_table_shows():
+    content, answers = verdicts.read_content()
+    given = lambda name, seeds: [
+        np.stack(side) for side in zip(*(
+            verdicts.unpack(answers[f"{name}-{s}"], (3, content["questions"])) for s in seeds))
+    ]  # fmt: skip
+    new = [[x[:, :1] for x in given(name, range(5))] for name in ("b-cumo", "g-dense")]
+    found, share = verdicts.compare(*new), 1 / 3  # a third of the questions is about signs
+    signs, every = -share * found["words"]["loss"][0], -found["all"]["loss"][0]
+    assert f"of the {every:.3f} nats between CuMo and dense they make {signs:.3f}" in RESULTS
+    some, all_five = (100 * given("b-cumo", seeds)[0].mean() for seeds in (range(2, 5), range(5)))
+    assert f"{some:.1f} % on seeds 2 to 4, {all_five:.1f} % on all five" in RESULTS
 
 
 def test_figures_of_the_readme_about_experts_are_the_measured_ones():
