@@ -344,7 +344,7 @@ def test_workers_die_with_a_parent_that_is_killed(folder):
 
 
 @needs_proc
-def test_signals_to_the_whole_group_save_and_exit_0_without_orphans(weights, tmp_path):
+def test_signals_to_the_whole_group_save_and_exit_130_without_orphans(weights, tmp_path):
     go = command(weights | dict(samples=4000, workers=2), tmp_path, "--stage", "1")
     process = subprocess.Popen(go, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)  # fmt: skip
